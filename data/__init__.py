@@ -1,0 +1,1 @@
+"""Tasks, their official files, tokenizers, option scoring, and checkpoints from the Hugging Face hub."""

@@ -1,0 +1,149 @@
+"""From examples to option scores: encode, batch, and read the model's opinion of every option.
+
+A causal model scores an option by the mean log-probability of its tokens after the prompt (MeZO's protocol).
+Where every option is one token, one forward per example is enough, and the softmax over options cancels the
+vocabulary's normaliser, so the options' logits alone are the scores.  A masked model is read at the mask.
+
+Shape key: P probes, B examples, O options, N sequences, T tokens, M answer tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.tasks import Example, Task
+from data.tokenizer import Tokenizer
+
+MASK = "<mask>"
+
+
+class Encoded(NamedTuple):
+    """One example as tokens: one sequence that all options share, or one sequence an option."""
+
+    sequences: list[list[int]]
+    answers: list[list[int]]  # the options' own tokens; with one shared sequence each is a single token
+    at: int  # where the shared sequence is read; in the other case the answers are at the sequences' ends
+    label: int
+
+
+@dataclass
+class Batch:
+    """Everything is on the model's device.  words is None where options have sequences of their own."""
+
+    tokens: Tensor  # [N, T] int64, padded on the right
+    mask: Tensor  # [N, T]
+    labels: Tensor  # [B]
+    row: Tensor  # [M] which sequence a read is in
+    at: Tensor  # [M] and at which position: the token before the answer, or the mask
+    words: Tensor | None  # [O] the options' token ids
+    target: Tensor  # [M] answer token of each read
+    owner: Tensor  # [M] in [0, B * O): the option that a read belongs to
+
+
+class Encoder:
+    """Turns a task's examples into tokens for one model.  masked: cloze texts instead of prompts."""
+
+    def __init__(self, tokenizer: Tokenizer, task: Task, config, max_length: int, share: bool = True):
+        """share=False scores every option in a sequence of its own, which tests compare with the shared way."""
+        self.tokenizer, self.task, self.config = tokenizer, task, config
+        self.masked = hasattr(config, "type_vocab_size")
+        room = config.max_position_embeddings - (1 + config.pad_token_id if self.masked else 0)
+        self.max_length, self.share = min(max_length, room), share
+        if self.masked:
+            self.mask_id = tokenizer.id_of(MASK)
+            self.label_words = [self._one_token(option) for option in task.options]
+
+    def _one_token(self, word: str) -> int:
+        ids = self.tokenizer.encode(word)
+        if len(ids) != 1:
+            raise ValueError(f"label word {word!r} must be one token at the mask, got {len(ids)}: {ids}")
+        return ids[0]
+
+    def __call__(self, example: Example) -> Encoded:
+        return self._cloze(example) if self.masked else self._prompt(example)
+
+    def _cloze(self, example: Example) -> Encoded:
+        """<s> sentence joint <mask> . </s>; the sentence loses its end where the whole would be too long."""
+        sentence, joint, after = (self.tokenizer.encode(text) for text in self.task.cloze(example))
+        sentence = sentence[: self.max_length - len(joint) - len(after) - 3]
+        before = [self.config.bos_token_id, *sentence, *joint]
+        sequence = [*before, self.mask_id, *after, self.config.eos_token_id]
+        return Encoded([sequence], [[word] for word in self.label_words], len(before), example.label)
+
+    def _prompt(self, example: Example) -> Encoded:
+        """<s> prompt option.  A long prompt loses its beginning (MeZO), but never the begin token."""
+        prompt = self.tokenizer.encode(self.task.prompt(example))
+        full = [self.tokenizer.encode(self.task.prompt(example) + option) for option in self.task.options]
+        # an option's tokens are counted, not searched: a tokenizer may merge across the seam
+        answers = [ids[len(prompt) :] or ids[-1:] for ids in full]
+        shared = all(ids[:-1] == prompt and len(answer) == 1 for ids, answer in zip(full, answers, strict=True))
+        begin = [self.config.bos_token_id]
+        if shared and self.share:
+            sequence = begin + prompt[-(self.max_length - 1) :]
+            return Encoded([sequence], answers, len(sequence) - 1, example.label)
+        return Encoded([begin + ids[-(self.max_length - 1) :] for ids in full], answers, -1, example.label)
+
+
+def collate(examples: list[Encoded], pad: int, device: torch.device) -> Batch:
+    """Examples -> one batch.  If any example needs a sequence an option, all get one, so that scores compare."""
+    options = len(examples[0].answers)
+    shared = all(len(e.sequences) == 1 for e in examples) and len({str(e.answers) for e in examples}) == 1
+    if not shared:
+        examples = [_unshare(e) for e in examples]
+    sequences = [s for e in examples for s in e.sequences]
+    width = max(map(len, sequences))
+    tokens = torch.tensor([s + [pad] * (width - len(s)) for s in sequences])
+    mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences])
+    if shared:
+        reads = [(i, e.at, 0, 0) for i, e in enumerate(examples)]
+    else:
+        answers = [a for e in examples for a in e.answers]
+        reads = [
+            (i, len(s) - len(a) - 1 + j, token, i)
+            for i, (s, a) in enumerate(zip(sequences, answers, strict=True))
+            for j, token in enumerate(a)
+        ]
+    row, at, target, owner = torch.tensor(reads).to(device).unbind(1)
+    words = torch.tensor([a[0] for a in examples[0].answers], device=device) if shared else None
+    labels = torch.tensor([e.label for e in examples], device=device)
+    assert shared or len(sequences) == options * len(examples)
+    return Batch(tokens.to(device), mask.to(device), labels, row, at, words, target, owner)
+
+
+def _unshare(e: Encoded) -> Encoded:
+    """One sequence for each option, the option's token at its end."""
+    if len(e.sequences) > 1:
+        return e
+    return e._replace(sequences=[e.sequences[0] + answer for answer in e.answers])
+
+
+def option_scores(lm, batch: Batch, view) -> Tensor:
+    """[P, B, O] float32, comparable within an example: softmax over O is the model's choice."""
+    hidden = lm.hidden(batch.tokens, batch.mask, view)[:, batch.row, batch.at]  # [P, M, D]
+    if batch.words is not None:
+        return lm.score(hidden, view, batch.words)
+    log_p = F.log_softmax(lm.score(hidden, view), -1)
+    log_p = log_p.gather(-1, batch.target.expand(len(log_p), -1)[..., None])[..., 0]  # [P, M]
+    sums = log_p.new_zeros(len(log_p), len(batch.tokens)).index_add_(1, batch.owner, log_p)
+    return (sums / batch.owner.bincount(minlength=len(batch.tokens))).view(len(log_p), len(batch.labels), -1)
+
+
+def losses(lm, batch: Batch, view) -> Tensor:
+    """Cross-entropy of the right option, mean over the batch: -> [P]."""
+    return torch.stack([F.cross_entropy(scores, batch.labels) for scores in option_scores(lm, batch, view)])
+
+
+@torch.no_grad()
+def accuracy(lm, encoded: list[Encoded], pad: int, batch_size: int = 128) -> float:
+    """Share of examples whose right option scores highest, with the weights as they are stored."""
+    in_order = sorted(encoded, key=lambda e: len(e.sequences[0]))  # like lengths together: less padding
+    view, right = lm.stored_view(), 0
+    for start in range(0, len(in_order), batch_size):
+        batch = collate(in_order[start : start + batch_size], pad, lm.device)
+        right += int((option_scores(lm, batch, view)[0].argmax(-1) == batch.labels).sum())
+    return right / len(encoded)

@@ -1,0 +1,111 @@
+"""The tasks: where their official files are, how an example becomes a prompt, and which words answer it.
+
+Prompts for causal models follow MeZO's large-model protocol, cloze texts for masked models its k-shot protocol
+(after LM-BFF).  Metric: accuracy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+TINY = Path(__file__).parent / "tiny"
+
+
+class Example(NamedTuple):
+    sentence: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """Single-sentence classification: `{sentence}{joint}{option}`, and `.` after the mask in a cloze text."""
+
+    name: str
+    folder: str  # under --data-dir, as the benchmark is distributed
+    joint: str
+    options: tuple[str, ...]  # with the space that goes before them; the label is the index
+
+    def prompt(self, example: Example) -> str:
+        return example.sentence + self.joint
+
+    def cloze(self, example: Example) -> tuple[str, str, str]:
+        """The texts before the mask (the first of which may be cut to length) and after it."""
+        return example.sentence, self.joint, "."
+
+
+TASKS = {
+    "sst2": Task("sst2", "SST-2", " It was", (" terrible", " great")),
+    "tiny": Task("tiny", "", " it was", (" terrible", " great")),
+}
+
+
+def get_task(name: str) -> Task:
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+# ---------------------------------------------------------------- official files
+
+
+def read_tsv(path: Path, classes: int) -> list[Example]:
+    """A tab-separated file with the header `sentence<TAB>label` and integer labels -> examples."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; see README.md for where to get the official files")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    header = lines[0].split("\t") if lines else []
+    if header != ["sentence", "label"]:
+        raise ValueError(f"{path}: the columns must be sentence and label, got {header}")
+    examples = []
+    for number, line in enumerate(lines[1:], start=2):
+        cells = line.split("\t")
+        if len(cells) != 2:
+            raise ValueError(f"{path}:{number}: expected 2 columns, got {len(cells)}")
+        if cells[1] not in map(str, range(classes)):
+            raise ValueError(f"{path}:{number}: the label must be one of 0 to {classes - 1}, got {cells[1]!r}")
+        examples.append(Example(cells[0].strip(), int(cells[1])))
+    if not examples:
+        raise ValueError(f"{path} holds no examples")
+    return examples
+
+
+class Splits(NamedTuple):
+    train: list[Example]
+    dev: list[Example]
+    test: list[Example]
+    files: list[Path]  # what they were read from, for the run's record
+
+
+def load_splits(
+    task: Task, data_dir: str, k: int, data_seed: int, num_train: int, num_dev: int, num_eval: int
+) -> Splits:
+    """Train and dev to learn from, test to report.
+
+    k > 0: the published few-shot files, k-shot/TASK/K-SEED/{train,dev,test}.tsv.  k = 0: MeZO's large-model
+    protocol, num_train + num_dev examples drawn from train.tsv by a numpy permutation of data_seed (dev is the
+    end of the draw) and num_eval from the labelled dev.tsv.  The tiny task reads its own folder whole.
+    """
+    classes = len(task.options)
+    if task.name == "tiny" or k:
+        folder = TINY if task.name == "tiny" else Path(data_dir) / "k-shot" / task.folder / f"{k}-{data_seed}"
+        files = [folder / f"{split}.tsv" for split in ("train", "dev", "test")]
+        train, dev, test = (read_tsv(file, classes) for file in files)
+        return Splits(train, dev, test[:num_eval], files)
+    files = [Path(data_dir) / task.folder / f"{split}.tsv" for split in ("train", "dev")]
+    pool, held_out = (read_tsv(file, classes) for file in files)
+    if len(pool) < num_train + num_dev:
+        raise ValueError(f"{files[0]} holds {len(pool)} examples, fewer than {num_train} train + {num_dev} dev")
+    drawn = _draw(pool, data_seed, num_train + num_dev)
+    return Splits(drawn[:num_train], drawn[num_train:], _draw(held_out, data_seed, num_eval), files)
+
+
+def _draw(pool: list[Example], seed: int, n: int) -> list[Example]:
+    """MeZO's draw; RandomState, because numpy's newer generators would choose other examples."""
+    return [pool[i] for i in np.random.RandomState(seed).permutation(len(pool))[:n]]

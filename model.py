@@ -1,0 +1,730 @@
+"""LLaMA and RoBERTa as plain modules over weights that somebody else keeps, and their safetensors loader.
+
+The model is a pure function and the weights are data.  A View says how the weights are read: as they are
+stored, or as seen by the P probes of a zeroth-order step.  Each block is one weightless nn.Module, called with
+a layer's weights through torch.func.functional_call, so only one layer is ever materialised.
+
+LLaMA: Touvron et al. 2023; RMSNorm, rotary embedding in split halves (as in Hugging Face files), SwiGLU,
+grouped-query attention.  RoBERTa: Liu et al. 2019; post-norm, learned positions, masked-LM head.
+
+Shape key: P probes, B batch, T tokens, S cached + new tokens, D hidden, H heads, K key-value heads, d head
+width, V vocabulary.  Imports quant, and only for how a loaded tensor is stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from quant import Int8, Stored, encode
+
+# ---------------------------------------------------------------- configs: config.json and nothing else
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: its base, and llama3's frequency scaling where factor > 1."""
+
+    theta: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    @classmethod
+    def from_config(cls, raw: dict) -> Rope:
+        """Reads `rope_parameters`, or the older `rope_theta` beside `rope_scaling`."""
+        scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        theta = scaling.get("rope_theta", raw.get("rope_theta", 10000.0))
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind == "default":
+            return cls(theta)
+        if kind != "llama3":
+            raise ValueError(f"rope scaling {kind!r} is not supported; known: default, llama3")
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        missing = [n for n in names if n not in scaling]
+        if missing:
+            raise ValueError(f"llama3 rope scaling lacks {', '.join(missing)}")
+        return cls(theta, *(scaling[n] for n in names))
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int  # fewer than num_attention_heads means grouped queries
+    head_dim: int
+    rope: Rope
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    hidden_act: str = "silu"
+    bos_token_id: int = 1
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = None
+
+    @classmethod
+    def from_raw(cls, raw: dict) -> LlamaConfig:
+        heads = raw["num_attention_heads"]
+        derived = {
+            "num_key_value_heads": raw.get("num_key_value_heads") or heads,
+            "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
+            "rope": Rope.from_config(raw),
+        }
+        config = cls(**_known(cls, raw) | derived)
+        if config.hidden_act != "silu":
+            raise ValueError(f"hidden_act {config.hidden_act!r} is not supported for llama; known: silu")
+        if heads % config.num_key_value_heads:
+            raise ValueError(f"{heads} heads do not split into {config.num_key_value_heads} key-value heads")
+        if config.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embedding, got {config.head_dim}")
+        return config
+
+
+@dataclass(frozen=True)
+class RobertaConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    bos_token_id: int = 0
+    eos_token_id: int = 2
+    pad_token_id: int = 1
+    tie_word_embeddings: bool = True
+    hidden_act: str = "gelu"
+    position_embedding_type: str = "absolute"
+    is_decoder: bool = False
+
+    @classmethod
+    def from_raw(cls, raw: dict) -> RobertaConfig:
+        config = cls(**_known(cls, raw))
+        supported = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
+        for name, value in supported.items():
+            if getattr(config, name) != value:
+                raise ValueError(f"{name} {getattr(config, name)!r} is not supported for roberta; known: {value!r}")
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(f"hidden size {config.hidden_size} is not a multiple of {config.num_attention_heads} heads")
+        return config
+
+
+def _known(cls: type, raw: dict) -> dict:
+    """The fields of a config class that config.json gives; null counts as absent."""
+    return {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
+
+
+def read_config(directory: str | Path) -> tuple[LlamaConfig | RobertaConfig, dict]:
+    """config.json -> (the frozen config, the raw dictionary that `save` writes back)."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} has no config.json; --model takes a Hugging Face model directory or a preset")
+    try:
+        raw = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    kinds = {"llama": LlamaConfig, "roberta": RobertaConfig}
+    kind = raw.get("model_type")
+    if kind not in kinds:
+        raise ValueError(f"{path}: model_type {kind!r} is not supported; known: {', '.join(kinds)}")
+    try:
+        return kinds[kind].from_raw(raw), raw
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+# ---------------------------------------------------------------- parts
+
+
+class Linear(nn.Linear):
+    """nn.Linear, except that the bias stays float32 in its store and takes the activation's dtype here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+def rope_frequencies(rope: Rope, d: int, device: torch.device) -> Tensor:
+    """[d / 2] radians per position.  llama3 slows long waves by `factor` and blends the ones in between."""
+    frequency = rope.theta ** -(torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
+    if rope.factor == 1.0:
+        return frequency
+    turns = rope.original_max_position_embeddings * frequency / (2 * math.pi)  # over the original context
+    span = rope.high_freq_factor - rope.low_freq_factor
+    keep = ((turns - rope.low_freq_factor) / span).clamp(0, 1)
+    return frequency * (keep + (1 - keep) / rope.factor)
+
+
+def rotate(x_BHTd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
+    """Rotary embedding in split halves: element i pairs with i + d/2, not with its neighbour (Meta's own files)."""
+    first, second = x_BHTd.chunk(2, -1)
+    turned = torch.cat((-second, first), -1)
+    return x_BHTd * cos_BTd[:, None] + turned * sin_BTd[:, None]
+
+
+class KVCache:
+    """Keys and values of the tokens so far, one pair [B, K, S, d] a layer."""
+
+    def __init__(self):
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if layer in self.layers:
+            old_key, old_value = self.layers[layer]
+            key, value = torch.cat((old_key, key), 2), torch.cat((old_value, value), 2)
+        self.layers[layer] = key, value
+        return key, value
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = Linear(c.hidden_size, self.heads * self.d, bias=c.attention_bias)
+        self.k_proj = Linear(c.hidden_size, self.kv_heads * self.d, bias=c.attention_bias)
+        self.v_proj = Linear(c.hidden_size, self.kv_heads * self.d, bias=c.attention_bias)
+        self.o_proj = Linear(self.heads * self.d, c.hidden_size, bias=c.attention_bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, cache=None, layer: int = 0) -> Tensor:
+        B, T, _ = x.shape
+        q_BHTd = rotate(self.q_proj(x).view(B, T, self.heads, self.d).transpose(1, 2), cos, sin)
+        k_BKTd = rotate(self.k_proj(x).view(B, T, self.kv_heads, self.d).transpose(1, 2), cos, sin)
+        v_BKTd = self.v_proj(x).view(B, T, self.kv_heads, self.d).transpose(1, 2)
+        if cache is not None:
+            k_BKTd, v_BKTd = cache.extend(layer, k_BKTd, v_BKTd)
+        group = self.heads // self.kv_heads
+        k_BHSd, v_BHSd = k_BKTd.repeat_interleave(group, 1), v_BKTd.repeat_interleave(group, 1)
+        y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, attn_mask=seen)
+        return self.o_proj(y_BHTd.transpose(1, 2).reshape(B, T, self.heads * self.d))
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.self_attn, self.mlp = LlamaAttention(c), LlamaMLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, *context) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class RobertaSelfAttention(nn.Module):
+    def __init__(self, c: RobertaConfig):
+        super().__init__()
+        self.heads, self.d = c.num_attention_heads, c.hidden_size // c.num_attention_heads
+        self.query, self.key, self.value = (Linear(c.hidden_size, c.hidden_size) for _ in range(3))
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = (p(x).view(B, T, self.heads, self.d).transpose(1, 2) for p in (self.query, self.key, self.value))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).reshape(B, T, D)
+
+
+class RobertaOutput(nn.Module):
+    """Projection, residual, then the norm: post-norm."""
+
+    def __init__(self, width: int, c: RobertaConfig):
+        super().__init__()
+        self.dense, self.LayerNorm = Linear(width, c.hidden_size), LayerNorm(c.hidden_size, c.layer_norm_eps)
+
+    def forward(self, y: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dense(y) + residual)
+
+
+class RobertaBlock(nn.Module):
+    """Attribute names spell the checkpoint's keys: attention.self.query, intermediate.dense, output.LayerNorm."""
+
+    def __init__(self, c: RobertaConfig):
+        super().__init__()
+        self.attention = nn.ModuleDict({"self": RobertaSelfAttention(c), "output": RobertaOutput(c.hidden_size, c)})
+        self.intermediate = nn.ModuleDict({"dense": Linear(c.hidden_size, c.intermediate_size)})
+        self.output = RobertaOutput(c.intermediate_size, c)
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        x = self.attention["output"](self.attention["self"](x, seen), x)
+        return self.output(F.gelu(self.intermediate["dense"](x)), x)
+
+
+class RobertaEmbedding(nn.Module):
+    """The part after the table look-ups."""
+
+    def __init__(self, c: RobertaConfig):
+        super().__init__()
+        self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.LayerNorm(x)
+
+
+class RobertaHead(nn.Module):
+    """The masked-LM head up to its decoder."""
+
+    def __init__(self, c: RobertaConfig):
+        super().__init__()
+        self.dense = Linear(c.hidden_size, c.hidden_size)
+        self.layer_norm = LayerNorm(c.hidden_size, c.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer_norm(F.gelu(self.dense(x)))
+
+
+# ---------------------------------------------------------------- whole models
+
+
+class View(Protocol):
+    """A way of reading the weights.  The leading axis P has one entry for each probe."""
+
+    def read(self, name: str) -> Tensor:
+        """[P, *shape]; matrices in the compute dtype, vectors in float32."""
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """Rows of a matrix: index [n] int64 -> [P, n, C] in the compute dtype."""
+
+
+class StoredView:
+    """The weights as they are stored: P = 1."""
+
+    def __init__(self, store: dict[str, Stored], dtype: torch.dtype):
+        self.store, self.dtype = store, dtype
+
+    def read(self, name: str) -> Tensor:
+        stored = self.store[name]
+        weight = stored.read().view(stored.shape)
+        return (weight if weight.ndim == 1 else weight.to(self.dtype))[None]
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        return self.store[name].read(index).to(self.dtype)[None]
+
+
+class LanguageModel:
+    """A config, a store of named weights, and the functions that run them.
+
+    Forward passes come in three pieces, so that a caller who wants a few positions and a few words pays for
+    no more: `hidden` runs the blocks, `score` turns chosen hidden states into logits, `logits` does all of it.
+    """
+
+    embedding: str  # name of the word embedding
+    decoder: str  # name of the output matrix, which is the embedding where they are tied
+
+    def __init__(self, config, raw_config: dict, store: dict[str, Stored], dtype: torch.dtype, weights: str):
+        self.config, self.raw_config, self.store, self.dtype, self.weights = config, raw_config, store, dtype, weights
+        self.tokenizer_files: list[Path] = []  # copied along by `save`
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.store[self.embedding].parts().values())).device
+
+    def stored_view(self) -> StoredView:
+        return StoredView(self.store, self.dtype)
+
+    def __call__(self, tokens: Tensor, mask: Tensor | None = None, view: View | None = None) -> Tensor:
+        """tokens [B, T] int64, mask [B, T] (1 = real token, padding on either side) -> logits [B, T, V] float32.
+
+        With a view of P probes the result is [P, B, T, V].
+        """
+        hidden = self.hidden(tokens, mask, view or self.stored_view())
+        logits = self.score(hidden, view or self.stored_view())
+        return logits if view is not None else logits[0]
+
+    def hidden(self, tokens: Tensor, mask: Tensor | None, view: View) -> Tensor:
+        """The last hidden states, after the final norm or head transform: -> [P, B, T, D]."""
+        raise NotImplementedError
+
+    def score(self, hidden: Tensor, view: View, words: Tensor | None = None) -> Tensor:
+        """Hidden states [P, ..., D] -> float32 logits [P, ..., V], or [P, ..., n] for n chosen words.
+
+        Chosen words read only their own rows of the output matrix.
+        """
+        matrix = view.read(self.decoder) if words is None else view.rows(self.decoder, words)
+        flat = hidden.flatten(1, -2)  # [P, N, D]
+        if words is not None:  # a few words cost nothing in float32, and bf16 would round logits near 10 to 1/16
+            flat, matrix = flat.float(), matrix.float()
+        logits = torch.bmm(flat, matrix.mT).float() + self.output_bias(view, words)
+        return logits.view(*hidden.shape[:-1], -1)
+
+    def output_bias(self, view: View, words: Tensor | None) -> Tensor | float:
+        return 0.0
+
+    def words(self, view: View, tokens: Tensor) -> Tensor:
+        """Word embeddings: tokens [B, T] -> [P, B, T, D]."""
+        used, place = tokens.unique(return_inverse=True)  # a row is drawn and dequantised once
+        return view.rows(self.embedding, used)[:, place]
+
+    def apply(self, part: nn.Module, prefix: str, view: View, xs: list[Tensor], *context) -> list[Tensor]:
+        """Run one weightless module on each probe's input, with the weights that the view gives that probe."""
+        weights = {name: view.read(prefix + name) for name, _ in part.named_parameters()}
+        return [
+            functional_call(part, {name: w[p] for name, w in weights.items()}, (x, *context))
+            for p, x in enumerate(xs)
+        ]
+
+    def generate(self, tokens: Tensor, max_new_tokens: int, mask: Tensor | None = None) -> Tensor:
+        raise ValueError(f"{type(self).__name__} is a masked language model and does not generate")
+
+    def save(self, directory: str | Path) -> None:
+        """Write a directory that transformers.from_pretrained loads; int8 weights are written as float32, exactly."""
+        _save(self, Path(directory), ((name, s.read().view(s.shape)) for name, s in self.store.items()), "model")
+
+    def save_stored(self, directory: str | Path) -> None:
+        """Write the weights as they are stored, codes and scales, for `load` with the same `weights`."""
+        parts = ((name + suffix, t) for name, s in self.store.items() for suffix, t in s.parts().items())
+        _save(self, Path(directory), parts, _stem(self.weights))
+
+    def sha256(self) -> str:
+        """Hash of every stored bit: name, dtype, shape and bytes of each part, in order of name."""
+        digest = hashlib.sha256()
+        for name in sorted(self.store):
+            for suffix, part in self.store[name].parts().items():
+                digest.update(f"{name}{suffix} {part.dtype} {tuple(part.shape)}\n".encode())
+                digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+class Llama(LanguageModel):
+    embedding = "model.embed_tokens.weight"
+
+    def __init__(self, config: LlamaConfig, *rest):
+        super().__init__(config, *rest)
+        self.decoder = self.embedding if config.tie_word_embeddings else "lm_head.weight"
+        self.block, self.norm = llama_parts(config)
+
+    def hidden(self, tokens: Tensor, mask: Tensor | None, view: View, cache: KVCache | None = None) -> Tensor:
+        """mask covers cached and new tokens, [B, S]."""
+        mask = torch.ones_like(tokens) if mask is None else mask
+        T = tokens.shape[1]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -T:]
+        angles = positions[..., None] * rope_frequencies(self.config.rope, self.config.head_dim, tokens.device)
+        angles = torch.cat((angles, angles), -1)
+        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        xs = list(self.words(view, tokens))
+        for i in range(self.config.num_hidden_layers):
+            xs = self.apply(self.block, f"model.layers.{i}.", view, xs, cos, sin, causal(mask, T), cache, i)
+        return torch.stack(self.apply(self.norm, "model.norm.", view, xs))
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, max_new_tokens: int, mask: Tensor | None = None) -> Tensor:
+        """Greedy: tokens [B, T] (left-padded where mask is 0) -> [B, T + new], new <= max_new_tokens.
+
+        Stops when every row has produced an end token; rows that end early are filled with the padding token.
+        """
+        mask = torch.ones_like(tokens) if mask is None else mask
+        if not mask[:, -1].all():
+            raise ValueError("generation needs left padding: the last token of every row must be real")
+        eos = self.config.eos_token_id
+        ends = torch.tensor([eos] if isinstance(eos, int) else eos or [], device=tokens.device)
+        pad = self.config.pad_token_id if self.config.pad_token_id is not None else (ends.tolist() or [0])[0]
+        cache, view, new = KVCache(), self.stored_view(), tokens
+        done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        for _ in range(max_new_tokens):
+            last = self.hidden(new, mask, view, cache)[:, :, -1]
+            new = self.score(last, view)[0].argmax(-1, keepdim=True).masked_fill(done[:, None], pad)
+            tokens, mask = torch.cat((tokens, new), 1), torch.cat((mask, torch.ones_like(new)), 1)
+            done |= torch.isin(new[:, 0], ends)
+            if done.all():
+                break
+        return tokens
+
+
+def causal(mask: Tensor, T: int) -> Tensor:
+    """mask [B, S] -> [B, 1, T, S] bool: the last T tokens see themselves and the real tokens before them.
+
+    Padding sees itself, because a row that sees nothing would be NaN.
+    """
+    at = torch.arange(mask.shape[1], device=mask.device)
+    query = at[-T:, None]
+    return (((at <= query) & mask[:, None].bool()) | (at == query))[:, None]
+
+
+class Roberta(LanguageModel):
+    embedding = "roberta.embeddings.word_embeddings.weight"
+
+    def __init__(self, config: RobertaConfig, *rest):
+        super().__init__(config, *rest)
+        self.decoder = self.embedding if config.tie_word_embeddings else "lm_head.decoder.weight"
+        self.embed, self.block, self.head = roberta_parts(config)
+
+    def hidden(self, tokens: Tensor, mask: Tensor | None, view: View) -> Tensor:
+        mask = torch.ones_like(tokens) if mask is None else mask
+        positions = mask.cumsum(1) * mask + self.config.pad_token_id  # the first real token is at padding index + 1
+        if positions.max() >= self.config.max_position_embeddings:
+            raise ValueError(f"{tokens.shape[1]} tokens exceed {self.config.max_position_embeddings} positions")
+        used, place = positions.unique(return_inverse=True)
+        x = self.words(view, tokens) + view.rows("roberta.embeddings.position_embeddings.weight", used)[:, place]
+        x = x + view.rows("roberta.embeddings.token_type_embeddings.weight", used[:1] * 0)[:, :, None]
+        xs = self.apply(self.embed, "roberta.embeddings.", view, list(x))
+        seen = (mask.bool() | ~mask.any(1, keepdim=True))[:, None, None]  # [B, 1, 1, T]
+        for i in range(self.config.num_hidden_layers):
+            xs = self.apply(self.block, f"roberta.encoder.layer.{i}.", view, xs, seen)
+        return torch.stack(self.apply(self.head, "lm_head.", view, xs))
+
+    def output_bias(self, view: View, words: Tensor | None) -> Tensor:
+        bias = view.read("lm_head.bias")  # [P, V]
+        return (bias if words is None else bias[:, words])[:, None]
+
+
+def llama_parts(c: LlamaConfig) -> tuple[nn.Module, ...]:
+    """One block and the final norm without storage: the weights are an input, so one block serves all layers."""
+    with torch.device("meta"):
+        return LlamaBlock(c), RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+def roberta_parts(c: RobertaConfig) -> tuple[nn.Module, ...]:
+    with torch.device("meta"):
+        return RobertaEmbedding(c), RobertaBlock(c), RobertaHead(c)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def expected_shapes(config: LlamaConfig | RobertaConfig) -> dict[str, torch.Size]:
+    """Every tensor that a checkpoint of this config must hold, with its shape, in the order of the forward pass."""
+
+    def named(prefix: str, part: nn.Module) -> dict[str, torch.Size]:
+        return {prefix + name: p.shape for name, p in part.named_parameters()}
+
+    V, D, layers = config.vocab_size, config.hidden_size, range(config.num_hidden_layers)
+    if isinstance(config, LlamaConfig):
+        block, norm = llama_parts(config)
+        shapes = {Llama.embedding: torch.Size((V, D))}
+        for i in layers:
+            shapes |= named(f"model.layers.{i}.", block)
+        shapes |= named("model.norm.", norm)
+        return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": torch.Size((V, D))}
+    embed, block, head = roberta_parts(config)
+    tables = {"word": V, "position": config.max_position_embeddings, "token_type": config.type_vocab_size}
+    shapes = {f"roberta.embeddings.{t}_embeddings.weight": torch.Size((n, D)) for t, n in tables.items()}
+    shapes |= named("roberta.embeddings.", embed)
+    for i in layers:
+        shapes |= named(f"roberta.encoder.layer.{i}.", block)
+    shapes |= named("lm_head.", head) | {"lm_head.bias": torch.Size((V,))}
+    return shapes if config.tie_word_embeddings else shapes | {"lm_head.decoder.weight": torch.Size((V, D))}
+
+
+def ignorable(name: str, config: LlamaConfig | RobertaConfig) -> bool:
+    """The tensors that a checkpoint may hold and that mean nothing to us."""
+    if name.endswith((".rotary_emb.inv_freq", ".embeddings.position_ids")):
+        return True  # recomputed; older files carry them as buffers
+    if name.startswith("roberta.pooler."):
+        return True  # next-sentence head, which the masked LM does not use
+    if name == "lm_head.decoder.bias":
+        return True  # always the same tensor as lm_head.bias
+    return config.tie_word_embeddings and name in ("lm_head.weight", "lm_head.decoder.weight")
+
+
+def _stem(weights: str) -> str:
+    """Codes have a file name of their own, so that no other program takes them for weights."""
+    return "codes" if weights == "int8" else "model"
+
+
+def _files(directory: Path, stem: str = "model") -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it."""
+    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        return dict.fromkeys(_names(single), single)
+    if not index.is_file():
+        pickles = sorted(p.name for p in (*directory.glob("*.bin"), *directory.glob("*.pt*")))
+        raise ValueError(
+            f"{directory} has no model.safetensors"
+            + (f", only {pickles[0]}: pickles can run code and are never loaded; convert it once, where you trust "
+               "it, with transformers: AutoModel...from_pretrained(...).save_pretrained(...)" if pickles else "")
+        )  # fmt: skip
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        shards = {name: str(weight_map[name]) for name in weight_map}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is not a safetensors index: {error!r}") from None
+    for shard in sorted(set(shards.values())):
+        if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\\" in shard:
+            raise ValueError(f"{index} names {shard!r}, which is not a plain file name in its own directory")
+        if not (directory / shard).is_file():
+            raise ValueError(f"{index} names {shard}, which is not in {directory}")
+    held = {name: shard for shard in set(shards.values()) for name in _names(directory / shard)}
+    wrong = sorted(n for n in held.keys() | shards.keys() if held.get(n) != shards.get(n))
+    if wrong:
+        raise ValueError(f"{index} and its shards disagree about {_some(wrong)}")
+    return {name: directory / shard for name, shard in shards.items()}
+
+
+def _names(path: Path) -> list[str]:
+    with _open(path) as file:
+        return list(file.keys())
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _check_names(directory: Path, found: set[str], wanted: set[str], config) -> None:
+    missing = sorted(wanted - found)
+    unexpected = sorted(n for n in found - wanted if not ignorable(n, config))
+    if missing or unexpected:
+        told = [f"{what}: {_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
+        raise ValueError(f"{directory}: {'; '.join(told)}")
+
+
+def read_tensors(files: dict[str, Path], shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors named in shapes, one at a time: name, tensor on the CPU."""
+    for path in sorted(set(files.values())):
+        with _open(path) as file:
+            for name in (n for n in shapes if files[n] == path):
+                found = torch.Size(file.get_slice(name).get_shape())
+                if found != shapes[name]:
+                    raise ValueError(f"{path}: {name} is {list(found)}, config.json makes it {list(shapes[name])}")
+                yield name, file.get_tensor(name)
+
+
+def load(
+    directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, weights: str = "fp32"
+) -> LanguageModel:
+    """Load a checkpoint directory: config.json and safetensors, one tensor at a time into its final store.
+
+    weights is how matrices are stored (quant.FORMATS); dtype is what they are multiplied in.  Raises ValueError
+    for anything missing, unexpected, wrongly shaped, not finite, corrupt, or of an unknown architecture.
+    """
+    directory, device = Path(directory), torch.device(device)
+    config, raw = read_config(directory)
+    has_codes = any(directory.glob("codes*.safetensors"))
+    store = (_load_codes if has_codes else _load_dense)(directory, config, device, weights)
+    lm = (Llama if isinstance(config, LlamaConfig) else Roberta)(config, raw, store, dtype, weights)
+    names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    lm.tokenizer_files = [directory / n for n in (*names, "generation_config.json") if (directory / n).is_file()]
+    return lm
+
+
+def _load_dense(directory: Path, config, device: torch.device, weights: str) -> dict[str, Stored]:
+    shapes, files, store = expected_shapes(config), _files(directory), {}
+    _check_names(directory, set(files), set(shapes), config)
+    for name, tensor in read_tensors(files, shapes):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{files[name]}: {name} is {tensor.dtype}, expected floating point")
+        tensor = tensor.to(device)
+        if not tensor.isfinite().all():
+            raise ValueError(f"{files[name]}: {name} holds NaN or infinity")
+        store[name] = encode(tensor, weights)
+    return {name: store[name] for name in shapes}
+
+
+def _load_codes(directory: Path, config, device: torch.device, weights: str) -> dict[str, Stored]:
+    """The inverse of save_stored for int8."""
+    if weights != "int8":
+        raise ValueError(f"{directory} holds int8 codes; load it with weights int8, got {weights}")
+    shapes, files = expected_shapes(config), _files(directory, "codes")
+    scales = {name + ".scale": torch.Size((shape[0], 1)) for name, shape in shapes.items() if len(shape) == 2}
+    _check_names(directory, set(files), set(shapes | scales), config)
+    parts = {name: tensor.to(device) for name, tensor in read_tensors(files, shapes | scales)}
+    return {
+        name: Int8(parts[name], parts[name + ".scale"]) if len(shape) == 2 else encode(parts[name], weights)
+        for name, shape in shapes.items()
+    }
+
+
+SHARD_BYTES = 2**31  # a file holds at most this, so saving needs no second copy of the model in memory
+
+
+def _save(lm: LanguageModel, directory: Path, parts: Iterator[tuple[str, Tensor]], stem: str) -> None:
+    """Write beside the target and rename, so that a killed process leaves the old directory or the new one."""
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    dtype = "bfloat16" if lm.weights == "bf16" else "float32"
+    raw = {k: v for k, v in lm.raw_config.items() if k != "torch_dtype"} | {"dtype": dtype}
+    (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    for file in lm.tokenizer_files:
+        shutil.copyfile(file, partial / file.name)
+    _write_shards(partial, parts, stem)
+    if directory.exists():
+        old = directory.with_name(directory.name + ".old")
+        os.replace(directory, old)
+        os.replace(partial, directory)
+        shutil.rmtree(old)
+    else:
+        os.replace(partial, directory)
+
+
+def _write_shards(directory: Path, parts: Iterator[tuple[str, Tensor]], stem: str) -> None:
+    """stem.safetensors, or stem-0000i-of-0000n.safetensors with an index where one file would be too large."""
+    shards, shard, size, total = [], {}, 0, 0
+
+    def flush() -> None:
+        save_file(shard, directory / f"{stem}-{len(shards)}.tmp", {"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, tensor in parts:
+        nbytes = tensor.numel() * tensor.element_size()
+        if shard and size + nbytes > SHARD_BYTES:
+            flush()
+            size = 0
+        shard[name] = tensor.cpu().contiguous()
+        size, total = size + nbytes, total + nbytes
+    flush()
+    if len(shards) == 1:
+        os.replace(directory / f"{stem}-0.tmp", directory / f"{stem}.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors"
+        os.replace(directory / f"{stem}-{i}.tmp", directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
