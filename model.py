@@ -8,7 +8,7 @@ LLaMA: Touvron et al. 2023; RMSNorm, rotary embedding in split halves (as in Hug
 grouped-query attention.  RoBERTa: Liu et al. 2019; post-norm, learned positions, masked-LM head.
 
 Shape key: P probes, B batch, T tokens, S cached + new tokens, D hidden, H heads, K key-value heads, d head
-width, V vocabulary.  Imports quant, and only for how a loaded tensor is stored.
+width, V vocabulary.  Imports checkpoint and quant, and only to load, store and save.
 """
 
 from __future__ import annotations
@@ -16,21 +16,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from quant import Int8, Stored, encode
+from checkpoint import check_names, find_tensors, read_tensors, write_directory
+from quant import Int8, Stored, encode, tensor_id
 
 # ---------------------------------------------------------------- configs: config.json and nothing else
 
@@ -126,13 +122,26 @@ class RobertaConfig:
             if getattr(config, name) != value:
                 raise ValueError(f"{name} {getattr(config, name)!r} is not supported for roberta; known: {value!r}")
         if config.hidden_size % config.num_attention_heads:
-            raise ValueError(f"hidden size {config.hidden_size} is not a multiple of {config.num_attention_heads} heads")
+            raise ValueError(f"{config.num_attention_heads} heads do not divide hidden_size {config.hidden_size}")
         return config
 
 
 def _known(cls: type, raw: dict) -> dict:
     """The fields of a config class that config.json gives; null counts as absent."""
     return {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
+
+
+def config_of(raw: dict) -> LlamaConfig | RobertaConfig:
+    """The contents of config.json -> a frozen config.  Raises ValueError for what is unknown or unsupported."""
+    kinds = {"llama": LlamaConfig, "roberta": RobertaConfig}
+    if raw.get("model_type") not in kinds:
+        raise ValueError(f"model_type {raw.get('model_type')!r} is not supported; known: {', '.join(kinds)}")
+    try:
+        return kinds[raw["model_type"]].from_raw(raw)
+    except KeyError as error:
+        raise ValueError(f"lacks {error}") from None
+    except TypeError as error:  # a required field without a default, or a value of the wrong type
+        raise ValueError(str(error).replace("__init__() ", "")) from None
 
 
 def read_config(directory: str | Path) -> tuple[LlamaConfig | RobertaConfig, dict]:
@@ -142,17 +151,8 @@ def read_config(directory: str | Path) -> tuple[LlamaConfig | RobertaConfig, dic
         raise ValueError(f"{directory} has no config.json; --model takes a Hugging Face model directory or a preset")
     try:
         raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    kinds = {"llama": LlamaConfig, "roberta": RobertaConfig}
-    kind = raw.get("model_type")
-    if kind not in kinds:
-        raise ValueError(f"{path}: model_type {kind!r} is not supported; known: {', '.join(kinds)}")
-    try:
-        return kinds[kind].from_raw(raw), raw
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error}") from None
-    except (TypeError, ValueError) as error:
+        return config_of(raw), raw
+    except (ValueError, AttributeError) as error:  # AttributeError: JSON, but not an object
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -361,7 +361,7 @@ class LanguageModel:
 
     def __init__(self, config, raw_config: dict, store: dict[str, Stored], dtype: torch.dtype, weights: str):
         self.config, self.raw_config, self.store, self.dtype, self.weights = config, raw_config, store, dtype, weights
-        self.tokenizer_files: list[Path] = []  # copied along by `save`
+        self.other_files: list[Path] = []  # tokenizer and such, copied along by `save`
 
     @property
     def device(self) -> torch.device:
@@ -416,12 +416,18 @@ class LanguageModel:
 
     def save(self, directory: str | Path) -> None:
         """Write a directory that transformers.from_pretrained loads; int8 weights are written as float32, exactly."""
-        _save(self, Path(directory), ((name, s.read().view(s.shape)) for name, s in self.store.items()), "model")
+        tensors = ((name, stored.read().view(stored.shape)) for name, stored in self.store.items())
+        write_directory(Path(directory), self._config_to_save(), self.other_files, tensors)
 
     def save_stored(self, directory: str | Path) -> None:
         """Write the weights as they are stored, codes and scales, for `load` with the same `weights`."""
         parts = ((name + suffix, t) for name, s in self.store.items() for suffix, t in s.parts().items())
-        _save(self, Path(directory), parts, _stem(self.weights))
+        stem = CODES if self.weights == "int8" else "model"
+        write_directory(Path(directory), self._config_to_save(), self.other_files, parts, stem)
+
+    def _config_to_save(self) -> dict:
+        kept = {key: value for key, value in self.raw_config.items() if key != "torch_dtype"}
+        return kept | {"dtype": "bfloat16" if self.weights == "bf16" else "float32"}
 
     def sha256(self) -> str:
         """Hash of every stored bit: name, dtype, shape and bytes of each part, in order of name."""
@@ -564,73 +570,24 @@ def ignorable(name: str, config: LlamaConfig | RobertaConfig) -> bool:
     return config.tie_word_embeddings and name in ("lm_head.weight", "lm_head.decoder.weight")
 
 
-def _stem(weights: str) -> str:
-    """Codes have a file name of their own, so that no other program takes them for weights."""
-    return "codes" if weights == "int8" else "model"
+def create(raw: dict, seed: int = 0) -> LanguageModel:
+    """A model with random weights from a config.json's contents, in fp32 on the CPU: matrices N(0, 0.02^2),
+    norms 1, biases 0.  For pre-training and tests."""
+    config = config_of(raw)
+    store = {}
+    for name, shape in expected_shapes(config).items():
+        generator = torch.Generator().manual_seed(seed * 2**32 + tensor_id(name))
+        is_matrix, is_bias = len(shape) == 2, name.endswith("bias")
+        tensor = torch.randn(shape, generator=generator) * 0.02 if is_matrix else torch.full(shape, 1.0 - is_bias)
+        store[name] = encode(tensor, "fp32")
+    return _whole(config, raw, store, torch.float32, "fp32")
 
 
-def _files(directory: Path, stem: str = "model") -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it."""
-    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
-    if single.is_file():
-        return dict.fromkeys(_names(single), single)
-    if not index.is_file():
-        pickles = sorted(p.name for p in (*directory.glob("*.bin"), *directory.glob("*.pt*")))
-        raise ValueError(
-            f"{directory} has no model.safetensors"
-            + (f", only {pickles[0]}: pickles can run code and are never loaded; convert it once, where you trust "
-               "it, with transformers: AutoModel...from_pretrained(...).save_pretrained(...)" if pickles else "")
-        )  # fmt: skip
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        shards = {name: str(weight_map[name]) for name in weight_map}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is not a safetensors index: {error!r}") from None
-    for shard in sorted(set(shards.values())):
-        if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\\" in shard:
-            raise ValueError(f"{index} names {shard!r}, which is not a plain file name in its own directory")
-        if not (directory / shard).is_file():
-            raise ValueError(f"{index} names {shard}, which is not in {directory}")
-    held = {name: shard for shard in set(shards.values()) for name in _names(directory / shard)}
-    wrong = sorted(n for n in held.keys() | shards.keys() if held.get(n) != shards.get(n))
-    if wrong:
-        raise ValueError(f"{index} and its shards disagree about {_some(wrong)}")
-    return {name: directory / shard for name, shard in shards.items()}
+def _whole(config: LlamaConfig | RobertaConfig, *rest) -> LanguageModel:
+    return (Llama if isinstance(config, LlamaConfig) else Roberta)(config, *rest)
 
 
-def _names(path: Path) -> list[str]:
-    with _open(path) as file:
-        return list(file.keys())
-
-
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _check_names(directory: Path, found: set[str], wanted: set[str], config) -> None:
-    missing = sorted(wanted - found)
-    unexpected = sorted(n for n in found - wanted if not ignorable(n, config))
-    if missing or unexpected:
-        told = [f"{what}: {_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
-        raise ValueError(f"{directory}: {'; '.join(told)}")
-
-
-def read_tensors(files: dict[str, Path], shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors named in shapes, one at a time: name, tensor on the CPU."""
-    for path in sorted(set(files.values())):
-        with _open(path) as file:
-            for name in (n for n in shapes if files[n] == path):
-                found = torch.Size(file.get_slice(name).get_shape())
-                if found != shapes[name]:
-                    raise ValueError(f"{path}: {name} is {list(found)}, config.json makes it {list(shapes[name])}")
-                yield name, file.get_tensor(name)
+CODES = "codes"  # a file name of their own, so that no other program takes int8 codes for weights
 
 
 def load(
@@ -643,17 +600,17 @@ def load(
     """
     directory, device = Path(directory), torch.device(device)
     config, raw = read_config(directory)
-    has_codes = any(directory.glob("codes*.safetensors"))
+    has_codes = any(directory.glob(f"{CODES}*.safetensors"))
     store = (_load_codes if has_codes else _load_dense)(directory, config, device, weights)
-    lm = (Llama if isinstance(config, LlamaConfig) else Roberta)(config, raw, store, dtype, weights)
+    lm = _whole(config, raw, store, dtype, weights)
     names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    lm.tokenizer_files = [directory / n for n in (*names, "generation_config.json") if (directory / n).is_file()]
+    lm.other_files = [directory / n for n in (*names, "generation_config.json") if (directory / n).is_file()]
     return lm
 
 
 def _load_dense(directory: Path, config, device: torch.device, weights: str) -> dict[str, Stored]:
-    shapes, files, store = expected_shapes(config), _files(directory), {}
-    _check_names(directory, set(files), set(shapes), config)
+    shapes, files, store = expected_shapes(config), find_tensors(directory), {}
+    check_names(directory, set(files), set(shapes), lambda name: ignorable(name, config))
     for name, tensor in read_tensors(files, shapes):
         if not tensor.is_floating_point():
             raise ValueError(f"{files[name]}: {name} is {tensor.dtype}, expected floating point")
@@ -668,63 +625,15 @@ def _load_codes(directory: Path, config, device: torch.device, weights: str) -> 
     """The inverse of save_stored for int8."""
     if weights != "int8":
         raise ValueError(f"{directory} holds int8 codes; load it with weights int8, got {weights}")
-    shapes, files = expected_shapes(config), _files(directory, "codes")
+    shapes, files = expected_shapes(config), find_tensors(directory, CODES)
     scales = {name + ".scale": torch.Size((shape[0], 1)) for name, shape in shapes.items() if len(shape) == 2}
-    _check_names(directory, set(files), set(shapes | scales), config)
+    check_names(directory, set(files), set(shapes | scales), lambda name: False)
     parts = {name: tensor.to(device) for name, tensor in read_tensors(files, shapes | scales)}
+    for name in parts.keys() - shapes.keys():
+        code = parts[name.removesuffix(".scale")].dtype
+        if code != torch.int8 or not (parts[name] > 0).all():
+            raise ValueError(f"{directory}: {name} and its codes are not int8 codes with scales above 0")
     return {
         name: Int8(parts[name], parts[name + ".scale"]) if len(shape) == 2 else encode(parts[name], weights)
         for name, shape in shapes.items()
     }
-
-
-SHARD_BYTES = 2**31  # a file holds at most this, so saving needs no second copy of the model in memory
-
-
-def _save(lm: LanguageModel, directory: Path, parts: Iterator[tuple[str, Tensor]], stem: str) -> None:
-    """Write beside the target and rename, so that a killed process leaves the old directory or the new one."""
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    dtype = "bfloat16" if lm.weights == "bf16" else "float32"
-    raw = {k: v for k, v in lm.raw_config.items() if k != "torch_dtype"} | {"dtype": dtype}
-    (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    for file in lm.tokenizer_files:
-        shutil.copyfile(file, partial / file.name)
-    _write_shards(partial, parts, stem)
-    if directory.exists():
-        old = directory.with_name(directory.name + ".old")
-        os.replace(directory, old)
-        os.replace(partial, directory)
-        shutil.rmtree(old)
-    else:
-        os.replace(partial, directory)
-
-
-def _write_shards(directory: Path, parts: Iterator[tuple[str, Tensor]], stem: str) -> None:
-    """stem.safetensors, or stem-0000i-of-0000n.safetensors with an index where one file would be too large."""
-    shards, shard, size, total = [], {}, 0, 0
-
-    def flush() -> None:
-        save_file(shard, directory / f"{stem}-{len(shards)}.tmp", {"format": "pt"})
-        shards.append(list(shard))
-        shard.clear()
-
-    for name, tensor in parts:
-        nbytes = tensor.numel() * tensor.element_size()
-        if shard and size + nbytes > SHARD_BYTES:
-            flush()
-            size = 0
-        shard[name] = tensor.cpu().contiguous()
-        size, total = size + nbytes, total + nbytes
-    flush()
-    if len(shards) == 1:
-        os.replace(directory / f"{stem}-0.tmp", directory / f"{stem}.safetensors")
-        return
-    weight_map = {}
-    for i, names in enumerate(shards):
-        file = f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors"
-        os.replace(directory / f"{stem}-{i}.tmp", directory / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -31,7 +31,8 @@ class RunFolder:
         self.path, self.model = path, path / "model"
         self.losses: list[tuple[int, float]] = []
         self.devs: list[tuple[int, float]] = []
-        self._metrics, self._trajectory = (open(path / name, "w") for name in ("metrics.jsonl", "trajectory"))
+        self._metrics = open(path / "metrics.jsonl", "w")  # noqa: SIM115 (open for the whole run)
+        self._trajectory = open(path / "trajectory", "w")  # noqa: SIM115
 
     def write_config(self, flags: dict, base_sha256: str, data_files: list[Path]) -> None:
         data = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in data_files}

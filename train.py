@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -117,26 +118,23 @@ def resolve_defaults(c: Config) -> Config:
 
 def validate(c: Config) -> None:
     """Ranges and combinations; what files hold is checked where it is read."""
-    at_least_one = ("steps", "queries", "batch_size", "micro_batch_size", "eval_every", "num_train", "num_dev",
-                    "num_eval")  # fmt: skip
-    for name in at_least_one:
-        if getattr(c, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(c, name)}")
-    if not (math.isfinite(c.lr) and c.lr >= 0):
-        raise ValueError(f"--lr must be a finite number, 0 or more, got {c.lr}")
-    if not (math.isfinite(c.eps) and c.eps > 0):
-        raise ValueError(f"--eps must be a finite number above 0, got {c.eps}")
-    if c.k < 0:
-        raise ValueError(f"--k must be 0 or more, got {c.k}")
-    if not 0 <= c.seed < 2**64:
-        raise ValueError(f"--seed must be in [0, 2^64), got {c.seed}")
-    if not 0 <= c.data_seed < 2**32:
-        raise ValueError(f"--data-seed must be in [0, 2^32), got {c.data_seed}")
-    if c.max_length < 16:
-        raise ValueError(f"--max-length must be at least 16, got {c.max_length}")
+    counts = ("steps", "queries", "batch_size", "micro_batch_size", "eval_every", "num_train", "num_dev", "num_eval")
+    ranges = {name: (1, math.inf) for name in counts} | {
+        "lr": (0, sys.float_info.max),
+        "eps": (sys.float_info.min, sys.float_info.max),
+        "k": (0, math.inf),
+        "seed": (0, 2**64 - 1),
+        "data_seed": (0, 2**32 - 1),
+        "max_length": (16, math.inf),
+    }
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(c, name) <= high:  # NaN fails too
+            raise ValueError(f"--{name.replace('_', '-')} must be in [{low}, {high}], got {getattr(c, name)}")
     if c.method == "mezo" and (c.direction_bits != "full" or c.weights not in ("fp32", "bf16")):
-        raise ValueError("--method mezo means Gaussian directions on fp32 or bf16 weights; for others use quzo, got "
-                         f"--direction-bits {c.direction_bits} --weights {c.weights}")  # fmt: skip
+        raise ValueError(
+            "--method mezo means Gaussian directions on fp32 or bf16 weights; use quzo for others, got "
+            f"--direction-bits {c.direction_bits} --weights {c.weights}"
+        )
     if c.device != "cpu" and not c.device.startswith("cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {c.device!r}")
     if c.device.startswith("cuda") and not torch.cuda.is_available():
@@ -205,9 +203,8 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop) -> dict:
     bar = tqdm(range(c.steps), unit="step", file=sys.stderr, dynamic_ncols=True)
     for step in bar:
         examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, len(problem.train))]
-        queries = estimate(
-            lm.store, lambda view: loss_of(problem, examples, c.micro_batch_size, view), c.seed, step, zo, lm.dtype
-        )
+        loss_fn = partial(loss_of, problem, examples, c.micro_batch_size)
+        queries = estimate(lm.store, loss_fn, c.seed, step, zo, lm.dtype)
         slopes = [query.slope for query in queries]
         if not all(map(math.isfinite, slopes)):
             raise ValueError(f"the loss is not finite at step {step + 1}: try a smaller --lr than {c.lr}")

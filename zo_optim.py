@@ -121,11 +121,12 @@ class Query:
     slope: float
 
 
+Store = dict[str, Stored]
 LossFn = Callable[[Pair], Tensor]  # a view of P = 2 probes -> [2] losses
 
 
 @torch.no_grad()
-def estimate(store: dict[str, Stored], loss_fn: LossFn, seed: int, step: int, zo: ZO, dtype: torch.dtype) -> list[Query]:
+def estimate(store: Store, loss_fn: LossFn, seed: int, step: int, zo: ZO, dtype: torch.dtype) -> list[Query]:
     """The n queries of one step, all at the same weights.  Reads the store and never writes it."""
     queries = []
     for q in range(zo.queries):
@@ -135,7 +136,7 @@ def estimate(store: dict[str, Stored], loss_fn: LossFn, seed: int, step: int, zo
 
 
 @torch.no_grad()
-def update(store: dict[str, Stored], slopes: list[float], seed: int, step: int, zo: ZO, lr: float) -> Tensor:
+def update(store: Store, slopes: list[float], seed: int, step: int, zo: ZO, lr: float) -> Tensor:
     """w <- w - lr / n * slope_i * u2_i for each query i in turn, each landing on the weight's grid (algorithm 1).
 
     This is all that ever writes a weight, and it needs no forward pass: (seed, step, slopes, lr) redo it.

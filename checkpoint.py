@@ -1,0 +1,153 @@
+"""Model directories on disk: strict reading of safetensors, one tensor at a time, and atomic writing.
+
+Nothing is ever unpickled, and nothing outside the directory is read or written.  Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def find_tensors(directory: Path, stem: str = "model") -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it: stem.safetensors, or its index and shards.
+
+    Raises ValueError for a directory without either, a broken file, an index that names a missing file or one
+    outside the directory, and shards that hold other tensors than the index says.
+    """
+    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        return dict.fromkeys(_names(single), single)
+    if not index.is_file():
+        raise ValueError(f"{directory} has no {single.name}{_pickle_advice(directory)}")
+    shards = _read_index(index)
+    held = {name: shard for shard in set(shards.values()) for name in _names(directory / shard)}
+    wrong = sorted(n for n in held.keys() | shards.keys() if held.get(n) != shards.get(n))
+    if wrong:
+        raise ValueError(f"{index} and its shards disagree about {some(wrong)}")
+    return {name: directory / shard for name, shard in shards.items()}
+
+
+def _pickle_advice(directory: Path) -> str:
+    pickles = sorted(p.name for p in (*directory.glob("*.bin"), *directory.glob("*.pt*")))
+    if not pickles:
+        return ""
+    return (
+        f", only {pickles[0]}: pickles can run code and are never loaded; convert it once, somewhere you trust it, "
+        "with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+    )
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> shard file name, each a plain name of a file beside the index."""
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        shards = {name: str(weight_map[name]) for name in weight_map}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is not a safetensors index: {error!r}") from None
+    for shard in sorted(set(shards.values())):
+        if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\\" in shard:
+            raise ValueError(f"{index} names {shard!r}, which is not a plain file name in its own directory")
+        if not (index.parent / shard).is_file():
+            raise ValueError(f"{index} names {shard}, which is not in {index.parent}")
+    return shards
+
+
+def _names(path: Path) -> list[str]:
+    with _open(path) as file:
+        return list(file.keys())
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_names(directory: Path, found: set[str], wanted: set[str], ignorable: Callable[[str], bool]) -> None:
+    """Raises ValueError with the names that are missing or unexpected."""
+    missing = sorted(wanted - found)
+    unexpected = sorted(n for n in found - wanted if not ignorable(n))
+    if missing or unexpected:
+        told = [f"{what}: {some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
+        raise ValueError(f"{directory}: {'; '.join(told)}")
+
+
+def read_tensors(files: dict[str, Path], shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors named in shapes, one at a time: name, tensor on the CPU."""
+    for path in sorted(set(files.values())):
+        with _open(path) as file:
+            for name in (n for n in shapes if files[n] == path):
+                found = torch.Size(file.get_slice(name).get_shape())
+                if found != shapes[name]:
+                    raise ValueError(f"{path}: {name} is {list(found)}, config.json makes it {list(shapes[name])}")
+                yield name, file.get_tensor(name)
+
+
+SHARD_BYTES = 2**31  # a file holds at most this, so saving needs no second copy of the model in memory
+
+
+def write_directory(
+    directory: Path, config: dict, other_files: list[Path], tensors: Iterable[tuple[str, Tensor]], stem: str = "model"
+) -> None:
+    """Write config.json, copies of other files, and the tensors.
+
+    Everything is written beside the target and renamed at the end, so that a killed process leaves the old
+    directory or the new one.
+    """
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in other_files:
+        shutil.copyfile(file, partial / file.name)
+    _write_shards(partial, tensors, stem)
+    if directory.exists():
+        old = directory.with_name(directory.name + ".old")
+        os.replace(directory, old)
+        os.replace(partial, directory)
+        shutil.rmtree(old)
+    else:
+        os.replace(partial, directory)
+
+
+def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], stem: str) -> None:
+    """stem.safetensors, or stem-0000i-of-0000n.safetensors with an index where one file would be too large."""
+    shards, shard, size, total = [], {}, 0, 0
+
+    def flush() -> None:
+        save_file(shard, directory / f"{stem}-{len(shards)}.tmp", {"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        if shard and size + nbytes > SHARD_BYTES:
+            flush()
+            size = 0
+        shard[name] = tensor.cpu().contiguous()
+        size, total = size + nbytes, total + nbytes
+    flush()
+    if len(shards) == 1:
+        os.replace(directory / f"{stem}-0.tmp", directory / f"{stem}.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors"
+        os.replace(directory / f"{stem}-{i}.tmp", directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
