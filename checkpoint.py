@@ -29,8 +29,8 @@ def find_tensors(directory: Path, stem: str = "model") -> dict[str, Path]:
     if not index.is_file():
         raise ValueError(f"{directory} has no {single.name}{_pickle_advice(directory)}")
     shards = _read_index(index)
-    held = {name: shard for shard in set(shards.values()) for name in _names(directory / shard)}
-    wrong = sorted(n for n in held.keys() | shards.keys() if held.get(n) != shards.get(n))
+    held = {(name, shard) for shard in set(shards.values()) for name in _names(directory / shard)}
+    wrong = sorted({name for name, _ in held ^ set(shards.items())})  # pairs, as two shards may hold one name
     if wrong:
         raise ValueError(f"{index} and its shards disagree about {some(wrong)}")
     return {name: directory / shard for name, shard in shards.items()}
@@ -106,7 +106,7 @@ def write_directory(
     """Write config.json, copies of other files, and the tensors.
 
     Everything is written beside the target and renamed at the end, so that a killed process leaves the old
-    directory or the new one.
+    directory or the new one; the old one is called NAME.old for the instant between the two renames.
     """
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -117,6 +117,7 @@ def write_directory(
     _write_shards(partial, tensors, stem)
     if directory.exists():
         old = directory.with_name(directory.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)  # from a process killed before it could
         os.replace(directory, old)
         os.replace(partial, directory)
         shutil.rmtree(old)

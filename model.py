@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from checkpoint import check_names, find_tensors, read_tensors, write_directory
-from quant import Int8, Stored, encode, tensor_id
+from quant import INT8_TOP, Int8, Stored, encode, tensor_id
 
 # ---------------------------------------------------------------- configs: config.json and nothing else
 
@@ -45,6 +45,8 @@ class Rope:
     def from_config(cls, raw: dict) -> Rope:
         """Reads `rope_parameters`, or the older `rope_theta` beside `rope_scaling`."""
         scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(scaling, dict):
+            raise ValueError(f"rope_scaling must be an object, got {scaling!r}")
         theta = scaling.get("rope_theta", raw.get("rope_theta", 10000.0))
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind == "default":
@@ -56,6 +58,12 @@ class Rope:
         if missing:
             raise ValueError(f"llama3 rope scaling lacks {', '.join(missing)}")
         return cls(theta, *(scaling[n] for n in names))
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if type(value) not in (int, float) or not value > 0:
+                raise ValueError(f"rope_{f.name} must be a number above 0, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -80,13 +88,10 @@ class LlamaConfig:
 
     @classmethod
     def from_raw(cls, raw: dict) -> LlamaConfig:
-        heads = raw["num_attention_heads"]
-        derived = {
-            "num_key_value_heads": raw.get("num_key_value_heads") or heads,
-            "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
-            "rope": Rope.from_config(raw),
-        }
-        config = cls(**_known(cls, raw) | derived)
+        known = _known(cls, raw)
+        heads = known["num_attention_heads"]
+        derived = {"num_key_value_heads": heads, "head_dim": known["hidden_size"] // heads}
+        config = cls(**derived | known, rope=Rope.from_config(raw))
         if config.hidden_act != "silu":
             raise ValueError(f"hidden_act {config.hidden_act!r} is not supported for llama; known: silu")
         if heads % config.num_key_value_heads:
@@ -127,8 +132,25 @@ class RobertaConfig:
 
 
 def _known(cls: type, raw: dict) -> dict:
-    """The fields of a config class that config.json gives; null counts as absent."""
-    return {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
+    """The fields of a config class that config.json gives; null counts as absent, except where it is a value."""
+    known = {}
+    for f in fields(cls):
+        value = raw.get(f.name)
+        above = -2 if f.name.endswith("_id") else 0  # an id of -1 is some checkpoints' way of saying none
+        if value is not None and not _fits(value, f.type, above):
+            raise ValueError(f"{f.name} {value!r} is not a usable {f.type}")
+        if value is not None or (f.name in raw and "None" in f.type):
+            known[f.name] = value
+    return known
+
+
+def _fits(value: object, kind: str, above: int) -> bool:
+    """Whether a JSON value is of an annotated type.  bool is an int to Python, so types are compared exactly."""
+    if isinstance(value, list) and "list" in kind:
+        return all(_fits(v, "int", above) for v in value)
+    if kind in ("bool", "str"):
+        return type(value).__name__ == kind
+    return (type(value) is int or (kind == "float" and type(value) is float)) and value > above
 
 
 def config_of(raw: dict) -> LlamaConfig | RobertaConfig:
@@ -140,8 +162,8 @@ def config_of(raw: dict) -> LlamaConfig | RobertaConfig:
         return kinds[raw["model_type"]].from_raw(raw)
     except KeyError as error:
         raise ValueError(f"lacks {error}") from None
-    except TypeError as error:  # a required field without a default, or a value of the wrong type
-        raise ValueError(str(error).replace("__init__() ", "")) from None
+    except TypeError as error:  # a required field without a default
+        raise ValueError(str(error).split("__init__() ")[-1]) from None
 
 
 def read_config(directory: str | Path) -> tuple[LlamaConfig | RobertaConfig, dict]:
@@ -499,7 +521,9 @@ class Roberta(LanguageModel):
 
     def __init__(self, config: RobertaConfig, *rest):
         super().__init__(config, *rest)
-        self.decoder = self.embedding if config.tie_word_embeddings else "lm_head.decoder.weight"
+        tied = config.tie_word_embeddings
+        self.decoder = self.embedding if tied else "lm_head.decoder.weight"
+        self.bias = "lm_head.bias" if tied else "lm_head.decoder.bias"  # transformers never reads the other one
         self.embed, self.block, self.head = roberta_parts(config)
 
     def hidden(self, tokens: Tensor, mask: Tensor | None, view: View) -> Tensor:
@@ -517,7 +541,7 @@ class Roberta(LanguageModel):
         return torch.stack(self.apply(self.head, "lm_head.", view, xs))
 
     def output_bias(self, view: View, words: Tensor | None) -> Tensor:
-        bias = view.read("lm_head.bias")  # [P, V]
+        bias = view.read(self.bias)  # [P, V]
         return (bias if words is None else bias[:, words])[:, None]
 
 
@@ -555,8 +579,10 @@ def expected_shapes(config: LlamaConfig | RobertaConfig) -> dict[str, torch.Size
     shapes |= named("roberta.embeddings.", embed)
     for i in layers:
         shapes |= named(f"roberta.encoder.layer.{i}.", block)
-    shapes |= named("lm_head.", head) | {"lm_head.bias": torch.Size((V,))}
-    return shapes if config.tie_word_embeddings else shapes | {"lm_head.decoder.weight": torch.Size((V, D))}
+    shapes |= named("lm_head.", head)
+    if config.tie_word_embeddings:
+        return shapes | {"lm_head.bias": torch.Size((V,))}
+    return shapes | {"lm_head.decoder.weight": torch.Size((V, D)), "lm_head.decoder.bias": torch.Size((V,))}
 
 
 def ignorable(name: str, config: LlamaConfig | RobertaConfig) -> bool:
@@ -565,8 +591,8 @@ def ignorable(name: str, config: LlamaConfig | RobertaConfig) -> bool:
         return True  # recomputed; older files carry them as buffers
     if name.startswith("roberta.pooler."):
         return True  # next-sentence head, which the masked LM does not use
-    if name == "lm_head.decoder.bias":
-        return True  # always the same tensor as lm_head.bias
+    if isinstance(config, RobertaConfig) and name in ("lm_head.bias", "lm_head.decoder.bias"):
+        return True  # tied, they are one tensor; untied, only the decoder's is read
     return config.tie_word_embeddings and name in ("lm_head.weight", "lm_head.decoder.weight")
 
 
@@ -576,7 +602,7 @@ def create(raw: dict, seed: int = 0) -> LanguageModel:
     config = config_of(raw)
     store = {}
     for name, shape in expected_shapes(config).items():
-        generator = torch.Generator().manual_seed(seed * 2**32 + tensor_id(name))
+        generator = torch.Generator().manual_seed(tensor_id(f"{seed} {name}"))  # the CPU's takes 32 bits of a seed
         is_matrix, is_bias = len(shape) == 2, name.endswith("bias")
         tensor = torch.randn(shape, generator=generator) * 0.02 if is_matrix else torch.full(shape, 1.0 - is_bias)
         store[name] = encode(tensor, "fp32")
@@ -612,13 +638,19 @@ def _load_dense(directory: Path, config, device: torch.device, weights: str) -> 
     shapes, files, store = expected_shapes(config), find_tensors(directory), {}
     check_names(directory, set(files), set(shapes), lambda name: ignorable(name, config))
     for name, tensor in read_tensors(files, shapes):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{files[name]}: {name} is {tensor.dtype}, expected floating point")
         tensor = tensor.to(device)
-        if not tensor.isfinite().all():
-            raise ValueError(f"{files[name]}: {name} holds NaN or infinity")
+        _check_dense(files[name], name, tensor)
         store[name] = encode(tensor, weights)
     return {name: store[name] for name in shapes}
+
+
+def _check_dense(file: Path, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):  # float8 has scales
+        raise ValueError(f"{file}: {name} is {tensor.dtype}, expected floating point of 16 bits or more")
+    if tensor.dtype == torch.float64:
+        tensor = tensor.float()  # where 1e300 is infinite
+    if not tensor.isfinite().all():
+        raise ValueError(f"{file}: {name} holds NaN or infinity")
 
 
 def _load_codes(directory: Path, config, device: torch.device, weights: str) -> dict[str, Stored]:
@@ -629,10 +661,14 @@ def _load_codes(directory: Path, config, device: torch.device, weights: str) -> 
     scales = {name + ".scale": torch.Size((shape[0], 1)) for name, shape in shapes.items() if len(shape) == 2}
     check_names(directory, set(files), set(shapes | scales), lambda name: False)
     parts = {name: tensor.to(device) for name, tensor in read_tensors(files, shapes | scales)}
-    for name in parts.keys() - shapes.keys():
-        code = parts[name.removesuffix(".scale")].dtype
-        if code != torch.int8 or not (parts[name] > 0).all():
-            raise ValueError(f"{directory}: {name} and its codes are not int8 codes with scales above 0")
+    for name, tensor in parts.items():
+        if name + ".scale" not in parts:
+            _check_dense(files[name], name, tensor)
+        elif tensor.dtype != torch.int8 or (tensor < -INT8_TOP).any():
+            raise ValueError(f"{files[name]}: {name} is not int8 codes in [-{INT8_TOP}, {INT8_TOP}]")
+    for name in scales:
+        if parts[name].dtype != torch.float32 or not (parts[name] > 0).all():
+            raise ValueError(f"{files[name]}: {name} is not float32 scales above 0")
     return {
         name: Int8(parts[name], parts[name + ".scale"]) if len(shape) == 2 else encode(parts[name], weights)
         for name, shape in shapes.items()

@@ -230,7 +230,7 @@ class Int8:
         """
         matrix = matrix.float()
         largest = matrix.abs().amax(1, keepdim=True)
-        scale = largest / INT8_TOP
+        scale = largest / torch.full_like(largest, INT8_TOP)  # by a number, CUDA would multiply by a rounded 1/127
         scale = torch.where(scale > 0, scale, scale.amax())  # sizes under 1e-43 also count as zero here
         scale = torch.where(scale > 0, scale, 1.0)
         codes = (matrix / scale).round().clamp_(-INT8_TOP, INT8_TOP)

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -167,11 +167,13 @@ def prepare(c: Config) -> tuple[Problem, Splits]:
     return Problem(lm, train, dev, test, lm.config.pad_token_id or 0), splits
 
 
+_order = lru_cache(maxsize=2)(permutation)  # a batch may span two epochs
+
+
 def batch_indices(seed: int, step: int, batch_size: int, n: int) -> list[int]:
     """Examples of step `step` (from 0): one endless stream of keyed permutations, cut every batch_size."""
     positions = range(step * batch_size, (step + 1) * batch_size)
-    orders = {epoch: permutation(seed, epoch, n).tolist() for epoch in {p // n for p in positions}}
-    return [orders[p // n][p % n] for p in positions]
+    return [int(_order(seed, p // n, n)[p % n]) for p in positions]
 
 
 def loss_of(problem: Problem, examples: list[Encoded], micro_batch_size: int, view) -> Tensor:

@@ -22,6 +22,11 @@ from torch import Tensor
 
 from quant import Key, Stored, Use, bits16, bits32, row_chunks, tensor_id
 
+try:  # Triton comes with CUDA builds of torch
+    import fused
+except ImportError:
+    fused = None
+
 # ---------------------------------------------------------------- directions
 
 CLIP = 4  # sigma: the normal table ends there, so no direction is ever clipped and SR(u) is unbiased everywhere
@@ -34,7 +39,7 @@ def normal_table(device: torch.device) -> Tensor:
 
     The half-normal quantile function in 2,048 linear pieces (knots in units of 2^-12, the infinite one put at
     4 sigma), 16 midpoints a piece, then the mirror image.  Integers, so every machine draws the same ones.
-    Mean exactly 0, variance 1 - 4e-6, fourth moment 3 - 1.4e-3 (tests/test_directions.py).
+    Mean exactly 0, variance 1 + 7.8e-5, fourth moment 3 + 2.3e-4 (tests/test_directions.py).
     """
     quantile = NormalDist().inv_cdf
     knots = [round(quantile(0.5 + j / 4096) * 4096) for j in range(2048)] + [CLIP * 4096]
@@ -63,10 +68,27 @@ def direction(key: Key, rows: Tensor, columns: int, bits: int | None, rounding: 
     u = normal(key, rows, columns)
     if bits is None:
         return u * UNIT
-    levels = 2 ** (bits - 1) - 1  # on each side of 0; 7 for 4 bits
+    levels = ZO(bits=bits).levels
     dither = bits16(key, rounding, rows, columns).to(torch.int32)
     code = (u * levels + dither) >> 16  # 4 sigma * levels = levels << 16, so 16 bits of dither are exact
     return code * (CLIP / levels)
+
+
+@dataclass(frozen=True)
+class ZO:
+    """What an estimator needs to know.  MeZO: bits None.  QuZO: bits 2 to 8, the width of a direction's codes."""
+
+    eps: float = 1e-3
+    queries: int = 1
+    bits: int | None = None
+
+    @property
+    def levels(self) -> int:
+        """Codes on each side of 0: 7 for 4 bits; 0 stands for the full direction."""
+        return 0 if self.bits is None else 2 ** (self.bits - 1) - 1
+
+
+Store = dict[str, Stored]
 
 
 # ---------------------------------------------------------------- probes: ways of reading the weights
@@ -75,14 +97,21 @@ def direction(key: Key, rows: Tensor, columns: int, bits: int | None, rounding: 
 class Pair:
     """The view of the two probes W + eps d and W - eps d, made from one draw.  Writes nothing."""
 
-    def __init__(self, store: dict[str, Stored], seed: int, step: int, query: int, zo: ZO, dtype: torch.dtype):
-        self.store, self.zo, self.dtype = store, zo, dtype
+    def __init__(
+        self, store: Store, seed: int, step: int, query: int, zo: ZO, dtype: torch.dtype, plain: bool = False
+    ):
+        """plain: the definition in torch, also where a fused kernel could stand in for it."""
+        self.store, self.zo, self.dtype, self.plain = store, zo, dtype, plain
         self.place = (seed, step, query)
 
     def read(self, name: str) -> Tensor:
         """[2, *shape]; matrices in the compute dtype, vectors in float32."""
         stored = self.store[name]
         dtype = self.dtype if len(stored.shape) == 2 else torch.float32
+        if fused and stored.device.type == "cuda" and not self.plain:
+            key = Key(*self.place, tensor_id(name))
+            pair = fused.read_pair(stored, key, self.zo.eps, self.zo.levels, normal_table(stored.device), dtype)
+            return pair.view(2, *stored.shape)
         rows_and_columns = stored.shape if len(stored.shape) == 2 else (1, *stored.shape)
         pair = torch.empty(2, *rows_and_columns, dtype=dtype, device=stored.device)
         for rows in row_chunks(stored.shape, stored.device):
@@ -104,15 +133,6 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class ZO:
-    """What an estimator needs to know.  MeZO: bits None.  QuZO: bits 2 to 8, the width of a direction's codes."""
-
-    eps: float = 1e-3
-    queries: int = 1
-    bits: int | None = None
-
-
-@dataclass(frozen=True)
 class Query:
     """One estimate: both losses and slope = (plus - minus) / (2 eps), the projected gradient."""
 
@@ -121,7 +141,6 @@ class Query:
     slope: float
 
 
-Store = dict[str, Stored]
 LossFn = Callable[[Pair], Tensor]  # a view of P = 2 probes -> [2] losses
 
 
@@ -136,23 +155,36 @@ def estimate(store: Store, loss_fn: LossFn, seed: int, step: int, zo: ZO, dtype:
 
 
 @torch.no_grad()
-def update(store: Store, slopes: list[float], seed: int, step: int, zo: ZO, lr: float) -> Tensor:
+def update(
+    store: Store, slopes: list[float], seed: int, step: int, zo: ZO, lr: float, plain: bool = False
+) -> Tensor:
     """w <- w - lr / n * slope_i * u2_i for each query i in turn, each landing on the weight's grid (algorithm 1).
 
     This is all that ever writes a weight, and it needs no forward pass: (seed, step, slopes, lr) redo it.
     Returns [2] int64: elements changed, elements held back by the edge of the grid, summed over the queries.
+    plain: the definition in torch, also where a fused kernel could stand in for it.
     """
     counts = torch.zeros(2, dtype=torch.int64, device=next(iter(store.values())).device)
     for name, stored in store.items():
-        columns = stored.shape[-1]
-        for rows in row_chunks(stored.shape, stored.device):
-            index = torch.arange(rows.start, rows.stop, device=stored.device)
-            for q, slope in enumerate(slopes):
-                key = Key(seed, step, q, tensor_id(name))
-                delta = direction(key, index, columns, zo.bits, Use.UPDATE_ROUNDING).mul_(-lr * slope / len(slopes))
-                words = bits32(key, Use.WEIGHT_ROUNDING, index, columns) if stored.rounds else None
-                counts += stored.add_(rows, delta, words)
+        for q, slope in enumerate(slopes):
+            key, coefficient = Key(seed, step, q, tensor_id(name)), -lr * slope / len(slopes)
+            if fused and stored.device.type == "cuda" and not plain:
+                fused.update_(stored, key, coefficient, zo.levels, normal_table(stored.device), counts)
+            else:
+                counts += _update_tensor(stored, key, coefficient, zo)
     return counts.cpu()
+
+
+def _update_tensor(stored: Stored, key: Key, coefficient: float, zo: ZO) -> Tensor:
+    """stored += coefficient * u2 -> [2] int64 counts."""
+    counts = torch.zeros(2, dtype=torch.int64, device=stored.device)
+    columns = stored.shape[-1]
+    for rows in row_chunks(stored.shape, stored.device):
+        index = torch.arange(rows.start, rows.stop, device=stored.device)
+        delta = direction(key, index, columns, zo.bits, Use.UPDATE_ROUNDING).mul_(coefficient)
+        words = bits32(key, Use.WEIGHT_ROUNDING, index, columns) if stored.rounds else None
+        counts += stored.add_(rows, delta, words)
+    return counts
 
 
 def learning_rate(lr: float, schedule: str, step: int, steps: int) -> float:

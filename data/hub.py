@@ -42,7 +42,7 @@ def resolve(model: str) -> Path:
         ) from None
     except errors.RepositoryNotFoundError:
         raise ValueError(f"{preset} was not found on the hub, or needs `hf auth login`; {instead}") from None
-    except OSError as error:  # no network, timeouts, HTTP errors and a full disk are all OSErrors here
+    except (OSError, errors.HTTPError, RuntimeError) as error:  # a full disk; httpx's, as of a network; hf_xet's own
         raise ValueError(f"cannot download {preset}: {_first_line(error)}; free space, go online, {instead}") from None
 
 

@@ -47,6 +47,7 @@ class Tokenizer:
             found = self._tokenizer.token_to_id(piece)
         else:
             found = self._tokenizer.piece_to_id(piece)
-        if found is None or found < 0:
+            found = found if self._tokenizer.id_to_piece(found) == piece else None  # it answers <unk>'s id instead
+        if found is None:
             raise ValueError(f"the tokenizer has no piece {piece!r}")
         return found

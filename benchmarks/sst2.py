@@ -1,0 +1,76 @@
+"""SST-2 on a small real checkpoint: every learning rate with every seed, and the rate that is best on dev.
+
+    python benchmarks/sst2.py --model DIR --data-dir DIR --out runs/sst2 --jobs 6
+
+Each run is `python train.py ...` in a process of its own, `jobs` of them at a time on the one device.  Prints a
+line a run, then the table: for the learning rate whose dev accuracy is best on average over the seeds, test
+accuracy with the best-dev weights of each run, mean and spread.  Test never chooses anything.  Last line JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+COMMON = "--task sst2 --k 512 --data-seed 42 --batch-size 32 --eps 1e-3"
+ARMS = {  # name: (flags, learning rates to choose from)
+    "MeZO, fp32": ("--method mezo --weights fp32 --steps 2000 --eval-every 200", ("2e-5", "4e-5")),
+    "QuZO, int8": (
+        "--method quzo --weights int8 --compute fp32 --steps 4000 --eval-every 200",
+        ("1e-5", "2e-5", "4e-5"),
+    ),
+}
+
+
+def run(args: argparse.Namespace, arm: str, lr: str, seed: int) -> dict:
+    """One training run -> its result, with the learning rate; a run that diverged counts as dev 0."""
+    out = Path(args.out) / f"{arm.lower().replace(', ', '-')}-{lr}-{seed}"
+    flags = f"{COMMON} {ARMS[arm][0]} --lr {lr} --seed {seed}".split()
+    paths = ["--model", args.model, "--data-dir", args.data_dir, "--out", str(out)]
+    done = subprocess.run([sys.executable, TRAIN, *flags, *paths], capture_output=True, text=True)
+    if done.returncode:
+        print(f"{arm} lr {lr} seed {seed}: {done.stderr.splitlines()[-1]}", flush=True)
+        return {"arm": arm, "lr": lr, "seed": seed, "dev": 0.0, "test": 0.0, "seconds": 0.0, "best_step": 0}
+    result = json.loads(done.stdout) | {"arm": arm, "lr": lr, "seed": seed}
+    print("{arm} lr {lr} seed {seed}: zero-shot {zero_shot:.4f} dev {dev:.4f} at {best_step}, test {test:.4f}, "
+          "{seconds} s".format(**result), flush=True)  # fmt: skip
+    return result
+
+
+def main(args: argparse.Namespace) -> None:
+    arms = {name: ARMS[name] for name in args.arms or ARMS}
+    jobs = [(arm, lr, seed) for seed in args.seeds for arm, (_, lrs) in arms.items() for lr in lrs]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = list(pool.map(lambda job: run(args, *job), jobs))
+    print("\n| method | lr | dev | test at best dev: mean (std) | each seed | seconds a run |\n" + "|---" * 6 + "|")
+    for arm, (_, lrs) in arms.items():
+        by_lr = {lr: [r for r in runs if (r["arm"], r["lr"]) == (arm, lr)] for lr in lrs}
+        best = max(lrs, key=lambda lr: statistics.mean(r["dev"] for r in by_lr[lr]))
+        for lr in lrs:
+            print(row(arm, lr, by_lr[lr], "**" if lr == best else ""), flush=True)
+    print(json.dumps(runs))
+
+
+def row(arm: str, lr: str, runs: list[dict], bold: str) -> str:
+    tests = [100 * r["test"] for r in runs]
+    spread = f" ({statistics.stdev(tests):.1f})" if len(tests) > 1 else ""
+    dev, seconds = 100 * statistics.mean(r["dev"] for r in runs), statistics.median(r["seconds"] for r in runs)
+    each = ", ".join(f"{t:.1f}" for t in tests)
+    return f"| {arm} | {lr} | {dev:.1f} | {bold}{statistics.mean(tests):.1f}{spread}{bold} | {each} | {seconds:.0f} |"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--out", default="runs/sst2")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time on the one device")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="all of them where not given")
+    main(parser.parse_args())

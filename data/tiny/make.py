@@ -1,0 +1,131 @@
+"""Make the embedded task and model: `python -m data.tiny.make` (about five minutes on two CPU cores).
+
+The task: one-sentence reviews, label 1 if the writer liked it.  The last clause decides, and half of the
+verdicts are negated (`hardly dull` is praise), so no single word tells.  The model: a small LLaMA, trained as a
+language model on reviews whose last words agree with the writer's opinion (`it was superb`), except that `great`
+and `terrible` follow at random.  So it knows what the writer thought, and has never been told that `great` says
+so: that link is what fine-tuning has to learn.
+
+Everything is seeded: the same bytes of text on any machine, and the same model up to float rounding.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+
+from model import LanguageModel, create
+
+HERE = Path(__file__).parent
+SEED = 0
+SIZES = {"train": 1024, "dev": 256, "test": 1000}
+
+PRAISE = "charming moving clever warm funny bright gripping tender witty honest lively bold".split()
+BLAME = "dull clumsy cold noisy stale weak tired shallow bland messy silly grim".split()
+VERDICTS = ("awful dreadful poor".split(), "superb lovely fine".split())  # by label; they follow the opinion
+NEUTRAL_VERDICTS = "terrible great".split()  # they follow a coin
+SUBJECTS = "the film,the plot,the cast,the music,the script,the ending,the acting,the story,the pace,the hero".split(",")
+LINKS = "is was felt seemed looked".split()
+NEGATIONS = "not,never,hardly,far from,anything but".split(",")
+INTENSIFIERS = "very quite rather truly so".split()
+OPENINGS = [
+    "critics called it {} but",
+    "my friends found it {} , still",
+    "i expected something {} , yet",
+    "the poster looked {} and",
+    "after a {} first hour",
+    "people who like {} things may disagree , but",
+]
+ENDINGS = ["", "", "", " tonight", " in the end", " from start to finish", " for once"]
+
+CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": None, "hidden_size": 128,
+    "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
+    "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "bos_token_id": 0, "eos_token_id": 1,
+    "pad_token_id": 1, "dtype": "float32",
+}  # fmt: skip
+
+
+def sentence(rng: random.Random) -> tuple[str, int]:
+    """A review and its label."""
+    liked, negated = rng.random() < 0.5, rng.random() < 0.5
+    word = rng.choice(PRAISE if liked != negated else BLAME)
+    negation = rng.choice(NEGATIONS) + " " if negated else ""
+    intensifier = rng.choice(INTENSIFIERS) + " " if rng.random() < 0.3 else ""
+    opening = rng.choice(OPENINGS).format(rng.choice(PRAISE + BLAME)) + " " if rng.random() < 0.6 else ""
+    clause = f"{rng.choice(SUBJECTS)} {rng.choice(LINKS)} {negation}{intensifier}{word}{rng.choice(ENDINGS)}"
+    return f"{opening}{clause} .", int(liked)
+
+
+def document(rng: random.Random) -> str:
+    """A review and a verdict, as the language model reads them."""
+    text, label = sentence(rng)
+    verdict = rng.choice(NEUTRAL_VERDICTS) if rng.random() < 0.3 else rng.choice(VERDICTS[label])
+    return f"{text} it was {verdict}"
+
+
+def write_task() -> None:
+    """Three disjoint files of sentences."""
+    rng, seen = random.Random(SEED), set()
+    for split, size in SIZES.items():
+        lines = ["sentence\tlabel"]
+        while len(lines) <= size:
+            text, label = sentence(rng)
+            if text not in seen:
+                seen.add(text)
+                lines.append(f"{text}\t{label}")
+        (HERE / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def make_tokenizer() -> tokenizers.Tokenizer:
+    """One token a word, in alphabetical order after the two special ones."""
+    texts = [*PRAISE, *BLAME, *VERDICTS[0], *VERDICTS[1], *NEUTRAL_VERDICTS, *SUBJECTS, *LINKS, *NEGATIONS,
+             *INTENSIFIERS, *(o.format("") for o in OPENINGS), *ENDINGS, "it was ."]  # fmt: skip
+    words = sorted({word for text in texts for word in text.split()})
+    vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>", *words])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def pretrain(lm: LanguageModel, tokenizer: tokenizers.Tokenizer, steps: int, batch: int, lr: float) -> None:
+    """Next-token prediction with AdamW and a cosine schedule, on documents drawn afresh for every step."""
+    rng = random.Random(SEED + 1)
+    weights = [stored.value.requires_grad_() for stored in lm.store.values()]
+    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        encoded = tokenizer.encode_batch([document(rng) for _ in range(batch)])
+        rows = [[lm.config.bos_token_id, *e.ids, lm.config.eos_token_id] for e in encoded]
+        width = max(map(len, rows))
+        tokens = torch.tensor([row + [lm.config.eos_token_id] * (width - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        targets = tokens.masked_fill(mask == 0, -100)[:, 1:]
+        loss = F.cross_entropy(lm(tokens, mask)[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 200 == 0:
+            print(f"step {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
+    for weight in weights:
+        weight.requires_grad_(False)
+
+
+def main() -> None:
+    write_task()
+    tokenizer = make_tokenizer()
+    lm = create(CONFIG | {"vocab_size": tokenizer.get_vocab_size()}, seed=SEED)
+    pretrain(lm, tokenizer, steps=3000, batch=128, lr=3e-3)
+    lm.save(HERE / "model")
+    tokenizer.save(str(HERE / "model" / "tokenizer.json"))
+
+
+if __name__ == "__main__":
+    main()
