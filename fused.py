@@ -118,7 +118,8 @@ def _update_kernel(
     else:
         new = old + delta
         if ROUNDS:
-            new = ((new.to(tl.int32, bitcast=True) + (words & 0xFFFF).to(tl.int32)) & -65536).to(tl.float32, bitcast=True)
+            pattern = new.to(tl.int32, bitcast=True) + (words & 0xFFFF).to(tl.int32)
+            new = (pattern & -65536).to(tl.float32, bitcast=True)
     tl.atomic_add(counts, tl.sum((live & (new != old)).to(tl.int64)))
     tl.store(value + at, new.to(stored.dtype), mask=live)
 

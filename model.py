@@ -173,8 +173,10 @@ def read_config(directory: str | Path) -> tuple[LlamaConfig | RobertaConfig, dic
         raise ValueError(f"{directory} has no config.json; --model takes a Hugging Face model directory or a preset")
     try:
         raw = json.loads(path.read_text())
+        if not isinstance(raw, dict):
+            raise ValueError(f"must hold an object, got {type(raw).__name__}")
         return config_of(raw), raw
-    except (ValueError, AttributeError) as error:  # AttributeError: JSON, but not an object
+    except ValueError as error:  # what json raises is one too
         raise ValueError(f"{path}: {error}") from None
 
 

@@ -46,9 +46,9 @@ class RunFolder:
         self.losses.append((step, loss))
         self._line({"step": step, "slope": slopes} | metrics)
 
-    def dev(self, step: int, accuracy: float, peak_memory_bytes: int) -> None:
+    def dev(self, step: int, accuracy: float, loss: float, peak_memory_bytes: int) -> None:
         self.devs.append((step, accuracy))
-        self._line({"step": step, "dev": accuracy, "peak_memory_bytes": peak_memory_bytes})
+        self._line({"step": step, "dev": accuracy, "dev_loss": loss, "peak_memory_bytes": peak_memory_bytes})
         self.draw()
 
     def result(self, result: dict) -> None:

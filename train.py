@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.hub import PRESETS, resolve
-from data.scoring import Encoded, Encoder, accuracy, collate, losses
+from data.scoring import Encoded, Encoder, collate, evaluate, losses
 from data.tasks import TASKS, Splits, get_task, load_splits
 from data.tokenizer import Tokenizer
 from model import LanguageModel, load
@@ -198,10 +198,13 @@ class Stop:
 
 
 def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop) -> dict:
-    """Run the loop.  Returns what it can say: steps done, dev accuracy and step of the best weights."""
+    """Run the loop.  Returns what it can say: steps done, and dev quality and step of the best weights.
+
+    Best means lowest dev loss, as in MeZO: a finer measure than accuracy, which moves in steps of one example.
+    """
     lm, zo = problem.lm, ZO(c.eps, c.queries, None if c.direction_bits == "full" else int(c.direction_bits))
     elements = sum(math.prod(stored.shape) for stored in lm.store.values())
-    best = {"dev": None, "best_step": 0, "steps": 0}
+    best = {"dev": None, "dev_loss": math.inf, "best_step": 0, "steps": 0}
     bar = tqdm(range(c.steps), unit="step", file=sys.stderr, dynamic_ncols=True)
     for step in bar:
         examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, len(problem.train))]
@@ -220,10 +223,10 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop) -> dict:
         })  # fmt: skip
         best["steps"] = step + 1
         if (step + 1) % c.eval_every == 0 or step + 1 == c.steps:
-            dev = accuracy(lm, problem.dev, problem.pad)
-            folder.dev(step + 1, dev, peak_memory(c.device))
-            if best["dev"] is None or dev > best["dev"]:
-                best |= {"dev": dev, "best_step": step + 1}
+            dev = evaluate(lm, problem.dev, problem.pad)
+            folder.dev(step + 1, dev.accuracy, dev.loss, peak_memory(c.device))
+            if dev.loss < best["dev_loss"]:
+                best |= {"dev": dev.accuracy, "dev_loss": dev.loss, "best_step": step + 1}
                 lm.save_stored(folder.model)
         bar.set_postfix(loss=f"{loss:.3f}", dev="-" if best["dev"] is None else f"{folder.devs[-1][1]:.1%}")
         if stop.wanted:
@@ -250,7 +253,7 @@ def run(c: Config) -> dict:
     folder.write_config(dataclasses.asdict(c), problem.lm.sha256(), splits.files)
     stop = Stop()
     tqdm.write(f"{c.model}, {c.task}, {c.method} on {c.weights} weights, {c.device}; run folder {c.out}", sys.stderr)
-    zero_shot = accuracy(problem.lm, problem.test, problem.pad)
+    zero_shot = evaluate(problem.lm, problem.test, problem.pad).accuracy
     tqdm.write(f"zero-shot test accuracy {zero_shot:.1%}", sys.stderr)
     started = time.perf_counter()
     best = train(c, problem, folder, stop)
@@ -261,8 +264,10 @@ def run(c: Config) -> dict:
         "model": c.model, "task": c.task, "method": c.method, "weights": c.weights,
         "steps": best["steps"], "forwards": 2 * c.queries * best["steps"],
         "trainable_parameters": sum(math.prod(stored.shape) for stored in lm.store.values()),
-        "zero_shot": zero_shot, "dev": best["dev"], "best_step": best["best_step"],
-        "test": None if stop.wanted else accuracy(lm, problem.test, problem.pad), "interrupted": stop.wanted,
+        "zero_shot": zero_shot, "dev": best["dev"], "dev_loss": best["dev_loss"] if best["dev"] is not None else None,
+        "best_step": best["best_step"],
+        "test": None if stop.wanted else evaluate(lm, problem.test, problem.pad).accuracy,
+        "interrupted": stop.wanted,
         "seconds": round(seconds, 1), "peak_memory_bytes": peak_memory(c.device), "weights_sha256": lm.sha256(),
         "out": c.out,
     }  # fmt: skip
@@ -272,11 +277,12 @@ def run(c: Config) -> dict:
 
 def main(argv: list[str]) -> int:
     try:
-        print(json.dumps(run(parse(argv))))
+        result = run(parse(argv))
     except ValueError as error:
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
+    print(json.dumps(result))
+    return 130 if result["interrupted"] else 0  # 128 + SIGINT, as shells count it
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/sst2.py --model DIR --data-dir DIR --out runs/sst2 --jobs 6
 
 Each run is `python train.py ...` in a process of its own, `jobs` of them at a time on the one device.  Prints a
-line a run, then the table: for the learning rate whose dev accuracy is best on average over the seeds, test
-accuracy with the best-dev weights of each run, mean and spread.  Test never chooses anything.  Last line JSON.
+line a run, then the table; bold is the learning rate with the lowest mean dev loss over the seeds, and each run
+is tested with the weights of its lowest dev loss.  Test never chooses anything.  Last line JSON.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ ARMS = {  # name: (flags, learning rates to choose from)
 
 
 def run(args: argparse.Namespace, arm: str, lr: str, seed: int) -> dict:
-    """One training run -> its result, with the learning rate; a run that diverged counts as dev 0."""
+    """One training run -> its result, with the learning rate; a run that diverged counts as chance."""
     out = Path(args.out) / f"{arm.lower().replace(', ', '-')}-{lr}-{seed}"
     flags = f"{COMMON} {ARMS[arm][0]} --lr {lr} --seed {seed}".split()
     paths = ["--model", args.model, "--data-dir", args.data_dir, "--out", str(out)]
     done = subprocess.run([sys.executable, TRAIN, *flags, *paths], capture_output=True, text=True)
     if done.returncode:
         print(f"{arm} lr {lr} seed {seed}: {done.stderr.splitlines()[-1]}", flush=True)
-        return {"arm": arm, "lr": lr, "seed": seed, "dev": 0.0, "test": 0.0, "seconds": 0.0, "best_step": 0}
+        chance = {"dev": 0.5, "dev_loss": 0.6931, "test": 0.5, "seconds": 0.0, "best_step": 0}
+        return {"arm": arm, "lr": lr, "seed": seed} | chance
     result = json.loads(done.stdout) | {"arm": arm, "lr": lr, "seed": seed}
-    print("{arm} lr {lr} seed {seed}: zero-shot {zero_shot:.4f} dev {dev:.4f} at {best_step}, test {test:.4f}, "
-          "{seconds} s".format(**result), flush=True)  # fmt: skip
+    told = "zero-shot {zero_shot:.4f} dev {dev:.4f} loss {dev_loss:.4f} at {best_step}, test {test:.4f}, {seconds} s"
+    print(f"{arm} lr {lr} seed {seed}: {told.format(**result)}", flush=True)
     return result
 
 
@@ -48,10 +49,10 @@ def main(args: argparse.Namespace) -> None:
     jobs = [(arm, lr, seed) for seed in args.seeds for arm, (_, lrs) in arms.items() for lr in lrs]
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = list(pool.map(lambda job: run(args, *job), jobs))
-    print("\n| method | lr | dev | test at best dev: mean (std) | each seed | seconds a run |\n" + "|---" * 6 + "|")
+    print("\n| method | lr | dev loss, accuracy | test: mean (std) | each seed | seconds a run |\n" + "|---" * 6 + "|")
     for arm, (_, lrs) in arms.items():
         by_lr = {lr: [r for r in runs if (r["arm"], r["lr"]) == (arm, lr)] for lr in lrs}
-        best = max(lrs, key=lambda lr: statistics.mean(r["dev"] for r in by_lr[lr]))
+        best = min(lrs, key=lambda lr: statistics.mean(r["dev_loss"] for r in by_lr[lr]))
         for lr in lrs:
             print(row(arm, lr, by_lr[lr], "**" if lr == best else ""), flush=True)
     print(json.dumps(runs))
@@ -60,9 +61,10 @@ def main(args: argparse.Namespace) -> None:
 def row(arm: str, lr: str, runs: list[dict], bold: str) -> str:
     tests = [100 * r["test"] for r in runs]
     spread = f" ({statistics.stdev(tests):.1f})" if len(tests) > 1 else ""
-    dev, seconds = 100 * statistics.mean(r["dev"] for r in runs), statistics.median(r["seconds"] for r in runs)
+    loss, dev, seconds = (statistics.mean(r[name] for r in runs) for name in ("dev_loss", "dev", "seconds"))
     each = ", ".join(f"{t:.1f}" for t in tests)
-    return f"| {arm} | {lr} | {dev:.1f} | {bold}{statistics.mean(tests):.1f}{spread}{bold} | {each} | {seconds:.0f} |"
+    test = f"{bold}{statistics.mean(tests):.1f}{spread}{bold}"
+    return f"| {arm} | {lr} | {loss:.4f}, {100 * dev:.1f} | {test} | {each} | {seconds:.0f} |"
 
 
 if __name__ == "__main__":

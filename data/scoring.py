@@ -138,12 +138,19 @@ def losses(lm, batch: Batch, view) -> Tensor:
     return torch.stack([F.cross_entropy(scores, batch.labels) for scores in option_scores(lm, batch, view)])
 
 
+class Quality(NamedTuple):
+    accuracy: float  # share of examples whose right option scores highest
+    loss: float  # mean cross-entropy of the right option
+
+
 @torch.no_grad()
-def accuracy(lm, encoded: list[Encoded], pad: int, batch_size: int = 128) -> float:
-    """Share of examples whose right option scores highest, with the weights as they are stored."""
+def evaluate(lm, encoded: list[Encoded], pad: int, batch_size: int = 128) -> Quality:
+    """Quality on a split, with the weights as they are stored."""
     in_order = sorted(encoded, key=lambda e: len(e.sequences[0]))  # like lengths together: less padding
-    view, right = lm.stored_view(), 0
+    view, right, loss = lm.stored_view(), 0, 0.0
     for start in range(0, len(in_order), batch_size):
         batch = collate(in_order[start : start + batch_size], pad, lm.device)
-        right += int((option_scores(lm, batch, view)[0].argmax(-1) == batch.labels).sum())
-    return right / len(encoded)
+        scores = option_scores(lm, batch, view)[0]
+        right += int((scores.argmax(-1) == batch.labels).sum())
+        loss += float(F.cross_entropy(scores, batch.labels, reduction="sum"))
+    return Quality(right / len(encoded), loss / len(encoded))

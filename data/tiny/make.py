@@ -28,7 +28,7 @@ PRAISE = "charming moving clever warm funny bright gripping tender witty honest 
 BLAME = "dull clumsy cold noisy stale weak tired shallow bland messy silly grim".split()
 VERDICTS = ("awful dreadful poor".split(), "superb lovely fine".split())  # by label; they follow the opinion
 NEUTRAL_VERDICTS = "terrible great".split()  # they follow a coin
-SUBJECTS = "the film,the plot,the cast,the music,the script,the ending,the acting,the story,the pace,the hero".split(",")
+SUBJECTS = [f"the {noun}" for noun in "film plot cast music script ending acting story pace hero".split()]
 LINKS = "is was felt seemed looked".split()
 NEGATIONS = "not,never,hardly,far from,anything but".split(",")
 INTENSIFIERS = "very quite rather truly so".split()
@@ -118,11 +118,26 @@ def pretrain(lm: LanguageModel, tokenizer: tokenizers.Tokenizer, steps: int, bat
         weight.requires_grad_(False)
 
 
+def knows(lm: LanguageModel, tokenizer: tokenizers.Tokenizer) -> float:
+    """How often the model's opinion verdicts agree with the label, over a thousand fresh reviews.  Near 1 means
+    that all there is left to learn is which of `great` and `terrible` says so."""
+    rng, right = random.Random(SEED + 2), 0
+    words = torch.tensor([[tokenizer.token_to_id(word) for word in verdicts] for verdicts in VERDICTS])
+    for _ in range(1000):
+        text, label = sentence(rng)
+        ids = [lm.config.bos_token_id, *tokenizer.encode(f"{text} it was").ids]
+        with torch.no_grad():
+            scores = lm(torch.tensor([ids]))[0, -1, words].logsumexp(1)
+        right += int(scores.argmax()) == label
+    return right / 1000
+
+
 def main() -> None:
     write_task()
     tokenizer = make_tokenizer()
     lm = create(CONFIG | {"vocab_size": tokenizer.get_vocab_size()}, seed=SEED)
-    pretrain(lm, tokenizer, steps=3000, batch=128, lr=3e-3)
+    pretrain(lm, tokenizer, steps=4000, batch=64, lr=3e-3)
+    print(f"opinion known in {knows(lm, tokenizer):.1%} of reviews")
     lm.save(HERE / "model")
     tokenizer.save(str(HERE / "model" / "tokenizer.json"))
 

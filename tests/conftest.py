@@ -1,0 +1,39 @@
+"""Fixtures for what lies outside the repository: real checkpoints and official data files, named by environment."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tensors this small gain nothing from a second thread; on a busy machine waiting for it took 6 times longer."""
+    torch.set_num_threads(1)
+
+
+def _under(variable: str) -> Callable[[str], Path]:
+    def find(name: str) -> Path:
+        root = os.environ.get(variable)
+        if not root:
+            pytest.skip(f"{variable} is not set; it names the folder that holds {name}")
+        path = Path(root) / name
+        if not path.exists():
+            pytest.skip(f"{variable}={root} has no {name}")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Callable[[str], Path]:
+    """real_model("zollama-28m") -> its directory under $QUZO_MODELS; skips the test where there is none."""
+    return _under("QUZO_MODELS")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """real_data("SST-2") -> its directory under $QUZO_DATA; skips the test where there is none."""
+    return _under("QUZO_DATA")

@@ -1,0 +1,111 @@
+"""What several test files share: tiny configs, random models from `transformers` as oracles, padded batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+
+def tiny_llama(**changes) -> dict:
+    """The contents of a config.json.  The epsilon is large, so that a model which ignores it is seen."""
+    config = {
+        "model_type": "llama",
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 0.01,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return config | changes
+
+
+def tiny_roberta(**changes) -> dict:
+    config = {
+        "model_type": "roberta",
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 40,
+        "type_vocab_size": 2,
+        "layer_norm_eps": 0.01,
+        "tie_word_embeddings": True,
+        "hidden_act": "gelu",
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
+    return config | changes
+
+
+def auto_class(raw: dict):
+    kinds = {"llama": transformers.AutoModelForCausalLM, "roberta": transformers.AutoModelForMaskedLM}
+    return kinds[raw["model_type"]]
+
+
+def random_oracle(raw: dict, directory: Path, seed: int = 0) -> transformers.PreTrainedModel:
+    """A `transformers` model with every parameter random, norms and biases too, which is also saved in directory.
+
+    A fresh model has norms of 1 and biases of 0, which would hide a norm or a bias that is never applied.
+    Matrices have gain 1.5, so that attention is far from uniform and logits are of size 1.
+    """
+    oracle = auto_class(raw).from_config(transformers.AutoConfig.for_model(**raw)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in oracle.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 2:
+                parameter.copy_(1.5 * noise / parameter.shape[1] ** 0.5)
+            else:
+                parameter.copy_(0.3 * noise + ("norm" in name.lower() and name.endswith("weight")))
+    oracle.save_pretrained(directory)
+    return oracle
+
+
+def read_oracle(directory: Path, raw: dict, **options) -> transformers.PreTrainedModel:
+    """A saved directory as `transformers` reads it, in fp32; fails where it finds a tensor missing or unexpected."""
+    options = {"dtype": torch.float32, "local_files_only": True} | options
+    oracle, info = auto_class(raw).from_pretrained(directory, output_loading_info=True, **options)
+    problems = {kind: list(names) for kind, names in info.items() if names}
+    assert not problems, f"transformers reports {problems}"
+    return oracle.eval()
+
+
+def padded_batch(raw: dict, padding: str, T: int = 12, seed: int = 0) -> tuple[Tensor, Tensor | None]:
+    """Random tokens [3, T] and their mask; rows 1 and 2 are shorter.  padding: no mask, full, left, right.
+
+    Padding has the padding token's id, by which `transformers` finds RoBERTa's positions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, raw["vocab_size"], (3, T), generator=generator)
+    if padding == "no mask":
+        return tokens, None
+    mask = torch.ones_like(tokens)
+    if padding != "full":
+        for row, absent in ((1, 1), (2, T // 2)):
+            mask[row, slice(0, absent) if padding == "left" else slice(T - absent, T)] = 0
+    return tokens.masked_fill(mask == 0, raw.get("pad_token_id") or 0), mask
+
+
+@torch.no_grad()
+def oracle_logits(oracle: transformers.PreTrainedModel, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    return oracle(tokens, attention_mask=mask).logits
+
+
+def largest_gap(got: Tensor, want: Tensor, mask: Tensor | None = None) -> float:
+    """The largest difference of logits [B, T, V] at the real positions."""
+    assert want.std() > 0.5, "logits of this size could not show an error"
+    gap = (got - want).abs()
+    return (gap if mask is None else gap[mask.bool()]).max().item()

@@ -1,0 +1,209 @@
+"""Official files, splits, prompts and option scores."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from helpers import tiny_llama, tiny_roberta
+
+from data.scoring import Encoder, collate, evaluate, losses, option_scores
+from data.tasks import TASKS, Example, Task, get_task, load_splits, read_tsv
+from data.tokenizer import Tokenizer
+from model import create, load
+
+SST2 = TASKS["sst2"]
+PIECES = "<s> </s> <pad> <mask> <unk> It was great terrible dull fun not very .".split()
+
+
+@pytest.fixture
+def words(tmp_path) -> Tokenizer:
+    """One token a word, so that every expected id can be read off PIECES."""
+    spelled = tokenizers.Tokenizer(tokenizers.models.WordLevel({p: i for i, p in enumerate(PIECES)}, unk_token="<unk>"))
+    spelled.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    spelled.save(str(tmp_path / "tokenizer.json"))
+    return Tokenizer(tmp_path)
+
+
+def ids(text: str) -> list[int]:
+    return [PIECES.index(piece) for piece in text.split()]
+
+
+def config(masked: bool = False, positions: int = 64):
+    special = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2, max_position_embeddings=positions)
+    return SimpleNamespace(**special, **({"type_vocab_size": 1} if masked else {}))
+
+
+# ---------------------------------------------------------------- files
+
+
+def write(path, text: str):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_file_is_read_as_it_is(tmp_path):
+    path = write(tmp_path / "a.tsv", "sentence\tlabel\nfine \t1\n\"quoted\" , it 's\t0\n")
+    assert read_tsv(path, 2) == [Example("fine", 1), Example("\"quoted\" , it 's", 0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("text\tlabel\na\t1\n", "['text', 'label']"),
+        ("sentence\tlabel\na\t2\n", ":2: the label must be one of 0 to 1, got '2'"),
+        ("sentence\tlabel\na\t1\nb\tpositive\n", ":3: the label must be one of 0 to 1, got 'positive'"),
+        ("sentence\tlabel\na\n", ":2: expected 2 columns, got 1"),
+        ("sentence\tlabel\na\tb\t1\n", ":2: expected 2 columns, got 3"),
+        ("sentence\tlabel\n", "no examples"),
+        ("", "got []"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_line(tmp_path, text, told):
+    with pytest.raises(ValueError) as refused:
+        read_tsv(write(tmp_path / "a.tsv", text), 2)
+    assert told in str(refused.value) and str(tmp_path) in str(refused.value)
+
+
+def test_a_missing_file_and_bytes_that_are_not_text_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="missing"):
+        read_tsv(tmp_path / "a.tsv", 2)
+    (tmp_path / "a.tsv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="UTF-8"):
+        read_tsv(tmp_path / "a.tsv", 2)
+
+
+def test_an_unknown_task_is_refused_by_name():
+    with pytest.raises(ValueError, match="'sst3'.*sst2"):
+        get_task("sst3")
+
+
+def test_large_model_splits_are_mezos_draw(tmp_path):
+    rows = [f"s{i}\t{i % 2}" for i in range(50)]
+    write(tmp_path / "SST-2" / "train.tsv", "\n".join(["sentence\tlabel", *rows]) + "\n")
+    write(tmp_path / "SST-2" / "dev.tsv", "\n".join(["sentence\tlabel", *rows[:9]]) + "\n")
+    splits = load_splits(SST2, str(tmp_path), 0, 7, num_train=20, num_dev=10, num_eval=5)
+    order = np.random.RandomState(7).permutation(50)
+    assert [e.sentence for e in splits.train] == [f"s{i}" for i in order[:20]]
+    assert [e.sentence for e in splits.dev] == [f"s{i}" for i in order[20:30]]
+    assert [e.sentence for e in splits.test] == [f"s{i}" for i in np.random.RandomState(7).permutation(9)[:5]]
+    with pytest.raises(ValueError, match="holds 50 examples, fewer than 45 train"):
+        load_splits(SST2, str(tmp_path), 0, 7, num_train=45, num_dev=10, num_eval=5)
+
+
+def test_real_k_shot_files_have_k_examples_a_class(real_data):
+    for k, seed in ((16, 13), (512, 42)):
+        splits = load_splits(SST2, str(real_data("k-shot").parent), k, seed, 0, 0, num_eval=1000)
+        assert [sum(e.label == c for e in split) for split in splits[:2] for c in (0, 1)] == [k] * 4
+        assert len(splits.test) == 872
+
+
+# ---------------------------------------------------------------- encoding
+
+
+def test_a_prompt_becomes_one_sequence_read_at_its_end(words):
+    e = Encoder(words, SST2, config(), 64)(Example("not dull", 1))
+    assert e == ([ids("<s> not dull It was")], [ids("terrible"), ids("great")], 4, 1)
+
+
+def test_options_of_several_tokens_get_a_sequence_each(words):
+    task = Task("t", "", " It was", (" not great", " great"))
+    e = Encoder(words, task, config(), 64)(Example("fun", 0))
+    assert e.sequences == [ids("<s> fun It was not great"), ids("<s> fun It was great")]
+    assert e.answers == [ids("not great"), ids("great")]
+
+
+def test_a_long_prompt_loses_its_beginning_but_not_the_begin_token(words):
+    e = Encoder(words, SST2, config(), 16)(Example("dull " * 30, 0))
+    assert e.sequences[0] == ids("<s> " + "dull " * 13 + "It was") and e.at == 15
+
+
+def test_a_cloze_text_is_read_at_the_mask_and_cut_before_it(words):
+    encode = Encoder(words, SST2, config(masked=True, positions=13), 64)
+    assert encode(Example("fun", 0)).sequences == [ids("<s> fun It was <mask> . </s>")]
+    e = encode(Example("dull " * 30, 0))  # 13 positions, of which the padding index 2 takes three
+    assert e.sequences == [ids("<s> dull dull dull dull It was <mask> . </s>")]
+    assert e.sequences[0][e.at] == ids("<mask>")[0]
+
+
+def test_a_label_word_of_several_tokens_is_refused_at_the_mask(words):
+    with pytest.raises(ValueError, match="' very fun'.*one token.*got 2"):
+        Encoder(words, Task("t", "", " It was", (" very fun", " dull")), config(masked=True), 64)
+
+
+# ---------------------------------------------------------------- scores
+
+
+def lm_and_batches(words, share: bool, masked: bool = False):
+    special = dict(vocab_size=len(PIECES), bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    lm = create((tiny_roberta if masked else tiny_llama)(**special), seed=3)
+    for stored in lm.store.values():
+        if stored.value.ndim == 2:
+            stored.value.mul_(10)  # or every score would be near 0
+    encode = Encoder(words, SST2, lm.config, 64, share=share)
+    return lm, [encode(Example(s, i % 2)) for i, s in enumerate(("fun", "not very dull", "dull . very fun ."))]
+
+
+def softmaxes(lm, encoded):
+    batch = collate(encoded, pad=2, device=torch.device("cpu"))
+    return option_scores(lm, batch, lm.stored_view())[0].softmax(-1)
+
+
+def test_scores_from_one_forward_equal_those_of_each_option_run_alone(words):
+    """The normaliser over the vocabulary cancels; float32 rounding of a log-softmax is what is left."""
+    lm, shared = lm_and_batches(words, share=True)
+    _, apart = lm_and_batches(words, share=False)
+    assert len(shared[0].sequences) == 1 and len(apart[0].sequences) == 2
+    assert softmaxes(lm, shared).std() > 0.05
+    torch.testing.assert_close(softmaxes(lm, shared), softmaxes(lm, apart), atol=1e-5, rtol=0)
+
+
+def test_a_batch_that_mixes_both_kinds_scores_alike(words):
+    lm, shared = lm_and_batches(words, share=True)
+    _, apart = lm_and_batches(words, share=False)
+    torch.testing.assert_close(softmaxes(lm, [shared[0], *apart[1:]]), softmaxes(lm, shared), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_example_scores_alike_whatever_it_is_batched_with(words, masked):
+    lm, encoded = lm_and_batches(words, share=True, masked=masked)
+    together, alone = softmaxes(lm, encoded), torch.cat([softmaxes(lm, [e]) for e in encoded])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_scores_are_log_probabilities_of_the_answer_tokens(words):
+    """By hand: log-softmax of the full logits at the position before each token, mean over the option's tokens."""
+    lm, _ = lm_and_batches(words, share=True)
+    e = Encoder(words, Task("t", "", " It was", (" not great", " dull")), lm.config, 64)(Example("fun", 0))
+    batch = collate([e], pad=2, device=torch.device("cpu"))
+    by_hand = []
+    for sequence, answer in zip(e.sequences, e.answers, strict=True):
+        log_p = lm(torch.tensor([sequence]))[0].log_softmax(-1)
+        start = len(sequence) - len(answer)
+        by_hand.append(sum(log_p[start - 1 + j, token] for j, token in enumerate(answer)) / len(answer))
+    torch.testing.assert_close(option_scores(lm, batch, lm.stored_view())[0, 0], torch.stack(by_hand))
+
+
+def test_quality_is_the_mean_over_examples_not_over_batches(words):
+    lm, encoded = lm_and_batches(words, share=True)
+    p = softmaxes(lm, encoded)
+    labels = torch.tensor([e.label for e in encoded])
+    quality = evaluate(lm, encoded, pad=2, batch_size=2)
+    assert quality.accuracy == pytest.approx((p.argmax(-1) == labels).float().mean().item())
+    assert quality.loss == pytest.approx(-p[range(3), labels].log().mean().item(), abs=1e-5)
+    batch = collate(encoded, pad=2, device=torch.device("cpu"))
+    assert losses(lm, batch, lm.stored_view()).item() == pytest.approx(quality.loss, abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "zero_shot"), [("zollama-28m", 52.2), ("zoroberta-26m", 61.6)])
+def test_real_zero_shot_accuracy_is_what_transformers_gave(real_model, real_data, name, zero_shot):
+    """Measured apart with `transformers` on the same prompts; half an example of 872 is 0.06 points."""
+    directory = real_model(name)
+    lm = load(directory)
+    encode = Encoder(Tokenizer(directory), SST2, lm.config, 128)
+    test = load_splits(SST2, str(real_data("k-shot").parent), 512, 42, 0, 0, 1000).test
+    assert 100 * evaluate(lm, [encode(e) for e in test], lm.config.pad_token_id or 0).accuracy == pytest.approx(
+        zero_shot, abs=0.06
+    )

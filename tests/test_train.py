@@ -1,0 +1,300 @@
+"""The command line as a user meets it: results, run folders, bad input, interrupts."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from data.tasks import TINY
+from model import load
+from run_folder import curve_svg, read_trajectory
+from zo_optim import ZO, learning_rate, update
+
+ROOT = Path(train.__file__).parent
+SHORT = ["--steps", "6", "--eval-every", "3", "--batch-size", "8", "--num-eval", "100"]
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """quick(*flags) -> the result of a run of a few steps on the embedded task, in tmp_path/run."""
+
+    def run(*flags: str, out: str = "run") -> dict:
+        return train.run(train.parse([*SHORT, "--out", str(tmp_path / out), *flags]))
+
+    return run
+
+
+# ---------------------------------------------------------------- a run and its folder
+
+
+@pytest.mark.parametrize("flags", [[], ["--method", "mezo"], ["--method", "mezo", "--weights", "bf16"]])
+def test_a_run_folder_redoes_the_run_without_a_forward(quick, tmp_path, flags):
+    """Base weights + config.json + trajectory give the weights of the last step, to the bit."""
+    result, run = quick(*flags, "--queries", "2", "--lr", "1e-3"), tmp_path / "run"
+    config = json.loads((run / "config.json").read_text())["flags"]
+    lm = load(TINY / "model", weights=config["weights"])
+    bits = config["direction_bits"]
+    zo = ZO(config["eps"], config["queries"], None if bits == "full" else int(bits))
+    slopes = read_trajectory(run / "trajectory")
+    assert len(slopes) == result["steps"] == 6 and all(len(s) == 2 for s in slopes)
+    for step in range(result["best_step"]):
+        lr = learning_rate(config["lr"], config["lr_schedule"], step, config["steps"])
+        update(lm.store, slopes[step], config["seed"], step, zo, lr)
+    assert lm.sha256() == result["weights_sha256"]
+    assert load(run / "model", weights=config["weights"]).sha256() == result["weights_sha256"]
+
+
+def test_the_run_folder_holds_what_it_promises(quick, tmp_path):
+    result, run = quick("--queries", "3"), tmp_path / "run"
+    assert sorted(p.name for p in run.iterdir()) == [
+        "config.json", "curve.svg", "metrics.jsonl", "model", "result.json", "trajectory"
+    ]  # fmt: skip
+    assert json.loads((run / "result.json").read_text()) == result
+    config = json.loads((run / "config.json").read_text())
+    assert set(config["flags"]) == {f.name for f in fields(train.Config)}
+    assert {"python", "torch", "numpy", "safetensors"} <= set(config["versions"])
+    assert set(config["data_sha256"]) == {"train.tsv", "dev.tsv", "test.tsv"}
+    assert config["base_weights_sha256"] == load(TINY / "model", weights="int8").sha256()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps, devs = [r for r in rows if "slope" in r], [r for r in rows if "dev" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6] and [r["step"] for r in devs] == [3, 6]
+    for row in steps:
+        both = zip(row["plus"], row["minus"], strict=True)
+        assert row["slope"] == [(plus - minus) / (2 * config["flags"]["eps"]) for plus, minus in both]
+        assert 0 <= row["clipped"] <= row["changed"] <= 1 and row["queries"] == 3 and row["tokens"] > 8
+    best = min(devs, key=lambda r: r["dev_loss"])
+    assert (result["dev"], result["dev_loss"], result["best_step"]) == (best["dev"], best["dev_loss"], best["step"])
+    assert (run / "curve.svg").read_text().startswith("<svg")
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(quick):
+    first, again = quick("--lr", "1e-3", out="a"), quick("--lr", "1e-3", out="b")
+    other = quick("--lr", "1e-3", "--seed", "1", out="c")
+    assert first["weights_sha256"] == again["weights_sha256"] != other["weights_sha256"]
+
+
+def test_lr_zero_leaves_every_bit(quick):
+    for weights, method in (("int8", "quzo"), ("fp32", "mezo"), ("bf16", "mezo")):
+        result = quick("--lr", "0", "--weights", weights, "--method", method, out=f"{weights}-{method}")
+        assert result["weights_sha256"] == load(TINY / "model", weights=weights).sha256()
+
+
+def test_micro_batches_change_losses_by_rounding_only(quick, tmp_path):
+    """lr 0, so that both runs stay at the same weights; float32 sums of 8 losses near 1 differ by some 1e-7."""
+    for size in ("8", "3"):
+        quick("--lr", "0", "--micro-batch-size", size, out=size)
+    rows = [(tmp_path / size / "metrics.jsonl").read_text().splitlines() for size in ("8", "3")]
+    for whole, parts in zip(*([json.loads(r) for r in run if "slope" in r] for run in rows), strict=True):
+        assert whole["plus"] == pytest.approx(parts["plus"], abs=1e-6)
+        assert whole["minus"] == pytest.approx(parts["minus"], abs=1e-6)
+
+
+def test_a_trajectory_cut_in_mid_line_reads_to_its_last_whole_step(tmp_path):
+    (tmp_path / "trajectory").write_text("0.1 -2.5\n1e-30 3.25\n7.0")
+    assert read_trajectory(tmp_path / "trajectory") == [[0.1, -2.5], [1e-30, 3.25]]
+
+
+def test_the_curve_is_xml_with_a_point_for_each_dev_evaluation():
+    import xml.etree.ElementTree as ElementTree
+
+    svg = ElementTree.fromstring(curve_svg([(s, 1 / s) for s in range(1, 1001)], [(500, 0.5), (1000, 0.75)]))
+    assert len(svg.findall("{http://www.w3.org/2000/svg}circle")) == 2
+    line = svg.find("{http://www.w3.org/2000/svg}polyline").get("points").split()
+    assert 200 <= len(line) <= 300  # 1,000 steps, smoothed
+    ElementTree.fromstring(curve_svg([], []))
+
+
+def test_every_epoch_uses_every_example_once_whatever_the_batch_size():
+    stream = [i for step in range(30) for i in train.batch_indices(5, step, batch_size=7, n=30)]
+    assert [sorted(stream[e * 30 : (e + 1) * 30]) for e in range(7)] == [list(range(30))] * 7
+    assert stream[:30] != stream[30:60]
+    assert stream == [i for step in range(42) for i in train.batch_indices(5, step, batch_size=5, n=30)]
+
+
+# ---------------------------------------------------------------- the command
+
+
+def command(*flags: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def test_the_last_line_is_json_and_progress_is_elsewhere(tmp_path):
+    done = command(*SHORT, "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    promised = (
+        "model task method weights steps forwards trainable_parameters zero_shot dev test seconds peak_memory_bytes "
+        "weights_sha256 out"
+    )
+    assert set(promised.split()) <= set(json.loads(done.stdout))
+    assert "6/6" in done.stderr and "loss=" in done.stderr
+
+
+def bad_inputs(tmp: Path) -> dict[str, tuple[list[str], str]]:
+    """Case -> (flags, what the line must say)."""
+    empty, pickled, nan = tmp / "empty", tmp / "pickled", tmp / "nan"
+    empty.mkdir()
+    for folder in (pickled, nan):
+        shutil.copytree(TINY / "model", folder)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    lm = load(nan)
+    lm.store["model.norm.weight"].value[3] = float("nan")
+    lm.save(nan)
+    (tmp / "held").mkdir()
+    (tmp / "held" / "result.json").write_text("{}")
+    wrong = tmp / "data" / "k-shot" / "SST-2" / "16-42"
+    wrong.mkdir(parents=True)
+    for split in ("train", "dev", "test"):
+        (wrong / f"{split}.tsv").write_text("sentence\tlabel\ngood\tpositive\n")
+    sst2 = ["--task", "sst2", "--data-dir", str(tmp / "data")]
+    return {
+        "no config": (["--model", str(empty), "--task", "tiny"], "no config.json"),
+        "pickle": (["--model", str(pickled), "--task", "tiny"], "pickles can run code and are never loaded"),
+        "nan": (["--model", str(nan), "--task", "tiny"], "model.norm.weight holds NaN"),
+        "model": (["--model", "gpt-5"], "unknown model 'gpt-5'"),
+        "task": (["--task", "sst9"], "'sst9'"),
+        "method": (["--method", "sgd"], "'sgd'"),
+        "flag": (["--learning-rate", "1"], "--learning-rate"),
+        "short flag": (["--step", "1"], "--step"),
+        "not a number": (["--steps", "many"], "'many'"),
+        "label": ([*sst2, "--k", "16"], "train.tsv:2: the label must be one of 0 to 1, got 'positive'"),
+        "no file": ([*sst2, "--k", "512"], "512-42/train.tsv is missing"),
+        "batch size": (["--batch-size", "0"], "--batch-size must be in [1, inf], got 0"),
+        "steps": (["--steps", "-5"], "--steps must be in [1, inf], got -5"),
+        "eps": (["--eps", "0"], "--eps"),
+        "eps inf": (["--eps", "inf"], "--eps"),
+        "lr": (["--lr", "-1"], "--lr"),
+        "lr nan": (["--lr", "nan"], "got nan"),
+        "queries": (["--queries", "0"], "--queries"),
+        "seed": (["--seed", "-1"], "--seed"),
+        "bits": (["--direction-bits", "9"], "'9'"),
+        "mezo on codes": (["--method", "mezo", "--weights", "int8"], "mezo"),
+        "device": (["--device", "tpu"], "'tpu'"),
+        "held": (["--out", str(tmp / "held")], "not empty"),
+    }
+
+
+def test_bad_input_gets_one_line_and_exit_code_2_and_writes_nothing(tmp_path, capsys):
+    for case, (flags, told) in bad_inputs(tmp_path).items():
+        out = ["--out", str(tmp_path / "new")] if "--out" not in flags else []
+        assert train.main([*SHORT, *out, *flags]) == 2, case
+        captured = capsys.readouterr()
+        assert captured.out == "" and len(captured.err.splitlines()) == 1, (case, captured.err)
+        assert captured.err.startswith("train.py: ") and told in captured.err, (case, captured.err)
+        assert not (tmp_path / "new").exists(), case
+    assert [p.name for p in (tmp_path / "held").iterdir()] == ["result.json"]
+
+
+def test_a_diverging_run_says_so_and_keeps_its_record(tmp_path, capsys):
+    """At lr 1e30 the second step's probes overflow."""
+    flags = ["--method", "mezo", "--lr", "1e30", "--out", str(tmp_path / "run")]
+    assert train.main([*SHORT, *flags]) == 2
+    assert "not finite" in capsys.readouterr().err.splitlines()[-1]
+    assert len(read_trajectory(tmp_path / "run" / "trajectory")) >= 1
+
+
+def start_and_wait_for_steps(out: Path) -> subprocess.Popen:
+    flags = ["--steps", "100000", "--eval-every", "4", "--batch-size", "4", "--out", str(out)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, **pipes)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "trajectory").is_file() and len(read_trajectory(out / "trajectory")) >= 6:
+            return process
+        time.sleep(0.1)
+    process.kill()
+    raise AssertionError(f"no six steps in a minute: {process.communicate()[1][-500:]}")
+
+
+def test_ctrl_c_leaves_a_complete_run_folder(tmp_path):
+    process = start_and_wait_for_steps(tmp_path / "run")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    result = json.loads(out)
+    assert result["interrupted"] and result["test"] is None and result["dev"] is not None
+    assert result["steps"] == len(read_trajectory(tmp_path / "run" / "trajectory"))
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    assert load(tmp_path / "run" / "model", weights="int8").sha256() == result["weights_sha256"]
+    assert "Traceback" not in err
+
+
+def test_a_killed_process_leaves_a_loadable_run_folder(tmp_path):
+    process = start_and_wait_for_steps(tmp_path / "run")
+    process.kill()
+    process.communicate(timeout=60)
+    steps = len(read_trajectory(tmp_path / "run" / "trajectory"))
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert steps >= 6 and json.loads(rows[steps // 2])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["flags"]["weights"] == "int8"
+    load(tmp_path / "run" / "model", weights="int8")
+
+
+# ---------------------------------------------------------------- the flags
+
+
+def test_every_flag_is_a_field_and_every_default_has_one_home():
+    config = train.parse([])
+    assert (config.model, config.method, config.task, config.weights) == ("tiny", "quzo", "tiny", "int8")
+    assert None not in vars(config).values() and "auto" not in vars(config).values()
+    real = train.parse(["--model", "llama2-7b", "--method", "mezo"])
+    assert (real.task, real.steps, real.lr, real.batch_size, real.weights) == ("sst2", 20000, 1e-6, 16, "bf16")
+    assert train.parse(["--k", "16"]).data_seed == 42
+    assert set(train.DEFAULTS) == set(train.TINY_DEFAULTS)
+    for table in (*train.DEFAULTS.values(), *train.TINY_DEFAULTS.values()):
+        assert set(table) <= {f.name for f in fields(train.Config) if f.default is None}
+
+
+def test_the_commands_of_the_readme_parse():
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^(?:\$ )?python train\.py(.*)$", readme.replace("\\\n", " "), re.MULTILINE)
+    assert len(commands) >= 3
+    for flags in commands:
+        train.validate(train.parse(flags.split("#")[0].split()))
+
+
+def test_only_train_and_scripts_print_and_imports_go_one_way():
+    """model <- checkpoint, quant; zo_optim <- quant, fused; nothing imports train; no pickle anywhere."""
+    allowed = {
+        "quant": set(), "checkpoint": set(), "run_folder": set(), "fused": {"quant"},
+        "model": {"checkpoint", "quant"}, "zo_optim": {"quant", "fused"},
+    }  # fmt: skip
+    ours = {*allowed, "train", "data", "tensor_train"}
+    for path in [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]:
+        text = path.read_text()
+        imports = {m for m in re.findall(r"^\s*(?:from|import) (\w+)", text, re.MULTILINE) if m in ours}
+        if path.stem in allowed:
+            assert imports <= allowed[path.stem], path
+        assert "train" not in imports and not re.search(r"torch\.load|pickle\.|weights_only", text), path
+        if path.stem != "train":
+            assert not re.search(r"^\s*print\(", text, re.MULTILINE), path
+
+
+def test_importing_has_no_effect():
+    """No output, no global random draw, no thread or device change."""
+    code = (
+        "import torch; s = torch.get_rng_state(); n = torch.get_num_threads()\n"
+        "import model, quant, zo_optim, train, run_folder, data.hub, data.scoring\n"
+        "assert torch.equal(s, torch.get_rng_state()) and n == torch.get_num_threads()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_and_cpu_take_the_same_first_steps(quick, tmp_path):
+    """Directions are equal integers; losses differ by float32 rounding of a small model's forward."""
+    for device in ("cpu", "cuda"):
+        quick("--device", device, "--compute", "fp32", "--lr", "0", out=device)
+    runs = [read_trajectory(tmp_path / device / "trajectory") for device in ("cpu", "cuda")]
+    assert [s for step in runs[0] for s in step] == pytest.approx([s for step in runs[1] for s in step], abs=5e-3)
