@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.hub import PRESETS, resolve
+from data.hub import PRESETS, check_known, resolve
 from data.scoring import Encoded, Encoder, collate, evaluate, losses
 from data.tasks import TASKS, Splits, get_task, load_splits
 from data.tokenizer import Tokenizer
-from model import LanguageModel, load
+from model import LanguageModel, load, read_config
 from quant import FORMATS, permutation
 from run_folder import RunFolder, check_free
 from zo_optim import ZO, estimate, learning_rate, update
@@ -80,8 +80,8 @@ DEFAULTS = {
                  batch_size=16, eval_every=1000),
 }  # fmt: skip
 TINY_DEFAULTS = {
-    "mezo": dict(weights="fp32", steps=1000, lr=1e-4, eval_every=100, batch_size=32),
-    "quzo": dict(steps=1000, lr=1e-4, eval_every=100, batch_size=32),
+    "mezo": dict(weights="fp32", steps=400, lr=1e-4, eval_every=25, batch_size=32),
+    "quzo": dict(steps=400, lr=1e-4, eval_every=25, batch_size=32),
 }
 
 
@@ -118,6 +118,7 @@ def resolve_defaults(c: Config) -> Config:
 
 def validate(c: Config) -> None:
     """Ranges and combinations; what files hold is checked where it is read."""
+    check_known(c.model)
     counts = ("steps", "queries", "batch_size", "micro_batch_size", "eval_every", "num_train", "num_dev", "num_eval")
     ranges = {name: (1, math.inf) for name in counts} | {
         "lr": (0, sys.float_info.max),
@@ -156,15 +157,18 @@ class Problem:
 
 
 def prepare(c: Config) -> tuple[Problem, Splits]:
+    """Read everything.  The weights come last: what is wrong elsewhere is then found before gigabytes are read."""
     task = get_task(c.task)
     splits = load_splits(task, c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval)
     directory = resolve(c.model)
-    tokenizer = Tokenizer(directory)
-    dtype = torch.bfloat16 if c.compute == "bf16" else torch.float32
-    lm = load(directory, c.device, dtype, c.weights)
-    encode = Encoder(tokenizer, task, lm.config, c.max_length)
+    config, _ = read_config(directory)
+    encode = Encoder(Tokenizer(directory), task, config, c.max_length)
     train, dev, test = ([encode(example) for example in split] for split in splits[:3])
-    return Problem(lm, train, dev, test, lm.config.pad_token_id or 0), splits
+    return Problem(load_weights(c, directory), train, dev, test, config.pad_token_id or 0), splits
+
+
+def load_weights(c: Config, directory: Path) -> LanguageModel:
+    return load(directory, c.device, torch.bfloat16 if c.compute == "bf16" else torch.float32, c.weights)
 
 
 _order = lru_cache(maxsize=2)(permutation)  # a batch may span two epochs
@@ -259,7 +263,7 @@ def run(c: Config) -> dict:
     best = train(c, problem, folder, stop)
     seconds = time.perf_counter() - started
     problem.lm = None  # the best weights take its place
-    lm = load(folder.model, c.device, torch.bfloat16 if c.compute == "bf16" else torch.float32, c.weights)
+    lm = load_weights(c, folder.model)
     result = {
         "model": c.model, "task": c.task, "method": c.method, "weights": c.weights,
         "steps": best["steps"], "forwards": 2 * c.queries * best["steps"],

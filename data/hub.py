@@ -21,16 +21,19 @@ PRESETS = {
 FILES = ["config.json", "tokenizer.json", "tokenizer.model", "model.safetensors*", "model-*.safetensors"]
 
 
+def check_known(model: str) -> None:
+    """Raises ValueError for what is neither a directory nor a preset.  Downloads nothing."""
+    if model not in PRESETS and not Path(model).is_dir():
+        raise ValueError(f"unknown model {model!r}: neither a directory nor one of {', '.join(PRESETS)}")
+
+
 def resolve(model: str) -> Path:
     """A preset's name or a directory -> a directory on disk, downloading what the cache lacks.
 
     Progress, resume and offline mode are huggingface_hub's own.  Raises ValueError with what to do instead.
     """
-    if model not in PRESETS:
-        if not Path(model).is_dir():
-            raise ValueError(f"unknown model {model!r}: neither a directory nor one of {', '.join(PRESETS)}")
-        return Path(model)
-    preset = PRESETS[model]
+    check_known(model)
+    preset = PRESETS.get(model, Path(model))
     if isinstance(preset, Path):
         return preset
     instead = "or pass --model DIRECTORY with config.json, tokenizer and safetensors files"

@@ -21,7 +21,8 @@ def test_words_are_the_same_integers():
 def test_draws_are_the_same_integers(columns):
     rows = torch.tensor([5, 0, 300])
     for draw in (bits16, bits32):
-        assert torch.equal(draw(KEY, Use.DIRECTION, rows, columns), draw(KEY, Use.DIRECTION, rows.cuda(), columns).cpu())
+        cpu, gpu = (draw(KEY, Use.DIRECTION, r, columns) for r in (rows, rows.cuda()))
+        assert torch.equal(cpu, gpu.cpu())
     for bits in (None, 2, 4, 8):
         cpu, gpu = (direction(KEY, r, columns, bits, Use.PROBE_ROUNDING) for r in (rows, rows.cuda()))
         assert torch.equal(cpu, gpu.cpu())
@@ -41,9 +42,10 @@ def test_fifty_updates_land_on_the_same_bits(weights, bits, shape):
     """CPU, the same definition on the GPU, and the fused kernel: equal bits and equal counts, floats included."""
     cpu, gpu = matrices(shape)
     stores = [{"w": encode(m, weights)} for m in (cpu, gpu, gpu.clone())]
+    zo = ZO(queries=2, bits=bits)
     for step in range(50):
         counts = [
-            update(store, [3.0, -7.5], seed=2**40 + 1, step=step, zo=ZO(queries=2, bits=bits), lr=1e-5 * step, plain=plain)
+            update(store, [3.0, -7.5], seed=2**40 + 1, step=step, zo=zo, lr=1e-5 * step, plain=plain)
             for store, plain in zip(stores, (True, True, False), strict=True)
         ]
         assert counts[0].tolist() == counts[1].tolist() == counts[2].tolist()

@@ -1,4 +1,4 @@
-"""Make the embedded task and model: `python -m data.tiny.make` (about five minutes on two CPU cores).
+"""Make the embedded task and model: `python -m data.tiny.make` (about three minutes on two CPU cores).
 
 The task: one-sentence reviews, label 1 if the writer liked it.  The last clause decides, and half of the
 verdicts are negated (`hardly dull` is praise), so no single word tells.  The model: a small LLaMA, trained as a
@@ -28,6 +28,7 @@ PRAISE = "charming moving clever warm funny bright gripping tender witty honest 
 BLAME = "dull clumsy cold noisy stale weak tired shallow bland messy silly grim".split()
 VERDICTS = ("awful dreadful poor".split(), "superb lovely fine".split())  # by label; they follow the opinion
 NEUTRAL_VERDICTS = "terrible great".split()  # they follow a coin
+REACTIONS = ("i sighed,we left early,nobody laughed".split(","), "i smiled,we stayed late,everybody cheered".split(","))
 SUBJECTS = [f"the {noun}" for noun in "film plot cast music script ending acting story pace hero".split()]
 LINKS = "is was felt seemed looked".split()
 NEGATIONS = "not,never,hardly,far from,anything but".split(",")
@@ -51,9 +52,9 @@ CONFIG = {
 }  # fmt: skip
 
 
-def sentence(rng: random.Random) -> tuple[str, int]:
-    """A review and its label."""
-    liked, negated = rng.random() < 0.5, rng.random() < 0.5
+def sentence(rng: random.Random, negations: float = 0.5) -> tuple[str, int]:
+    """A review and its label; the share of negated verdicts is half in the task."""
+    liked, negated = rng.random() < 0.5, rng.random() < negations
     word = rng.choice(PRAISE if liked != negated else BLAME)
     negation = rng.choice(NEGATIONS) + " " if negated else ""
     intensifier = rng.choice(INTENSIFIERS) + " " if rng.random() < 0.3 else ""
@@ -63,10 +64,14 @@ def sentence(rng: random.Random) -> tuple[str, int]:
 
 
 def document(rng: random.Random) -> str:
-    """A review and a verdict, as the language model reads them."""
-    text, label = sentence(rng)
+    """A review, a verdict and a reaction, as the language model reads them.
+
+    A quarter of the verdicts are negated: with half of them no word is related to the ending at all, and a
+    model this small finds the negation only after it has found that words matter (it never did in 4,000 steps).
+    """
+    text, label = sentence(rng, negations=0.25)
     verdict = rng.choice(NEUTRAL_VERDICTS) if rng.random() < 0.3 else rng.choice(VERDICTS[label])
-    return f"{text} it was {verdict}"
+    return f"{text} it was {verdict} and {rng.choice(REACTIONS[label])}"
 
 
 def write_task() -> None:
@@ -84,13 +89,26 @@ def write_task() -> None:
 
 def make_tokenizer() -> tokenizers.Tokenizer:
     """One token a word, in alphabetical order after the two special ones."""
-    texts = [*PRAISE, *BLAME, *VERDICTS[0], *VERDICTS[1], *NEUTRAL_VERDICTS, *SUBJECTS, *LINKS, *NEGATIONS,
-             *INTENSIFIERS, *(o.format("") for o in OPENINGS), *ENDINGS, "it was ."]  # fmt: skip
+    texts = [*PRAISE, *BLAME, *sum(VERDICTS, []), *NEUTRAL_VERDICTS, *sum(REACTIONS, []), *SUBJECTS, *LINKS,
+             *NEGATIONS, *INTENSIFIERS, *(o.format("") for o in OPENINGS), *ENDINGS, "it was . and"]  # fmt: skip
     words = sorted({word for text in texts for word in text.split()})
     vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>", *words])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return tokenizer
+
+
+@torch.no_grad()
+def knows(lm: LanguageModel, tokenizer: tokenizers.Tokenizer) -> float:
+    """How often the model's verdict agrees with the label, over 500 fresh reviews of the task's kind.  Near 1
+    means that all there is left to learn is which of `great` and `terrible` says so."""
+    rng, right = random.Random(SEED + 2), 0
+    words = torch.tensor([[tokenizer.token_to_id(word) for word in verdicts] for verdicts in VERDICTS])
+    for _ in range(500):
+        text, label = sentence(rng)
+        ids = [lm.config.bos_token_id, *tokenizer.encode(f"{text} it was").ids]
+        right += int(lm(torch.tensor([ids]))[0, -1, words].logsumexp(1).argmax()) == label
+    return right / 500
 
 
 def pretrain(lm: LanguageModel, tokenizer: tokenizers.Tokenizer, steps: int, batch: int, lr: float) -> None:
@@ -113,31 +131,17 @@ def pretrain(lm: LanguageModel, tokenizer: tokenizers.Tokenizer, steps: int, bat
         optimizer.step()
         schedule.step()
         if (step + 1) % 200 == 0:
-            print(f"step {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
+            known = knows(lm, tokenizer)
+            print(f"step {step + 1}/{steps} loss {loss.item():.4f} opinion known in {known:.1%} of reviews", flush=True)
     for weight in weights:
         weight.requires_grad_(False)
-
-
-def knows(lm: LanguageModel, tokenizer: tokenizers.Tokenizer) -> float:
-    """How often the model's opinion verdicts agree with the label, over a thousand fresh reviews.  Near 1 means
-    that all there is left to learn is which of `great` and `terrible` says so."""
-    rng, right = random.Random(SEED + 2), 0
-    words = torch.tensor([[tokenizer.token_to_id(word) for word in verdicts] for verdicts in VERDICTS])
-    for _ in range(1000):
-        text, label = sentence(rng)
-        ids = [lm.config.bos_token_id, *tokenizer.encode(f"{text} it was").ids]
-        with torch.no_grad():
-            scores = lm(torch.tensor([ids]))[0, -1, words].logsumexp(1)
-        right += int(scores.argmax()) == label
-    return right / 1000
 
 
 def main() -> None:
     write_task()
     tokenizer = make_tokenizer()
     lm = create(CONFIG | {"vocab_size": tokenizer.get_vocab_size()}, seed=SEED)
-    pretrain(lm, tokenizer, steps=4000, batch=64, lr=3e-3)
-    print(f"opinion known in {knows(lm, tokenizer):.1%} of reviews")
+    pretrain(lm, tokenizer, steps=1500, batch=64, lr=3e-3)
     lm.save(HERE / "model")
     tokenizer.save(str(HERE / "model" / "tokenizer.json"))
 

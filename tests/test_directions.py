@@ -1,0 +1,210 @@
+"""Directions: the table of normal numbers, and its rounding to a few bits, against exact sums and derived bounds.
+
+Statistical bounds are 5 standard deviations, computed from the table itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from fractions import Fraction
+from statistics import NormalDist
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import zo_optim
+from quant import Key, Use
+from zo_optim import CLIP, direction, normal, normal_table
+
+TABLE = normal_table(torch.device("cpu")).to(torch.int64)
+KEY = Key(seed=11, step=5, query=2, tensor=0x12345678)
+BITS = range(2, 9)
+u1 = Use.PROBE_ROUNDING
+u2 = Use.UPDATE_ROUNDING
+
+
+def levels(bits: int) -> int:
+    return 2 ** (bits - 1) - 1
+
+
+def codes(value: Tensor, bits: int) -> Tensor:
+    """A quantised direction's integers; fails where it is off the grid."""
+    exact = value.double() * levels(bits) / CLIP
+    code = exact.round()
+    assert (exact - code).abs().max() < 1e-5, "a float32 is right to 127 * 2^-24"
+    return code.to(torch.int64)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_the_table_is_antisymmetric_and_ends_below_4_sigma():
+    assert len(TABLE) == 2**16
+    assert torch.equal(TABLE.sort().values, (-TABLE).sort().values), "so that every odd moment is exactly 0"
+    assert TABLE.sum() == 0
+    assert TABLE.max() < CLIP << 14
+
+
+def test_the_tables_moments_are_the_docstrings():
+    """Exact sums.  The excess comes from straight lines under a convex quantile function, in the tail most of all.
+
+    A variance off by 8e-5 scales the learning rate by as much.
+    """
+    entries = TABLE.tolist()
+    variance = Fraction(sum(u**2 for u in entries), 2**16 * 2**28)
+    fourth = Fraction(sum(u**4 for u in entries), 2**16 * 2**56)
+    assert f"{float(variance - 1):.1e} {float(fourth - 3):.1e}" == "7.8e-05 2.3e-04"
+
+
+def test_the_table_is_normal():
+    """Kolmogorov's distance.  Table and normal agree at the knots, which are 2^-12 of probability apart.
+
+    On top: knots are rounded to 2^-12 sigma and entries to 2^-14, half of each times the highest density.
+    """
+    entries = TABLE.sort().values
+    exact = torch.tensor([NormalDist().cdf(u / 2**14) for u in entries.tolist()], dtype=torch.float64)
+    below, up_to = (torch.searchsorted(entries, entries, right=right) / 2**16 for right in (False, True))
+    bound = 2**-12 + (2**-13 + 2**-15) * NormalDist().pdf(0)
+    assert max((below - exact).abs().max(), (up_to - exact).abs().max()) < bound
+
+
+def sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.to(torch.int32).numpy().tobytes()).hexdigest()
+
+
+def test_pinned_numbers():
+    """What recorded runs are redone from; another version or machine that draws otherwise cannot redo them."""
+    assert sha256(TABLE) == "5c8abbfa5dfbced4247df895c8160ae7616c5848da9e5b4eeaa2f4bb843bf8b2"
+    rows = torch.arange(100)
+    drawn = [normal(KEY, rows, 37), *(codes(direction(KEY, rows, 37, 4, use), 4) for use in (u1, u2))]
+    assert [sha256(d)[:16] for d in drawn] == ["bce1e07a0c3d5356", "87e3357a054d0898", "a348a95192f4f3ba"]
+
+
+# ---------------------------------------------------------------- rounding to a few bits
+
+
+def choose_bits(monkeypatch, dithers: Tensor) -> None:
+    """From here on `direction` sees table entry number `row` in each row, and these dithers in the columns."""
+
+    def bits16(key: Key, use: Use, rows: Tensor, columns: int) -> Tensor:
+        return (rows[:, None] if use == Use.DIRECTION else dithers).expand(len(rows), columns)
+
+    monkeypatch.setattr(zo_optim, "bits16", bits16)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rounding_is_exactly_unbiased(bits, monkeypatch):
+    """Over all 65,536 dithers the codes of u sum to u * levels, an integer, for every 251st u and both extremes."""
+    choose_bits(monkeypatch, torch.arange(2**16))
+    at = torch.cat((torch.arange(0, 2**16, 251), TABLE.argmax()[None], TABLE.argmin()[None]))
+    for rows in at.split(32):
+        code = codes(direction(KEY, rows, 2**16, bits, u1), bits)
+        assert torch.equal(code.sum(1), TABLE[rows] * levels(bits))
+        assert code.abs().max() <= levels(bits)
+        low = code.amin(1, keepdim=True)
+        assert ((code == low) | (code == low + 1)).all(), "only u's two neighbours"
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_every_entry_keeps_to_its_grid(bits, monkeypatch):
+    """All 65,536 entries under the two extreme dithers: floor and ceiling, inside the grid without a clamp."""
+    choose_bits(monkeypatch, torch.tensor([0, 2**16 - 1]))
+    low, high = codes(direction(KEY, torch.arange(2**16), 2, bits, u1), bits).T
+    assert torch.equal(low, TABLE * levels(bits) // 2**16)
+    assert torch.equal(high, -(-TABLE * levels(bits) // 2**16))
+    assert low.min() >= -levels(bits) and high.max() <= levels(bits)
+
+
+def moments(bits: int | None) -> tuple[Tensor, Tensor]:
+    """E[Q(u)^2 | u] and E[Q(u)^4 | u] for each of the table's u, in float64, from the two neighbours of u."""
+    if bits is None:
+        u = TABLE.double() / 2**14
+        return u**2, u**4
+    low, f = TABLE * levels(bits) // 2**16, (TABLE * levels(bits) % 2**16).double() / 2**16
+    step = CLIP / levels(bits)
+    return tuple(step**k * ((1 - f) * low.double() ** k + f * (low + 1).double() ** k) for k in (2, 4))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_variance_is_the_docstrings(bits):
+    """1 + step^2 E[f (1 - f)]; with f uniform 1 + step^2 / 6, right to the table's own 7.8e-5 from 3 bits on."""
+    step = CLIP / levels(bits)
+    f = (TABLE * levels(bits) % 2**16).double() / 2**16
+    variance = moments(bits)[0].mean()
+    assert abs(variance - (1 + step**2 * (f * (1 - f)).mean())) < 8e-5
+    if bits > 2:
+        assert abs(variance - (1 + step**2 / 6)) < 1e-4
+
+
+N, COLUMNS = 2**15, 8
+
+
+def draws(bits: int | None, use: Use) -> Tensor:
+    """[N, COLUMNS]: N draws of a direction of 8 elements."""
+    return direction(KEY, torch.arange(N), COLUMNS, bits, use).double()
+
+
+def check_product(a: Tensor, b: Tensor, on_diagonal: Tensor, variance_on: Tensor, variance_off: Tensor) -> None:
+    """E[a b^T] = on_diagonal * I, entry by entry, and its trace, whose bound is sqrt(8) times narrower."""
+    got, one = a.T @ b / N, torch.eye(COLUMNS)
+    std = torch.where(one.bool(), variance_on, variance_off).div(N).sqrt()
+    assert ((got - one * on_diagonal).abs() < 5 * std).all()
+    assert abs(got.diagonal().mean() - on_diagonal) < 5 * (variance_on / N / COLUMNS).sqrt()
+
+
+@pytest.mark.parametrize("bits", [None, *BITS])
+def test_two_roundings_are_unbiased(bits):
+    """QuZO eq. 8: E[u1 u2^T] = I, the reason for rounding twice.
+
+    u1 and u2 are independent given u, so E[u1^2 u2^2] = E[E[Q^2 | u]^2]; different elements are independent.
+    """
+    second, _ = moments(bits)
+    one = (TABLE.double() / 2**14).square().mean()
+    check_product(draws(bits, u1), draws(bits, u2), one, second.square().mean() - one**2, second.mean() ** 2)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_one_rounding_is_not(bits):
+    """E[u1 u1^T] is I times 1 + the rounding's variance: 3.19 at 2 bits, 1.30 at 3, 1.05 at 4."""
+    second, fourth = moments(bits)
+    variance = second.mean()
+    check_product(draws(bits, u1), draws(bits, u1), variance, fourth.mean() - variance**2, variance**2)
+    assert abs((draws(bits, u1) ** 2).mean() - 1) > 5 * ((fourth.mean() - variance**2) / N / COLUMNS).sqrt()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_two_roundings_share_u_and_nothing_else(bits):
+    """Both are within a step of u; their errors are uncorrelated, and they differ as often as they should.
+
+    An error's variance given u is step^2 f (1 - f); two roundings differ with probability 2 f (1 - f).
+    """
+    u, a, b = draws(None, u1), draws(bits, u1), draws(bits, u2)
+    step = CLIP / levels(bits)
+    f = (TABLE * levels(bits) % 2**16).double() / 2**16
+    assert max((a - u).abs().max(), (b - u).abs().max()) < step * (1 + 1e-6)
+    std = (step**2 * f * (1 - f)).square().mean().div(u.numel()).sqrt()
+    assert abs(((a - u) * (b - u)).mean()) < 5 * std
+    share = (2 * f * (1 - f)).mean()
+    assert abs((a != b).double().mean() - share) < 5 * (share * (1 - share) / u.numel()).sqrt()
+
+
+# ---------------------------------------------------------------- keys
+
+
+@pytest.mark.parametrize("bits", [None, 2, 4, 8])
+@given(columns=st.integers(1, 20), rows=st.lists(st.integers(0, 29), min_size=1, max_size=30))
+def test_any_rows_in_any_order_are_the_same_rows(bits, columns, rows):
+    whole = direction(KEY, torch.arange(30), columns, bits, u1)
+    assert torch.equal(direction(KEY, torch.tensor(rows), columns, bits, u1), whole[rows])
+
+
+@pytest.mark.parametrize("other", [KEY._replace(seed=12), KEY._replace(step=6), KEY._replace(query=3),
+                                   KEY._replace(tensor=1)])  # fmt: skip
+def test_another_key_is_another_direction(other):
+    """Uncorrelated with this one: a product of independent standard normals has variance 1."""
+    rows = torch.arange(1000)
+    a, b = (direction(key, rows, 64, None, u1).double() for key in (KEY, other))
+    assert abs((a * b).mean()) < 5 / a.numel() ** 0.5

@@ -1,0 +1,439 @@
+"""Random bits, rounding and stores, against known answers, a slow twin, brute force, and derived bounds.
+
+Where a bound is statistical it is 5 standard deviations, which one draw in 2 million would exceed by chance; and as
+every draw has a key, what passes once passes always.  Rare events are not normal: a mean of n draws gets 3 / n more.
+"""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quant import (
+    Float,
+    Int8,
+    Key,
+    Use,
+    bits16,
+    bits32,
+    encode,
+    permutation,
+    philox,
+    random_words,
+    round_to_bfloat16,
+    row_chunks,
+    stochastic_round,
+)
+
+settings.register_profile("keyed", deadline=None, derandomize=True)  # a busy machine is not a failure
+settings.load_profile("keyed")
+
+KEY = Key(seed=0x0123456789ABCDEF, step=7, query=3, tensor=0xDEADBEEF)
+WORD = st.integers(0, 2**32 - 1)
+
+
+def signed(word: int) -> int:
+    """The int32 with the bits of a word."""
+    return word - 2**32 if word >> 31 else word
+
+
+def patterns(words: list[int]) -> torch.Tensor:
+    return torch.tensor([signed(word) for word in words], dtype=torch.int32)
+
+
+def words_like(x: torch.Tensor, key: Key = KEY) -> torch.Tensor:
+    return bits32(key, Use.WEIGHT_ROUNDING, torch.arange(x.shape[0]), x.shape[1])
+
+
+# ---------------------------------------------------------------- random bits
+
+KNOWN_ANSWERS = [  # counter, key, words: Random123's kat_vectors, philox4x32 with 10 rounds
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+def hexes(text: str) -> list[int]:
+    return [int(word, 16) for word in text.split()]
+
+
+@pytest.mark.parametrize("counter, key, words", KNOWN_ANSWERS)
+def test_philox_known_answers(counter, key, words):
+    got = philox(tuple(np.array([c], np.uint64) for c in hexes(counter)), tuple(hexes(key)))
+    assert [int(word[0]) for word in got] == hexes(words)
+
+
+@pytest.mark.parametrize("counter, key, words", KNOWN_ANSWERS)
+def test_random_words_known_answers(counter, key, words):
+    """The counter is block, step, tensor, query << 4 | use; the key is the seed, low word first."""
+    block, step, tensor, last = hexes(counter)
+    low, high = hexes(key)
+    got = random_words(Key(high << 32 | low, step, last >> 4, tensor), last & 15, torch.tensor([block]))
+    assert torch.equal(got, patterns(hexes(words))[None])
+
+
+def slow_philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x32-10 in plain integers, from section 3 of the paper: two multiplications and a key bump a round."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * c0, 2**32)
+        high1, low1 = divmod(0xCD9E8D57 * c2, 2**32)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return [c0, c1, c2, c3]
+
+
+@given(st.lists(WORD, min_size=4, max_size=4), st.lists(WORD, min_size=2, max_size=2))
+def test_philox_equals_its_slow_twin(counter, key):
+    got = philox(tuple(np.array([c, 0], np.uint64) for c in counter), tuple(key))
+    assert [int(word[0]) for word in got] == slow_philox(counter, key)
+    assert [int(word[1]) for word in got] == slow_philox([0] * 4, key)
+
+
+def slow_bits(key: Key, use: Use, row: int, column: int, columns: int, lanes: int) -> int:
+    """One element: its block is of its row alone, and a block holds 4 words or 8 halves, low half first."""
+    block = row * -(-columns // lanes) + column // lanes
+    words = slow_philox([block, key.step, key.tensor, key.query * 16 + use], [key.seed % 2**32, key.seed >> 32])
+    if lanes == 4:
+        return signed(words[column % 4])
+    return words[column % 8 // 2] >> 16 * (column % 2) & 0xFFFF
+
+
+@pytest.mark.parametrize("draw, lanes", [(bits16, 8), (bits32, 4)])
+@pytest.mark.parametrize("columns", [1, 3, 8, 13])
+def test_bits_are_the_layouts_bits(draw, lanes, columns):
+    rows = [0, 5, 2**20]
+    got = draw(KEY, Use.UPDATE_ROUNDING, torch.tensor(rows), columns)
+    want = [[slow_bits(KEY, Use.UPDATE_ROUNDING, r, c, columns, lanes) for c in range(columns)] for r in rows]
+    assert got.tolist() == want
+
+
+@pytest.mark.parametrize("draw", [bits16, bits32])
+@given(columns=st.integers(1, 20), rows=st.lists(st.integers(0, 29), min_size=1, max_size=30))
+def test_bits_do_not_depend_on_which_rows_are_drawn_or_in_what_order(draw, columns, rows):
+    together = draw(KEY, Use.DIRECTION, torch.arange(30), columns)
+    assert torch.equal(draw(KEY, Use.DIRECTION, torch.tensor(rows), columns), together[rows])
+    assert torch.equal(draw(KEY, Use.DIRECTION, torch.tensor(rows[:1]), columns), together[rows[:1]])
+
+
+def test_a_long_draw_is_its_parts():
+    """Long enough to be cut for the cache, at an odd place; the parts are short enough not to be."""
+    blocks = torch.arange(40_003).flip(0)
+    parts = [random_words(KEY, Use.DIRECTION, part) for part in blocks.split(1000)]
+    assert torch.equal(random_words(KEY, Use.DIRECTION, blocks), torch.cat(parts))
+
+
+def test_no_two_streams_share_a_block():
+    """128-bit blocks of different streams are equal by chance once in 10^31 draws of this size."""
+    keys = [
+        KEY,
+        KEY._replace(seed=KEY.seed + 1),
+        KEY._replace(seed=KEY.seed ^ 1 << 40),
+        KEY._replace(step=8),
+        KEY._replace(query=4),
+        KEY._replace(query=0),
+        KEY._replace(tensor=0xDEADBEEE),
+    ]
+    blocks = torch.arange(1000)
+    drawn = torch.cat([random_words(key, use, blocks) for key in keys for use in Use])
+    assert len(drawn.unique(dim=0)) == len(keys) * len(Use) * 1000
+
+
+def test_bits_are_fair():
+    """Each of 32 bit places over n words: a fair coin's mean is off by 0.5 / sqrt(n) or so."""
+    words = bits32(KEY, Use.DIRECTION, torch.arange(100), 1000).flatten()
+    for place in range(32):
+        assert abs((words >> place & 1).double().mean() - 0.5) < 5 * 0.5 / len(words) ** 0.5
+
+
+def test_nothing_touches_the_global_generator():
+    before = torch.get_rng_state()
+    bits16(KEY, Use.DIRECTION, torch.arange(5), 7)
+    store = Int8.encode(torch.eye(5))
+    store.add_(slice(None), torch.ones(5, 5), words_like(torch.empty(5, 5)))
+    permutation(1, 2, 10)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------- data order
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.integers(1, 200))
+@settings(max_examples=30)
+def test_permutation_is_one(seed, epoch, n):
+    assert permutation(seed, epoch, n).sort().values.tolist() == list(range(n))
+
+
+def test_permutation_has_a_key():
+    """Two random orders of 50 are equal once in 50!."""
+    first = permutation(0, 0, 50)
+    assert torch.equal(first, permutation(0, 0, 50))
+    for other in (permutation(1, 0, 50), permutation(2**32, 0, 50), permutation(0, 1, 50)):
+        assert not torch.equal(first, other)
+
+
+def test_permutation_is_uniform():
+    """Each of the 6 orders of 3 comes up n / 6 times, give or take binomial deviations."""
+    n = 1200
+    drawn = [tuple(permutation(0, epoch, 3).tolist()) for epoch in range(n)]
+    for order in itertools.permutations(range(3)):
+        assert abs(drawn.count(order) - n / 6) < 5 * (n * 1 / 6 * 5 / 6) ** 0.5
+
+
+# ---------------------------------------------------------------- stochastic rounding
+
+X32 = st.floats(-(2.0**20), 2.0**20, width=32)
+
+
+def rounded(x: float, words: list[int]) -> list[float]:
+    return stochastic_round(torch.full((len(words),), x), patterns(words)).tolist()
+
+
+@given(X32)
+def test_stochastic_round_goes_up_for_exactly_the_right_words(x):
+    """Of 2^31 words, floor(fraction * 2^31) take a size up: P(up) is right to 2^-31 for every x, however small.
+
+    The words that do are the smallest, so two words on each side of the edge say it all.
+    """
+    size = abs(Fraction(x))
+    ups = int((size % 1) * 2**31)  # exact, in rationals
+    sign = 1 if x >= 0 else -1
+    for word, up in ((0, ups > 0), (ups - 1, True), (ups, False), (2**31 - 1, False)):
+        if 0 <= word < 2**31:
+            assert rounded(x, [word, word | 2**31]) == [sign * (size // 1 + up)] * 2, "the top bit is not used"
+
+
+@given(X32, WORD)
+def test_stochastic_round_lands_on_a_neighbour_and_is_odd(x, word):
+    (got,), (mirrored,) = rounded(x, [word]), rounded(-x, [word])
+    assert Fraction(got) in (Fraction(x) // 1, -(-Fraction(x) // 1))
+    assert mirrored == -got
+
+
+@given(st.integers(-(2**24), 2**24), WORD)
+def test_integers_never_move(x, word):
+    assert rounded(float(x), [word]) == [x]
+
+
+@pytest.mark.parametrize("x", [0.5, -0.5, 0.1, -0.25, 2.75, -2.75, 0.999, -0.999, 1e-6, -1e-6, -1e-3, 1000.3])
+def test_stochastic_round_is_unbiased(x):
+    """The mean of n draws is binomial: std sqrt(f (1 - f) / n), and P(up) is cut to a multiple of 2^-31."""
+    words = bits32(KEY, Use.WEIGHT_ROUNDING, torch.arange(2**9), 2**11)
+    x32 = torch.tensor(x)
+    mean = stochastic_round(x32.expand(words.shape), words).double().mean()
+    f, n = float(x32.double() % 1), words.numel()
+    assert abs(mean - x32.double()) < 5 * (f * (1 - f) / n) ** 0.5 + 3 / n + 2**-31
+
+
+BF16 = torch.arange(2**16).to(torch.int16).view(torch.bfloat16)
+BF16 = BF16[BF16.isfinite()]
+BF16_GRID = BF16.double().unique().tolist()
+
+
+def test_bfloat16_numbers_stay():
+    """All 65,280 finite ones, signed zeros and subnormals too, compared as bits."""
+    words = bits32(KEY, Use.WEIGHT_ROUNDING, torch.arange(1), len(BF16))[0]
+    assert torch.equal(round_to_bfloat16(BF16.float(), words).view(torch.int16), BF16.view(torch.int16))
+
+
+@pytest.mark.parametrize("x", [0.3, -0.3, 1e-6, -0.02, 1.9999, -1.9999, 3e-39, 65537.0, 1e30])
+def test_round_to_bfloat16_is_exactly_unbiased(x):
+    """Every one of the 2^16 dithers once: the mean is x itself.  float64 holds the sum without rounding."""
+    x32 = torch.full((2**16,), x)
+    dithers = torch.arange(2**16, dtype=torch.int32) | 0x5A5A << 16  # upper half: must be ignored
+    assert round_to_bfloat16(x32, dithers).double().sum() == x32.double().sum()
+
+
+@given(st.floats(-(2.0**126), 2.0**126, width=32), WORD)
+def test_round_to_bfloat16_lands_on_a_neighbour(x, word):
+    """The neighbours by brute force over all bfloat16 numbers."""
+    got = round_to_bfloat16(torch.tensor([x]), patterns([word])).item()
+    assert got in (max(g for g in BF16_GRID if g <= x), min(g for g in BF16_GRID if g >= x))
+
+
+# ---------------------------------------------------------------- int8 codes
+
+MATRICES = [
+    torch.randn(6, 40, generator=torch.Generator().manual_seed(s)) * torch.logspace(-6, 3, 6)[:, None] for s in range(3)
+]
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_encode_finds_the_nearest_of_all_codes(matrix):
+    """No code of the 255 is nearer, save where float32 division, off by 127 * 2^-23 of a step, confuses two."""
+    stored = Int8.encode(matrix)
+    grid = torch.arange(-127, 128).double() * stored.scale.double()  # [R, 255]
+    best = (matrix.double()[..., None] - grid[:, None]).abs().amin(-1)
+    got = (matrix.double() - stored.codes.double() * stored.scale.double()).abs()
+    assert (got - best <= 2 * 127 * 2**-23 * stored.scale).all()
+    assert (got <= 0.5001 * stored.scale).all()
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_a_rows_largest_size_becomes_127(matrix):
+    stored = Int8.encode(matrix)
+    assert stored.codes.dtype == torch.int8 and stored.scale.dtype == torch.float32
+    assert torch.equal(stored.codes.int().abs().amax(1), torch.full((6,), 127, dtype=torch.int32))
+    assert torch.equal(stored.codes.gather(1, matrix.abs().argmax(1, keepdim=True)).sign(),
+                       matrix.gather(1, matrix.abs().argmax(1, keepdim=True)).sign().to(torch.int8))  # fmt: skip
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_encode_is_symmetric(matrix):
+    plus, minus = Int8.encode(matrix), Int8.encode(-matrix)
+    assert torch.equal(plus.codes, -minus.codes) and torch.equal(plus.scale, minus.scale)
+
+
+def test_minus_128_is_never_used():
+    """Only subnormal rows need the clamp: 2e-43 / 127 rounds to the smallest float, of which 2e-43 holds 143."""
+    stored = Int8.encode(torch.tensor([[-2e-43, 2e-43, 0.0], [-1.0, 1.0, 0.5]]))
+    assert stored.codes.tolist() == [[-127, 127, 0], [-127, 127, 64]]
+
+
+def test_encode_keeps_what_is_on_the_grid():
+    """Scales are powers of two here, so that codes * scale is exact and encodes to the same codes."""
+    codes = torch.arange(-127, 128).repeat(3, 1).to(torch.int8)
+    scale = torch.tensor([[1.0], [2.0**-9], [2.0**5]])
+    stored = Int8.encode(codes * scale)
+    assert torch.equal(stored.codes, codes) and torch.equal(stored.scale, scale)
+
+
+def test_a_zero_row_is_exact_and_learns():
+    """Its scale is the largest of the matrix, so a step of that size moves each code by 1."""
+    matrix = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    matrix[2] = 0
+    stored = Int8.encode(matrix)
+    assert not stored.read()[2].any() and stored.scale[2] == stored.scale.max()
+    delta = torch.zeros(4, 5)
+    delta[2] = stored.scale[2]
+    assert stored.add_(slice(None), delta, words_like(delta)).tolist() == [5, 0]
+    assert torch.equal(stored.codes[2], torch.ones(5, dtype=torch.int8))
+
+
+def test_a_zero_matrix_is_exact_and_learns():
+    stored = Int8.encode(torch.zeros(3, 4))
+    assert not stored.codes.any() and (stored.scale == 1).all()
+    stored.add_(slice(1, 3), torch.full((2, 4), -1.0), words_like(torch.empty(2, 4)))
+    assert stored.read().tolist() == [[0] * 4, [-1] * 4, [-1] * 4]
+
+
+def random_store(rows: int = 8, columns: int = 50) -> Int8:
+    """Codes all over the grid, both edges included."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (rows, columns), generator=generator)
+    codes[:, 0], codes[:, 1] = 127, -127
+    return Int8(codes.to(torch.int8), torch.rand(rows, 1, generator=generator) + 0.01)
+
+
+def test_add_of_nothing_changes_nothing():
+    stored = random_store()
+    codes, scale = stored.codes.clone(), stored.scale.clone()
+    for zero in (0.0, -0.0):
+        delta = torch.full(codes.shape, zero)
+        assert stored.add_(slice(None), delta, words_like(delta)).tolist() == [0, 0]
+    assert torch.equal(stored.codes, codes) and torch.equal(stored.scale, scale)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_edge_clips_and_counts(sign):
+    """A code at the edge stays, one below it moves by 1 of the 3 wanted; -128 is never reached."""
+    stored = Int8(torch.tensor([[127, 126, 0]], dtype=torch.int8) * sign, torch.tensor([[0.5]]))
+    delta = torch.full((1, 3), 1.5 * sign)
+    assert stored.add_(slice(None), delta, words_like(delta)).tolist() == [2, 2]
+    assert stored.codes.tolist() == [[127 * sign, 127 * sign, 3 * sign]]
+
+
+def test_add_against_a_direct_computation():
+    """Some rows only: codes, both counts, and the rows and scales that must stay."""
+    stored = random_store()
+    old, scale = stored.codes.clone(), stored.scale.clone()
+    delta = torch.randn(3, 50, generator=torch.Generator().manual_seed(1)) * 20 * scale[2:5]
+    words = words_like(delta)
+    wanted = old[2:5] + stochastic_round(delta / scale[2:5], words).to(torch.int32)
+    counts = stored.add_(slice(2, 5), delta, words)
+    new = wanted.clamp(-127, 127)
+    assert torch.equal(stored.codes[2:5], new.to(torch.int8)) and torch.equal(stored.scale, scale)
+    assert torch.equal(stored.codes[[0, 1, 5, 6, 7]], old[[0, 1, 5, 6, 7]])
+    assert counts.tolist() == [int((new != old[2:5]).sum()), int((wanted.abs() > 127).sum())]
+    assert counts.min() > 0
+
+
+@pytest.mark.parametrize("steps", [0.01, 0.3, 1.7])
+def test_the_mean_of_many_adds_is_the_delta(steps):
+    """Each of n adds to the same code moves it by SR(delta / scale): std sqrt(f (1 - f)), f the fraction."""
+    n = 1000
+    delta = torch.randn(4, 10, generator=torch.Generator().manual_seed(2)) * steps
+    codes, scale = torch.zeros(4, 10, dtype=torch.int8), torch.tensor([[0.1], [1.0], [3.0], [1e-5]])
+    total = torch.zeros(4, 10)
+    for step in range(n):
+        stored = Int8(codes.clone(), scale)
+        stored.add_(slice(None), delta * scale, words_like(delta, KEY._replace(step=step)))
+        total += stored.codes
+    std = ((delta % 1) * (1 - delta % 1) / n).sqrt()
+    assert ((total / n - delta).abs() < 5 * std + 3 / n).all()
+
+
+# ---------------------------------------------------------------- float stores
+
+
+def test_fp32_adds_plainly_and_counts():
+    stored = Float(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
+    counts = stored.add_(slice(1, 2), torch.tensor([[0.5, 0.0, 1e-9]]), None)
+    assert stored.value.tolist() == [[1, 2, 3], [4.5, 5, 6]], "6 + 1e-9 is 6 in float32"
+    assert counts.tolist() == [1, 0] and not stored.rounds
+
+
+def test_a_vector_is_one_row():
+    stored = Float(torch.tensor([1.0, 2.0]))
+    assert stored.read(slice(0, 1)).shape == (1, 2) and stored.shape == (2,)
+    assert stored.add_(slice(0, 1), torch.tensor([[1.0, 0.0]]), None).tolist() == [1, 0]
+    assert stored.value.tolist() == [2, 2]
+
+
+def test_bf16_keeps_small_steps_in_expectation():
+    """A step of a tenth of the spacing, 2^-7 above 1.0, which rounding to nearest would lose every time."""
+    n, spacing = 4000, 2.0**-7
+    stored = Float(torch.ones(1, n, dtype=torch.bfloat16))
+    delta = torch.full((1, n), 0.1 * spacing)
+    counts = stored.add_(slice(None), delta, words_like(delta))
+    moved = stored.value.float() - 1
+    assert set(moved.unique().tolist()) == {0.0, spacing}
+    # binomial; 2^-16 because 1 + delta keeps 16 bits below the spacing
+    assert abs(moved.mean() / spacing - 0.1) < 5 * (0.1 * 0.9 / n) ** 0.5 + 2**-16
+    assert stored.rounds and counts.tolist() == [int((moved != 0).sum()), 0]
+
+
+# ---------------------------------------------------------------- what is stored how
+
+
+@pytest.mark.parametrize("weights, kind, dtype", [("fp32", Float, torch.float32), ("bf16", Float, torch.bfloat16),
+                                                  ("int8", Int8, torch.int8)])  # fmt: skip
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
+def test_matrices_are_quantised_and_vectors_are_not(weights, kind, dtype, source):
+    matrix, vector = torch.randn(4, 6).to(source), torch.randn(6).to(source)
+    stored = encode(matrix, weights)
+    assert type(stored) is kind and stored.parts()[""].dtype == dtype and stored.shape == (4, 6)
+    kept = encode(vector, weights)
+    assert type(kept) is Float and torch.equal(kept.value, vector.float())
+
+
+def test_an_unknown_format_is_refused():
+    with pytest.raises(ValueError, match="int7"):
+        encode(torch.zeros(2, 2), "int7")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@given(st.one_of(st.tuples(st.integers(1, 5000), st.integers(1, 2**27)), st.tuples(st.integers(1, 2**27))))
+def test_row_chunks_cover_all_rows_once(device, shape):
+    chunks = list(row_chunks(torch.Size(shape), torch.device(device)))
+    rows, columns = shape if len(shape) == 2 else (1, shape[0])
+    assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(rows))
+    bound = 2**25 if device == "cuda" else 2**17
+    assert all(c.stop - c.start == 1 or (c.stop - c.start) * columns <= bound for c in chunks)

@@ -1,0 +1,66 @@
+"""The embedded task and model keep what the README says of them, and training them works."""
+
+import json
+from collections import Counter
+
+import pytest
+
+import train
+from data.hub import resolve
+from data.scoring import Encoder, evaluate
+from data.tasks import TASKS, TINY, load_splits
+from data.tiny import make
+from data.tokenizer import Tokenizer
+from model import load
+
+SPLITS = load_splits(TASKS["tiny"], "", 0, 0, 0, 0, num_eval=1000)
+
+
+def test_the_text_can_be_made_again_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "HERE", tmp_path)
+    make.write_task()
+    for name in ("train.tsv", "dev.tsv", "test.tsv"):
+        assert (tmp_path / name).read_bytes() == (TINY / name).read_bytes()
+    assert json.loads(make.make_tokenizer().to_str()) == json.loads((TINY / "model" / "tokenizer.json").read_text())
+
+
+def test_the_model_is_small_and_the_splits_are_disjoint():
+    assert sum(f.stat().st_size for f in (TINY / "model").iterdir()) <= 4_000_000
+    sentences = [e.sentence for split in SPLITS[:3] for e in split]
+    assert len(sentences) == len(set(sentences)) == 1024 + 256 + 1000
+
+
+def test_no_single_word_tells():
+    """The best one-word rule, chosen on the test set itself: label 1 where the word is there, or where it is not."""
+    words = {word for e in SPLITS.test for word in e.sentence.split()}
+    best = max(
+        max(right, 1 - right)
+        for word in words
+        for right in [sum((word in e.sentence.split()) == e.label for e in SPLITS.test) / len(SPLITS.test)]
+    )
+    assert best < 0.60
+
+
+def test_counting_words_does_not_tell():
+    """Naive Bayes on words, trained on train.tsv: what a model blind to word order could reach."""
+    counts = [Counter(w for e in SPLITS.train if e.label == label for w in e.sentence.split()) for label in (0, 1)]
+    right = 0
+    for e in SPLITS.test:
+        odds = 1.0
+        for word in e.sentence.split():
+            odds *= (counts[1][word] + 1) / (counts[0][word] + 1)
+        right += (odds > 1) == e.label
+    assert right / len(SPLITS.test) < 0.65
+
+
+def test_zero_shot_leaves_something_to_learn():
+    lm = load(resolve("tiny"))
+    encode = Encoder(Tokenizer(resolve("tiny")), TASKS["tiny"], lm.config, 64)
+    assert evaluate(lm, [encode(e) for e in SPLITS.test], lm.config.pad_token_id).accuracy <= 0.65
+
+
+@pytest.mark.parametrize("flags", [[], ["--method", "mezo"]])
+def test_a_hundred_steps_learn_the_task(tmp_path, flags):
+    """Chance is 50 %, with a standard deviation of 1.6 points over 1,000 sentences."""
+    result = train.run(train.parse(["--steps", "100", "--eval-every", "50", "--out", str(tmp_path / "run"), *flags]))
+    assert result["zero_shot"] <= 0.65 and result["test"] >= 0.90

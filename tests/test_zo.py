@@ -1,0 +1,403 @@
+"""Probes, estimates and updates, against hand computations, autograd's gradient, and replays.
+
+Statistical bounds are 5 standard deviations, computed from the table of normal numbers.  Two problems: a toy, one
+6 x 5 matrix under a smooth function, where every coordinate can be checked, and tiny language models.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from helpers import tiny_llama, tiny_roberta
+from test_directions import moments
+from torch import Tensor
+
+import zo_optim
+from data.scoring import Encoded, collate, losses
+from model import LanguageModel, create
+from quant import FORMATS, Float, Int8, Key, Use, bits32, encode, stochastic_round, tensor_id
+from train import Problem, loss_of
+from zo_optim import ZO, Pair, direction, estimate, learning_rate, update
+
+SMALL = tiny_llama(num_hidden_layers=1, hidden_size=16, intermediate_size=24, tie_word_embeddings=True)
+METHODS = {"mezo-fp32": ("fp32", ZO()), "mezo-bf16": ("bf16", ZO()), "quzo-int8": ("int8", ZO(bits=4))}
+by_method = pytest.mark.parametrize("weights, zo", METHODS.values(), ids=METHODS)
+
+
+# ---------------------------------------------------------------- the two problems
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def toy(weights: str) -> dict:
+    return {"w": encode(gaussian(6, 5), weights)}
+
+
+def smooth(w: Tensor) -> Tensor:
+    return (w @ gaussian(5, 3, seed=1).to(w.dtype)).sin().sum() + (w**4).sum() / 20
+
+
+def toy_loss(view: Pair) -> Tensor:
+    return torch.stack([smooth(w) for w in view.read("w")])
+
+
+def by_hand(use: Use, zo: ZO, seed: int, step: int, query: int, name: str, shape: torch.Size) -> Tensor:
+    """u1 or u2 of a whole tensor, a vector as one row."""
+    rows, columns = shape if len(shape) == 2 else (1, *shape)
+    return direction(Key(seed, step, query, tensor_id(name)), torch.arange(rows), columns, zo.bits, use).view(shape)
+
+
+def tiny(weights: str, raw: dict | None = None) -> LanguageModel:
+    """A random model with matrices five times the usual size, so that attention is not uniform."""
+    lm = create(raw or tiny_llama(tie_word_embeddings=True), seed=0)
+    dense = {name: stored.value * (5 if stored.value.ndim == 2 else 1) for name, stored in lm.store.items()}
+    lm.store, lm.weights = {name: encode(tensor, weights) for name, tensor in dense.items()}, weights
+    return lm
+
+
+def examples(n: int, seed: int = 0) -> list[Encoded]:
+    """n random prompts of 3 to 8 tokens with two options of one token."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 9, (n,), generator=generator).tolist()
+    tokens = [torch.randint(3, 97, (length,), generator=generator).tolist() for length in lengths]
+    labels = torch.randint(0, 2, (n,), generator=generator).tolist()
+    return [Encoded([t], [[17], [42]], len(t) - 1, label) for t, label in zip(tokens, labels, strict=True)]
+
+
+def loss_fn(lm: LanguageModel, n: int = 6, seed: int = 0):
+    return partial(losses, lm, collate(examples(n, seed), 0, lm.device))
+
+
+def train_for(lm: LanguageModel, zo: ZO, seed: int, steps: int, lr: float) -> list[list[float]]:
+    """The loop, a new batch a step.  Returns the slopes."""
+    slopes = []
+    for step in range(steps):
+        queries = estimate(lm.store, loss_fn(lm, seed=step), seed, step, zo, lm.dtype)
+        slopes.append([query.slope for query in queries])
+        update(lm.store, slopes[-1], seed, step, zo, lr)
+    return slopes
+
+
+# ---------------------------------------------------------------- probes
+
+
+@pytest.mark.parametrize("raw", [tiny_llama(attention_bias=True), tiny_roberta()], ids=["llama", "roberta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("weights", FORMATS)
+def test_a_pair_reads_plus_and_minus(weights, bits, dtype, raw):
+    """W + eps u1 and W - eps u1 in float32, then matrices in the compute dtype.  Every bit is determined."""
+    lm, zo = tiny(weights, raw), ZO(eps=2e-3, bits=bits)
+    pair = Pair(lm.store, 3, 4, 5, zo, dtype)
+    for name, stored in lm.store.items():
+        shift = 2e-3 * by_hand(Use.PROBE_ROUNDING, zo, 3, 4, 5, name, stored.shape)
+        weight = stored.read().view(stored.shape)
+        want = torch.stack((weight + shift, weight - shift))
+        got = pair.read(name)
+        assert got.dtype == (dtype if weight.ndim == 2 else torch.float32)
+        assert torch.equal(got, want.to(got.dtype))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("weights", FORMATS)
+def test_rows_are_rows_of_read(weights, bits):
+    lm = tiny(weights)
+    pair, index = Pair(lm.store, 3, 4, 5, ZO(bits=bits), torch.bfloat16), torch.tensor([90, 3, 3, 0, 96])
+    assert torch.equal(pair.rows(lm.embedding, index), pair.read(lm.embedding)[:, index])
+
+
+def test_chunks_do_not_show(monkeypatch):
+    """The same weights and the same update where each pass is cut into chunks of one row."""
+    pairs, hashes = [], []
+    for _ in range(2):
+        lm, zo = tiny("int8"), ZO(bits=4)
+        pairs.append(Pair(lm.store, 0, 0, 0, zo, torch.float32).read(lm.embedding))
+        update(lm.store, [0.5, -2.0], 0, 0, zo, 1e-2)
+        hashes.append(lm.sha256())
+        monkeypatch.setattr(zo_optim, "row_chunks", lambda shape, _: (slice(i, i + 1) for i in range(shape[0]))
+                            if len(shape) == 2 else [slice(0, 1)])  # fmt: skip
+    assert torch.equal(*pairs)
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("raw", [tiny_llama(tie_word_embeddings=True), tiny_roberta()], ids=["llama", "roberta"])
+@torch.no_grad()
+def test_a_probe_is_the_model_with_other_weights(raw):
+    """Written into a plain model, W + eps u1 gives the pair's first logits, W - eps u1 the second.
+
+    Tied weights included: a head that draws its own direction would differ by eps * |hidden|, 100 times the bound.
+    The bound: float32 rounding in sums of 56 terms, in another order.
+    """
+    lm, plain = tiny("int8", raw), tiny("fp32", raw)
+    tokens = torch.tensor([[5, 6, 7, 8], [20, 30, 40, 50]])
+    pair = Pair(lm.store, 0, 0, 0, ZO(eps=0.05, bits=4), torch.float32)
+    logits = lm(tokens, view=pair)
+    for p in range(2):
+        plain.store = {name: Float(pair.read(name)[p].clone()) for name in lm.store}
+        assert (logits[p] - plain(tokens)).abs().max() < 1e-5
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_tied_words_share_their_perturbation():
+    """The embedding's rows and the head's rows, read in the three ways in which a model reads them."""
+    lm = tiny("int8")
+    assert lm.decoder == lm.embedding
+    pair, words = Pair(lm.store, 0, 0, 0, ZO(eps=0.1, bits=4), torch.float32), torch.tensor([17, 42])
+    embedded = lm.words(pair, words[None])[:, 0]  # [P, 2, D]
+    hidden = torch.eye(32).expand(2, 32, 32)  # reads the head's matrix out, one column a row
+    assert torch.equal(lm.score(hidden, pair, words).mT, embedded)
+    assert torch.equal(lm.score(hidden, pair).mT[:, words], embedded)
+    assert (embedded[0] - embedded[1]).abs().max() > 0.1
+
+
+# ---------------------------------------------------------------- nothing drifts
+
+
+@by_method
+def test_no_step_at_lr_0_changes_a_bit(weights, zo):
+    lm = tiny(weights, SMALL)
+    before = lm.sha256()
+    for step in range(200):
+        (query,) = estimate(lm.store, loss_fn(lm, n=2), 0, step, zo, lm.dtype)
+        assert query.slope != 0
+        assert update(lm.store, [query.slope], 0, step, zo, 0.0).tolist() == [0, 0]
+    assert lm.sha256() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@by_method
+def test_estimate_writes_nothing(weights, zo, dtype):
+    lm = tiny(weights)
+    lm.dtype = dtype
+    before, generator = lm.sha256(), torch.get_rng_state()
+    estimate(lm.store, loss_fn(lm), 0, 0, ZO(zo.eps, 3, zo.bits), dtype)
+    assert lm.sha256() == before
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+# ---------------------------------------------------------------- estimates
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_each_query_by_hand(bits):
+    """Losses at w + eps u1 and w - eps u1, query by query, and their difference over 2 eps."""
+    store, zo = toy("fp32"), ZO(eps=0.01, queries=3, bits=bits)
+    for q, query in enumerate(estimate(store, toy_loss, 7, 8, zo, torch.float32)):
+        shift = 0.01 * by_hand(Use.PROBE_ROUNDING, zo, 7, 8, q, "w", (6, 5))
+        plus, minus = smooth(store["w"].value + shift), smooth(store["w"].value - shift)
+        assert (query.plus, query.minus) == (plus.item(), minus.item())
+        assert query.slope == (query.plus - query.minus) / 0.02
+
+
+def mean_estimate(store: dict, loss, zo: ZO, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The mean of slope * u2 over the queries, as `update` makes it: a step of lr 1 down from zero, sign turned."""
+    slopes = [query.slope for query in estimate(store, loss, 0, 0, zo, dtype)]
+    zeros = {name: Float(torch.zeros(stored.shape)) for name, stored in store.items()}
+    update(zeros, slopes, 0, 0, zo, 1.0)
+    return {name: -stored.value for name, stored in zeros.items()}
+
+
+TOY_QUERIES = 2000
+
+
+@pytest.mark.parametrize("weights, bits", [("fp32", None), ("int8", 4), ("int8", 2)])
+def test_the_mean_estimate_is_the_gradient(weights, bits):
+    """Each coordinate and the projection on the gradient, sign included, where the weights are as dequantised.
+
+    The variance of (g . u1) u2_i is V^2 (|g|^2 - g_i^2) + (M - 1) g_i^2, with V = E[Q^2] and M = E[u1^2 u2^2].  The
+    bias is of order eps^2 = 1e-6.  One rounding, not two, would make the mean V g: 3.19 g at 2 bits.
+    """
+    store, zo = toy(weights), ZO(queries=TOY_QUERIES, bits=bits)
+    w = store["w"].read().double().requires_grad_()
+    (g,) = torch.autograd.grad(smooth(w), w)
+    got = mean_estimate(store, toy_loss, zo, torch.float64)["w"].double()
+    V, M = moments(bits)[0].mean(), moments(bits)[0].square().mean()
+    variance = V**2 * (g.square().sum() - g**2) + (M - 1) * g**2
+    assert ((got - g).abs() < 5 * (variance / TOY_QUERIES).sqrt()).all()
+    assert abs((got * g).sum() / g.square().sum() - 1) < 5 * projection_std(g.flatten(), bits, TOY_QUERIES)
+
+
+def projection_std(g: Tensor, bits: int | None, n: int) -> float:
+    """Of the mean of n draws of (g . u1) (g . u2) / |g|^2, whose mean is 1.
+
+    Expanded over pairs of coordinates, the second moment is M S + (V^2 + 2) (1 - S), S = sum of g_i^4 / |g|^4.
+    """
+    second = moments(bits)[0]
+    S = (g**4).sum() / g.square().sum() ** 2
+    return float(((second.square().mean() * S + (second.mean() ** 2 + 2) * (1 - S) - 1) / n).sqrt())
+
+
+def gradient(lm: LanguageModel, loss) -> Tensor:
+    """Autograd's, of the weights as dequantised, all tensors in one vector."""
+    dense = {name: stored.read().view(stored.shape).float().requires_grad_() for name, stored in lm.store.items()}
+    view = type(lm)(lm.config, lm.raw_config, {n: Float(t) for n, t in dense.items()}, lm.dtype, "fp32").stored_view()
+    grads = torch.autograd.grad(loss(view)[0], list(dense.values()), materialize_grads=True)
+    return torch.cat([g.flatten() for g in grads])
+
+
+@by_method
+def test_the_mean_estimate_of_a_language_model(weights, zo):
+    """Its projection on the gradient is 1, and what is left over is the noise of n estimates.
+
+    |mean - g|^2 is the mean of slope^2 |u2|^2 over n, V^2 d |g|^2 / n, where slope^2 alone varies: by sqrt(2) of it.
+    """
+    lm, n = tiny(weights, SMALL), 200
+    g = gradient(lm, loss_fn(lm))
+    mean = mean_estimate(lm.store, loss_fn(lm), ZO(zo.eps, n, zo.bits), torch.float32)
+    got = torch.cat([t.flatten() for t in mean.values()])
+    assert abs(got @ g / (g @ g) - 1) < 5 * projection_std(g.double(), zo.bits, n)
+    noise = (got - g).square().sum() / (g @ g) / (moments(zo.bits)[0].mean() ** 2 * len(g) / n)
+    assert abs(noise - 1) < 5 * (2 / n) ** 0.5
+
+
+def test_mezo_goes_down():
+    """Over random directions a small step changes the loss by -lr |g|^2 on average: -lr slope^2 each, of std sqrt 2.
+
+    lr is such that a step's second-order term stays below a tenth of that.
+    """
+    lm, n, lr = tiny("fp32", SMALL), 100, 1e-4
+    loss, g = loss_fn(lm), gradient(lm, loss_fn(lm))
+    start = {name: stored.value.clone() for name, stored in lm.store.items()}
+    with torch.no_grad():
+        before, changes = loss(lm.stored_view()), []
+        for seed in range(n):
+            for name, stored in lm.store.items():
+                stored.value.copy_(start[name])
+            update(lm.store, [estimate(lm.store, loss, seed, 0, ZO(), lm.dtype)[0].slope], seed, 0, ZO(), lr)
+            changes.append((loss(lm.stored_view()) - before).item())
+    assert abs(sum(changes) / n / (-lr * float(g @ g)) - 1) < 5 * (2 / n) ** 0.5 + 0.1
+
+
+# ---------------------------------------------------------------- updates
+
+SLOPES = [0.7, -1.3, 2.0]
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("raw", [tiny_llama(), tiny_roberta()], ids=["llama", "roberta"])
+def test_the_step_is_minus_lr_times_the_mean_of_slope_times_u2(raw, bits):
+    """In float64 from the definition; three steps in float32 are off by 3 roundings of a weight below 2."""
+    lm, zo, nonzero = tiny("fp32", raw), ZO(bits=bits), 0
+    before = {name: stored.value.clone() for name, stored in lm.store.items()}
+    changed, held = update(lm.store, SLOPES, 5, 6, zo, 0.01).tolist()
+    for name, stored in lm.store.items():
+        u2 = [by_hand(Use.UPDATE_ROUNDING, zo, 5, 6, q, name, stored.shape).double() for q in range(3)]
+        want = before[name].double() - 0.01 / 3 * sum(s * u for s, u in zip(SLOPES, u2, strict=True))
+        assert (stored.value - want).abs().max() < 3 * 2**-24 * 2
+        nonzero += sum(int(u.count_nonzero()) for u in u2)
+    assert 0.99 * nonzero < changed <= nonzero and held == 0, "a few u2 are too small to change a float32"
+
+
+@pytest.mark.parametrize("lr", [1e-4, 0.03, 10.0])
+def test_an_int8_update_by_hand(lr):
+    """Query after query: codes + SR(-lr / n * slope * u2 / scale), clipped, with the words kept for that use."""
+    store, zo = toy("int8"), ZO(bits=4)
+    codes, scale = store["w"].codes.float(), store["w"].scale.clone()
+    moved = held = 0
+    for q, slope in enumerate(SLOPES):
+        # -lr * slope / n first, as in the source: the same float32 numbers, so the same codes
+        delta = by_hand(Use.UPDATE_ROUNDING, zo, 5, 6, q, "w", (6, 5)) * (-lr * slope / 3)
+        words = bits32(Key(5, 6, q, tensor_id("w")), Use.WEIGHT_ROUNDING, torch.arange(6), 5)
+        wanted = codes + stochastic_round(delta / scale, words)
+        codes, old = wanted.clamp(-127, 127), codes
+        moved, held = moved + int((codes != old).sum()), held + int((wanted.abs() > 127).sum())
+    assert update(store, SLOPES, 5, 6, zo, lr).tolist() == [moved, held]
+    assert torch.equal(store["w"].codes, codes.to(torch.int8)) and torch.equal(store["w"].scale, scale)
+    assert held or lr < 10
+
+
+@pytest.mark.parametrize("weights, lr", [("int8", 5e-3), ("bf16", 1e-3)])
+def test_rounding_an_update_adds_no_bias(weights, lr):
+    """What rounding adds along the step, summed over n steps from the same weights.
+
+    Its variance is the sum of spacing^2 f (1 - f), f being how far into a grid step of size `spacing` a weight
+    wanted to go.  Rounding down, or to nearest, would add about -|step| each time.
+    """
+    zo, n = ZO(bits=4), 500
+    grid, inside = spacing(toy(weights)["w"]), interior(toy(weights)["w"], 4 * lr)
+    excess, variance = torch.zeros(6, 5, dtype=torch.float64), torch.zeros(6, 5, dtype=torch.float64)
+    for step in range(n):
+        store = toy(weights)
+        before = store["w"].read().double()
+        delta = -lr * by_hand(Use.UPDATE_ROUNDING, zo, 0, step, 0, "w", (6, 5)).double()
+        update(store, [1.0], 0, step, zo, lr)
+        excess += (store["w"].read().double() - before - delta) * delta.sign()
+        f = delta / grid % 1
+        variance += grid**2 * f * (1 - f)
+    assert inside.sum() > 20
+    assert ((excess.abs() < 5 * variance.sqrt()) | ~inside).all()
+
+
+def spacing(stored: Float | Int8) -> Tensor:
+    """The grid's step at each weight; bfloat16 has 7 bits after the leading one."""
+    return stored.scale if isinstance(stored, Int8) else 2.0 ** (stored.value.float().abs().log2().floor() - 7)
+
+
+def interior(stored: Float | Int8, step: float) -> Tensor:
+    """Where a step meets no edge: of the codes, or of bfloat16's spacing, which changes at powers of 2."""
+    size = stored.read().float().abs()
+    if isinstance(stored, Int8):
+        return size + step < 127 * stored.scale
+    return (size > step) & ((size - step).log2().floor() == (size + step).log2().floor())
+
+
+# ---------------------------------------------------------------- keys, batches, replay
+
+
+@by_method
+def test_a_run_is_its_seed(weights, zo):
+    runs = [tiny(weights) for _ in range(3)]
+    slopes = [train_for(lm, zo, seed, 3, 1e-3) for lm, seed in zip(runs, (1, 1, 2), strict=True)]
+    hashes = [lm.sha256() for lm in runs]
+    assert slopes[0] == slopes[1] and hashes[0] == hashes[1]
+    assert slopes[0] != slopes[2] and hashes[0] != hashes[2]
+
+
+@by_method
+def test_slopes_redo_a_run(weights, zo):
+    """Two queries a step; `update` alone, with no loss, from the slopes that a run recorded."""
+    ran, redone = tiny(weights), tiny(weights)
+    start = ran.sha256()
+    for step, slopes in enumerate(train_for(ran, ZO(zo.eps, 2, zo.bits), 9, 5, 1e-3)):
+        update(redone.store, slopes, 9, step, zo, 1e-3)
+    assert redone.sha256() == ran.sha256() != start
+
+
+@by_method
+def test_splitting_the_batch_changes_rounding_only(weights, zo):
+    """Losses near 0.7, each a mean of 7 examples in another order and padding: a few units of 2^-24."""
+    lm = tiny(weights)
+    problem = Problem(lm, examples(7), [], [], pad=0)
+    runs = [
+        estimate(lm.store, partial(loss_of, problem, problem.train, micro), 0, 0, ZO(zo.eps, 2, zo.bits), lm.dtype)
+        for micro in (7, 4, 3, 1)
+    ]
+    for split in runs[1:]:
+        for query, other in zip(runs[0], split, strict=True):
+            assert abs(query.plus - other.plus) < 1e-6 and abs(query.minus - other.minus) < 1e-6
+    assert abs(runs[0][0].plus - runs[0][1].plus) > 1e-5, "the two queries must differ by more than that"
+
+
+def test_micro_batches_see_the_same_weights():
+    """Whatever the split, every forward reads the same perturbed weights."""
+    lm, seen = tiny("int8"), []
+
+    class Spy(Pair):
+        def read(self, name: str) -> Tensor:
+            weight = super().read(name)
+            if name == "model.norm.weight":
+                seen.append(weight)
+            return weight
+
+    loss_of(Problem(lm, [], [], [], 0), examples(6), 2, Spy(lm.store, 0, 0, 0, ZO(bits=4), lm.dtype))
+    assert len(seen) == 3 and torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
+def test_learning_rates():
+    assert [learning_rate(0.5, "constant", step, 4) for step in range(4)] == [0.5] * 4
+    assert [learning_rate(0.5, "linear", step, 4) for step in range(5)] == [0.5, 0.375, 0.25, 0.125, 0]
