@@ -4,7 +4,7 @@
 
 The usual way is MeZO's own description: the weights are perturbed in place three times (+eps z, -2 eps z, +eps z)
 with z drawn again from a seed, each loss is a full forward, and a fourth sweep updates.  Full means logits of every
-word at every position; ours are of two words at one, and two thirds of the difference come from that.  Both are
+word at every position; ours are of two words at one, and half of the difference comes from that.  Both are
 run in turn in one process, so a slow moment of the machine meets both, and medians over the repeats are compared.
 """
 
