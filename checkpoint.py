@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -108,7 +109,9 @@ def write_directory(
     Everything is written beside the target and renamed at the end, so that a killed process leaves the old
     directory or the new one; the old one is called NAME.old for the instant between the two renames.
     """
-    partial = directory.with_name(directory.name + ".partial")
+    partial, old = (directory.with_name(directory.name + suffix) for suffix in (".partial", ".old"))
+    for path in (directory, partial, old):
+        _refuse_foreign(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -116,13 +119,27 @@ def write_directory(
         shutil.copyfile(file, partial / file.name)
     _write_shards(partial, tensors, stem)
     if directory.exists():
-        old = directory.with_name(directory.name + ".old")
         shutil.rmtree(old, ignore_errors=True)  # from a process killed before it could
         os.replace(directory, old)
         os.replace(partial, directory)
         shutil.rmtree(old)
     else:
         os.replace(partial, directory)
+
+
+OURS = re.compile(
+    r"(generation_)?config\.json|tokenizer.*|special_tokens_map\.json|.*\.safetensors(\.index\.json)?|.*\.tmp"
+)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raises ValueError for a place that holds more than a saved model: replacing it would delete that."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"cannot save to {path}: it is a file")
+    inside = path.iterdir() if path.exists() else ()
+    foreign = sorted(p.name for p in inside if p.is_dir() or not OURS.fullmatch(p.name))
+    if foreign:
+        raise ValueError(f"saving would delete {some(foreign)} in {path}; give a new directory")
 
 
 def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], stem: str) -> None:

@@ -18,7 +18,7 @@ import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class LlamaConfig:
+    masked: ClassVar[bool] = False  # reads left to right
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -103,6 +104,7 @@ class LlamaConfig:
 
 @dataclass(frozen=True)
 class RobertaConfig:
+    masked: ClassVar[bool] = True  # answers at a mask
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -136,7 +138,9 @@ def _known(cls: type, raw: dict) -> dict:
     known = {}
     for f in fields(cls):
         value = raw.get(f.name)
-        above = -2 if f.name.endswith("_id") else 0  # an id of -1 is some checkpoints' way of saying none
+        above = -1 if f.name.endswith("_id") else 0
+        if value == -1 and "None" in f.type:  # some checkpoints' way of saying none
+            value = None
         if value is not None and not _fits(value, f.type, above):
             raise ValueError(f"{f.name} {value!r} is not a usable {f.type}")
         if value is not None or (f.name in raw and "None" in f.type):
@@ -176,7 +180,7 @@ def read_config(directory: str | Path) -> tuple[LlamaConfig | RobertaConfig, dic
         if not isinstance(raw, dict):
             raise ValueError(f"must hold an object, got {type(raw).__name__}")
         return config_of(raw), raw
-    except ValueError as error:  # what json raises is one too
+    except (ValueError, RecursionError) as error:  # what json raises is a ValueError too
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -480,8 +484,9 @@ class Llama(LanguageModel):
         angles = torch.cat((angles, angles), -1)
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         xs = list(self.words(view, tokens))
+        seen = causal(mask, T)
         for i in range(self.config.num_hidden_layers):
-            xs = self.apply(self.block, f"model.layers.{i}.", view, xs, cos, sin, causal(mask, T), cache, i)
+            xs = self.apply(self.block, f"model.layers.{i}.", view, xs, cos, sin, seen, cache, i)
         return torch.stack(self.apply(self.norm, "model.norm.", view, xs))
 
     @torch.no_grad()
@@ -592,7 +597,7 @@ def ignorable(name: str, config: LlamaConfig | RobertaConfig) -> bool:
     if name.endswith((".rotary_emb.inv_freq", ".embeddings.position_ids")):
         return True  # recomputed; older files carry them as buffers
     if name.startswith("roberta.pooler."):
-        return True  # next-sentence head, which the masked LM does not use
+        return True  # the sentence pooler, which the masked LM does not use
     if isinstance(config, RobertaConfig) and name in ("lm_head.bias", "lm_head.decoder.bias"):
         return True  # tied, they are one tensor; untied, only the decoder's is read
     return config.tie_word_embeddings and name in ("lm_head.weight", "lm_head.decoder.weight")

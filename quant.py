@@ -244,13 +244,15 @@ class Int8:
         An all-zero row is exact under any scale.  It gets the largest scale of the matrix rather than 0,
         because an update divides by it.
         """
-        matrix = matrix.float()
-        largest = matrix.abs().amax(1, keepdim=True)
+        chunks = list(row_chunks(matrix.shape, matrix.device))  # no second copy of a large matrix in float32
+        largest = torch.cat([matrix[rows].float().abs().amax(1, keepdim=True) for rows in chunks])
         scale = largest / torch.full_like(largest, INT8_TOP)  # by a number, CUDA would multiply by a rounded 1/127
         scale = torch.where(scale > 0, scale, scale.amax())  # sizes under 1e-43 also count as zero here
         scale = torch.where(scale > 0, scale, 1.0)
-        codes = (matrix / scale).round().clamp_(-INT8_TOP, INT8_TOP)
-        return cls(codes.to(torch.int8), scale)
+        codes = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)
+        for rows in chunks:
+            codes[rows] = (matrix[rows].float() / scale[rows]).round_().clamp_(-INT8_TOP, INT8_TOP).to(torch.int8)
+        return cls(codes, scale)
 
     @property
     def shape(self) -> torch.Size:

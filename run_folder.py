@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
 
 import numpy
 import safetensors
+import sentencepiece
+import tokenizers
 import torch
 
 
@@ -34,9 +37,10 @@ class RunFolder:
         self._metrics = open(path / "metrics.jsonl", "w")  # noqa: SIM115 (open for the whole run)
         self._trajectory = open(path / "trajectory", "w")  # noqa: SIM115
 
-    def write_config(self, flags: dict, base_sha256: str, data_files: list[Path]) -> None:
-        data = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in data_files}
-        hashes = {"base_weights_sha256": base_sha256, "data_sha256": data}
+    def write_config(self, flags: dict, base_sha256: str, data_files: list[Path], other_files: list[Path]) -> None:
+        """other_files: what else decides the tokens, such as the tokenizer's."""
+        hashes = {"data_sha256": hashed(data_files), "other_sha256": hashed(other_files)}
+        hashes["base_weights_sha256"] = base_sha256
         self._write_json("config.json", {"flags": flags, "versions": versions(), "git_commit": git_commit()} | hashes)
 
     def step(self, step: int, slopes: list[float], loss: float, metrics: dict) -> None:
@@ -58,19 +62,31 @@ class RunFolder:
         self._trajectory.close()
 
     def draw(self) -> None:
-        (self.path / "curve.svg").write_text(curve_svg(self.losses, self.devs))
+        self._write("curve.svg", curve_svg(self.losses, self.devs))
 
     def _line(self, row: dict) -> None:
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
 
     def _write_json(self, name: str, value: dict) -> None:
-        (self.path / name).write_text(json.dumps(value, indent=2) + "\n")
+        self._write(name, json.dumps(value, indent=2) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        """Whole or not at all."""
+        partial = self.path / f"{name}.partial"
+        partial.write_text(text)
+        os.replace(partial, self.path / name)
+
+
+def hashed(files: list[Path]) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def check_free(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--out {path} is a file; give a folder")
+    """Raises ValueError unless the folder is new or empty and can be made."""
+    nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"--out {path}: {nearest} is not a folder that can be written to")
     if path.is_dir() and any(path.iterdir()):
         raise ValueError(f"--out {path} is not empty: it may hold a run; give a new folder")
 
@@ -88,6 +104,8 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "safetensors": safetensors.__version__,
+        "sentencepiece": sentencepiece.__version__,
+        "tokenizers": tokenizers.__version__,
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import resource
 import signal
 import sys
@@ -24,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.hub import PRESETS, check_known, resolve
-from data.scoring import Encoded, Encoder, collate, evaluate, losses
+from data.scoring import Encoded, Encoder, Quality, collate, evaluate, losses
 from data.tasks import TASKS, Splits, get_task, load_splits
 from data.tokenizer import Tokenizer
 from model import LanguageModel, load, read_config
@@ -43,16 +44,16 @@ def flag(default, help: str, choices: tuple[str, ...] = ()):
 
 @dataclass(frozen=True)
 class Config:
-    """Every flag.  None means: from DEFAULTS, by model and method."""
+    """Every flag.  None: from DEFAULTS where it has an entry for the method, else it does not apply."""
 
     model: str = flag("tiny", f"a checkpoint directory, or one of {', '.join(PRESETS)}")
     method: str = flag("quzo", "quzo: low-bit directions and weights; mezo: Gaussian directions", ("quzo", "mezo"))
-    task: str | None = flag(None, "what to learn", tuple(TASKS))
-    data_dir: str = flag("data", "folder of the official files: SST-2/train.tsv, k-shot/SST-2/512-42/train.tsv, ...")
-    k: int = flag(0, "examples a class, from the k-shot files; 0: num-train examples of the full files")
-    data_seed: int | None = flag(None, "which k-shot split, or the seed of the draw")
-    num_train: int = flag(1000, "training examples where k is 0")
-    num_dev: int = flag(500, "dev examples where k is 0")
+    task: str | None = flag(None, "what to learn; tiny for the tiny model, else sst2", tuple(TASKS))
+    data_dir: str | None = flag(None, "folder of the official files, SST-2/train.tsv and so on (datasets)")
+    k: int | None = flag(None, "examples a class, from the k-shot files, k-shot/SST-2/512-42/train.tsv and so on")
+    data_seed: int | None = flag(None, "which k-shot split (42), or the seed of the draw from the full files (0)")
+    num_train: int | None = flag(None, "training examples drawn from the full files (1000)")
+    num_dev: int | None = flag(None, "dev examples drawn from the full files (500)")
     num_eval: int = flag(1000, "test examples at most")
     weights: str | None = flag(None, "how matrices are stored", FORMATS)
     direction_bits: str | None = flag(None, "bits of a direction's codes; full: Gaussian", DIRECTION_BITS)
@@ -64,15 +65,17 @@ class Config:
     eps: float | None = flag(None, "size of a probe, in weight units")
     queries: int = flag(1, "directions a step, averaged")
     batch_size: int | None = flag(None, "examples a step")
-    micro_batch_size: int | None = flag(None, "examples a forward, to bound memory; changes losses by rounding only")
+    micro_batch_size: int | None = flag(None, "examples a forward, to bound memory (batch-size); the losses change by "
+                                              "rounding only")  # fmt: skip
     max_length: int = flag(2048, "longest sequence in tokens; the model's own limit also holds")
     seed: int = flag(0, "of directions, roundings and data order")
     eval_every: int | None = flag(None, "steps between dev evaluations")
-    device: str = flag("auto", "cpu, cuda, or auto")
-    out: str | None = flag(None, "run folder; must be new or empty")
+    device: str = flag("auto", "cpu, cuda, cuda:N, or auto")
+    out: str | None = flag(None, "run folder; must be new or empty (runs/DATE-TIME-...)")
 
 
-# MeZO: its paper's OPT recipe.  QuZO: its released Llama-2-7B full-parameter SST-2 script.  Tiny: tuned on dev.
+# MeZO: its paper's OPT recipe.  QuZO: its released Llama-2-7B full-parameter SST-2 script, which is for int4; int8
+# weights and the evaluation interval are ours.  Tiny: ours, tuned on dev.
 DEFAULTS = {
     "mezo": dict(weights="bf16", direction_bits="full", steps=20000, lr=1e-6, lr_schedule="constant", eps=1e-3,
                  batch_size=16, eval_every=4000),
@@ -95,51 +98,69 @@ def parse(argv: list[str]) -> Config:
     kinds = {"int": int, "float": float, "str": str}
     for f in dataclasses.fields(Config):
         kind = kinds[f.type.removesuffix(" | None")]
-        parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, **f.metadata)
+        options = dict(f.metadata) | {"help": f.metadata["help"] + told_defaults(f.name)}
+        parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, **options)
     return resolve_defaults(Config(**vars(parser.parse_args(argv))))
 
 
+def told_defaults(name: str) -> str:
+    """A flag's defaults by method, for --help; in brackets the embedded model's."""
+    told = [
+        f"{method} {table[name]}" + (f" ({TINY_DEFAULTS[method][name]})" if name in TINY_DEFAULTS[method] else "")
+        for method, table in DEFAULTS.items()
+        if name in table
+    ]
+    return f" [{', '.join(told)}]" if told else ""
+
+
 def resolve_defaults(c: Config) -> Config:
-    """Fill what was not given; everything that the run depends on is then in the config."""
+    """Fill what was not given.  Everything that the run depends on is then in the config; the rest stays None."""
     table = DEFAULTS[c.method] | (TINY_DEFAULTS[c.method] if c.model == "tiny" else {})
-    k_shot = 42 if c.k else 0  # the published splits' seeds are 13, 21, 42, 87 and 100
-    table = table | dict(task="tiny" if c.model == "tiny" else "sst2", data_seed=k_shot)
+    table["task"] = c.task or ("tiny" if c.model == "tiny" else "sst2")
+    if not get_task(table["task"]).embedded:
+        table |= dict(data_dir="datasets", data_seed=42) if c.k else dict(data_dir="datasets", data_seed=0)
+        table |= {} if c.k else dict(num_train=1000, num_dev=500)
     table["device"] = ("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device
+    table["out"] = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{table['task']}-{Path(c.model).name}-{c.method}"
     c = dataclasses.replace(c, **{n: v for n, v in table.items() if getattr(c, n) in (None, "auto")})
     bf16 = c.device.startswith("cuda") and c.weights != "fp32"
-    stamp = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{c.task}-{Path(c.model).name}-{c.method}"
     return dataclasses.replace(
         c,
         compute=("bf16" if bf16 else "fp32") if c.compute == "auto" else c.compute,
-        micro_batch_size=c.micro_batch_size or c.batch_size,
-        out=c.out or stamp,
+        micro_batch_size=c.batch_size if c.micro_batch_size is None else c.micro_batch_size,
     )
+
+
+COUNT = (1, 2**31 - 1)
+RANGES = {
+    "steps": COUNT, "batch_size": COUNT, "micro_batch_size": COUNT, "eval_every": COUNT, "num_train": COUNT,
+    "num_dev": COUNT, "num_eval": COUNT, "k": COUNT, "max_length": COUNT, "queries": (1, 2**28 - 1),
+    "lr": (0, 1e6), "eps": (1e-8, 1e3), "seed": (0, 2**64 - 1), "data_seed": (0, 2**32 - 1),
+}  # fmt: skip
 
 
 def validate(c: Config) -> None:
     """Ranges and combinations; what files hold is checked where it is read."""
     check_known(c.model)
-    counts = ("steps", "queries", "batch_size", "micro_batch_size", "eval_every", "num_train", "num_dev", "num_eval")
-    ranges = {name: (1, math.inf) for name in counts} | {
-        "lr": (0, sys.float_info.max),
-        "eps": (sys.float_info.min, sys.float_info.max),
-        "k": (0, math.inf),
-        "seed": (0, 2**64 - 1),
-        "data_seed": (0, 2**32 - 1),
-        "max_length": (16, math.inf),
-    }
-    for name, (low, high) in ranges.items():
-        if not low <= getattr(c, name) <= high:  # NaN fails too
-            raise ValueError(f"--{name.replace('_', '-')} must be in [{low}, {high}], got {getattr(c, name)}")
+    for name, (low, high) in RANGES.items():
+        value = getattr(c, name)
+        if value is not None and not low <= value <= high:  # NaN fails too
+            raise ValueError(f"--{name.replace('_', '-')} must be in [{low}, {high}], got {value}")
+    embedded = get_task(c.task).embedded
+    drawn = ("num_train", "num_dev")
+    for name in ("data_dir", "k", "data_seed", *drawn) if embedded else drawn if c.k else ():
+        if getattr(c, name) is not None:
+            beside = f"task {c.task}, which has its own files" if embedded else "--k, whose files are read whole"
+            raise ValueError(f"--{name.replace('_', '-')} means nothing beside {beside}")
     if c.method == "mezo" and (c.direction_bits != "full" or c.weights not in ("fp32", "bf16")):
         raise ValueError(
             "--method mezo means Gaussian directions on fp32 or bf16 weights; use quzo for others, got "
             f"--direction-bits {c.direction_bits} --weights {c.weights}"
         )
-    if c.device != "cpu" and not c.device.startswith("cuda"):
-        raise ValueError(f"--device must be cpu or cuda, got {c.device!r}")
-    if c.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {c.device}: this machine or this build of torch has no CUDA")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", c.device):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {c.device!r}")
+    if c.device != "cpu" and int(c.device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {c.device}: torch sees {torch.cuda.device_count()} CUDA devices here")
 
 
 # ---------------------------------------------------------------- the loop
@@ -191,54 +212,76 @@ class Stop:
     """Ctrl-C and SIGTERM end the loop after the step at hand, whose record is then whole; twice, at once."""
 
     def __init__(self):
-        self.wanted = False
+        self.number = 0  # of the signal
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame) -> None:
-        if self.wanted:
+        if self.number:
             raise KeyboardInterrupt
-        self.wanted = True
+        self.number = number
 
 
-def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop) -> dict:
-    """Run the loop.  Returns what it can say: steps done, and dev quality and step of the best weights.
+@dataclass
+class Progress:
+    """How far a run is, and the weights to keep: those of the lowest dev loss, MeZO's rule.  Loss is a finer measure
+    than accuracy, which moves in steps of one example."""
 
-    Best means lowest dev loss, as in MeZO: a finer measure than accuracy, which moves in steps of one example.
-    """
+    steps: int = 0
+    best_step: int = 0
+    best: Quality | None = None
+
+
+def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop) -> Progress:
+    """Run the loop.  The folder's model/ holds the best weights, or the last ones where none were evaluated."""
     lm, zo = problem.lm, ZO(c.eps, c.queries, None if c.direction_bits == "full" else int(c.direction_bits))
-    elements = sum(math.prod(stored.shape) for stored in lm.store.values())
-    best = {"dev": None, "dev_loss": math.inf, "best_step": 0, "steps": 0}
+    progress = Progress()
     bar = tqdm(range(c.steps), unit="step", file=sys.stderr, dynamic_ncols=True)
     for step in bar:
-        examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, len(problem.train))]
-        loss_fn = partial(loss_of, problem, examples, c.micro_batch_size)
-        queries = estimate(lm.store, loss_fn, c.seed, step, zo, lm.dtype)
-        slopes = [query.slope for query in queries]
-        if not all(map(math.isfinite, slopes)):
-            raise ValueError(f"the loss is not finite at step {step + 1}: try a smaller --lr than {c.lr}")
-        lr = learning_rate(c.lr, c.lr_schedule, step, c.steps)
-        changed, clipped = update(lm.store, slopes, c.seed, step, zo, lr).tolist()
-        loss = sum(query.plus + query.minus for query in queries) / (2 * len(queries))
-        folder.step(step + 1, slopes, loss, {
-            "plus": [query.plus for query in queries], "minus": [query.minus for query in queries], "lr": lr,
-            "queries": len(queries), "tokens": sum(len(s) for e in examples for s in e.sequences),
-            "changed": changed / elements / len(queries), "clipped": clipped / elements / len(queries),
-        })  # fmt: skip
-        best["steps"] = step + 1
-        if (step + 1) % c.eval_every == 0 or step + 1 == c.steps:
-            dev = evaluate(lm, problem.dev, problem.pad)
-            folder.dev(step + 1, dev.accuracy, dev.loss, peak_memory(c.device))
-            if dev.loss < best["dev_loss"]:
-                best |= {"dev": dev.accuracy, "dev_loss": dev.loss, "best_step": step + 1}
-                lm.save_stored(folder.model)
-        bar.set_postfix(loss=f"{loss:.3f}", dev="-" if best["dev"] is None else f"{folder.devs[-1][1]:.1%}")
-        if stop.wanted:
+        if stop.number:
             break
-    if best["dev"] is None:
+        loss = one_step(c, problem, folder, zo, step)
+        progress.steps = step + 1
+        if progress.steps % c.eval_every == 0 or progress.steps == c.steps:
+            dev = evaluate(lm, problem.dev, problem.pad, 2 * c.micro_batch_size)  # one view, not a pair
+            check_finite(dev.loss, step, c)
+            folder.dev(progress.steps, dev.accuracy, dev.loss, peak_memory(c.device))
+            if progress.best is None or dev.loss < progress.best.loss:
+                progress.best, progress.best_step = dev, progress.steps
+                lm.save_stored(folder.model)
+        bar.set_postfix(loss=f"{loss:.3f}", dev=f"{folder.devs[-1][1]:.1%}" if folder.devs else "-")
+    if progress.best is None:
         lm.save_stored(folder.model)
-        best["best_step"] = best["steps"]
-    return best
+        progress.best_step = progress.steps
+    return progress
+
+
+def one_step(c: Config, problem: Problem, folder: RunFolder, zo: ZO, step: int) -> float:
+    """Estimate, update, record -> the mean of the probes' losses."""
+    lm = problem.lm
+    examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, len(problem.train))]
+    queries = estimate(lm.store, partial(loss_of, problem, examples, c.micro_batch_size), c.seed, step, zo, lm.dtype)
+    slopes = [query.slope for query in queries]
+    check_finite(sum(slopes), step, c)
+    lr = learning_rate(c.lr, c.lr_schedule, step, c.steps)
+    changed, clipped = update(lm.store, slopes, c.seed, step, zo, lr).tolist()
+    loss = sum(query.plus + query.minus for query in queries) / (2 * len(queries))
+    elements = len(queries) * parameters(lm)
+    folder.step(step + 1, slopes, loss, {
+        "plus": [query.plus for query in queries], "minus": [query.minus for query in queries], "lr": lr,
+        "queries": len(queries), "tokens": sum(len(s) for e in examples for s in e.sequences),
+        "changed": changed / elements, "clipped": clipped / elements,
+    })  # fmt: skip
+    return loss
+
+
+def check_finite(loss: float, step: int, c: Config) -> None:
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is not finite at step {step + 1}: try a smaller --lr than {c.lr}")
+
+
+def parameters(lm: LanguageModel) -> int:
+    return sum(math.prod(stored.shape) for stored in lm.store.values())
 
 
 def peak_memory(device: str) -> int:
@@ -252,41 +295,51 @@ def run(c: Config) -> dict:
     """One training run from flags to result."""
     validate(c)
     check_free(Path(c.out))
+    if c.device.startswith("cuda:"):
+        torch.cuda.set_device(c.device)  # kernels and memory figures go by the current device
     problem, splits = prepare(c)
     folder = RunFolder(Path(c.out))
-    folder.write_config(dataclasses.asdict(c), problem.lm.sha256(), splits.files)
+    folder.write_config(dataclasses.asdict(c), problem.lm.sha256(), splits.files, problem.lm.other_files)
     stop = Stop()
     tqdm.write(f"{c.model}, {c.task}, {c.method} on {c.weights} weights, {c.device}; run folder {c.out}", sys.stderr)
-    zero_shot = evaluate(problem.lm, problem.test, problem.pad).accuracy
+    zero_shot = evaluate(problem.lm, problem.test, problem.pad, 2 * c.micro_batch_size).accuracy
     tqdm.write(f"zero-shot test accuracy {zero_shot:.1%}", sys.stderr)
     started = time.perf_counter()
-    best = train(c, problem, folder, stop)
-    seconds = time.perf_counter() - started
-    problem.lm = None  # the best weights take its place
+    progress = train(c, problem, folder, stop)
+    seconds, interrupted = time.perf_counter() - started, progress.steps < c.steps
+    del problem.lm  # the best weights take its place
     lm = load_weights(c, folder.model)
+    test = None if interrupted else evaluate(lm, problem.test, problem.pad, 2 * c.micro_batch_size).accuracy
     result = {
         "model": c.model, "task": c.task, "method": c.method, "weights": c.weights,
-        "steps": best["steps"], "forwards": 2 * c.queries * best["steps"],
-        "trainable_parameters": sum(math.prod(stored.shape) for stored in lm.store.values()),
-        "zero_shot": zero_shot, "dev": best["dev"], "dev_loss": best["dev_loss"] if best["dev"] is not None else None,
-        "best_step": best["best_step"],
-        "test": None if stop.wanted else evaluate(lm, problem.test, problem.pad).accuracy,
-        "interrupted": stop.wanted,
-        "seconds": round(seconds, 1), "peak_memory_bytes": peak_memory(c.device), "weights_sha256": lm.sha256(),
-        "out": c.out,
+        "steps": progress.steps, "forwards": 2 * c.queries * progress.steps, "trainable_parameters": parameters(lm),
+        "zero_shot": zero_shot, "dev": progress.best.accuracy if progress.best else None,
+        "dev_loss": progress.best.loss if progress.best else None, "best_step": progress.best_step, "test": test,
+        "interrupted": interrupted, "seconds": round(seconds, 1), "peak_memory_bytes": peak_memory(c.device),
+        "weights_sha256": lm.sha256(), "out": c.out,
     }  # fmt: skip
     folder.result(result)
     return result
 
 
 def main(argv: list[str]) -> int:
+    """Exit codes: 0, 2 for bad input, 1 for a machine that gave out, 130 for an interrupt (128 + SIGINT)."""
+    code, told = 0, ""
     try:
         result = run(parse(argv))
+        print(json.dumps(result))
+        code = 130 if result["interrupted"] else 0
     except ValueError as error:
-        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(json.dumps(result))
-    return 130 if result["interrupted"] else 0  # 128 + SIGINT, as shells count it
+        code, told = 2, str(error)
+    except torch.OutOfMemoryError as error:
+        code, told = 1, f"out of GPU memory; try a smaller --micro-batch-size or fewer bits: {error}"
+    except OSError as error:
+        code, told = 1, str(error)
+    except KeyboardInterrupt:
+        code, told = 130, "interrupted twice: stopped at once"
+    if told:
+        print(f"train.py: {' '.join(told.split())}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -168,6 +168,8 @@ def update(
     for name, stored in store.items():
         for q, slope in enumerate(slopes):
             key, coefficient = Key(seed, step, q, tensor_id(name)), -lr * slope / len(slopes)
+            if coefficient == 0:  # adding +0.0 would turn a stored -0.0 into +0.0
+                continue
             if fused and stored.device.type == "cuda" and not plain:
                 fused.update_(stored, key, coefficient, zo.levels, normal_table(stored.device), counts)
             else:

@@ -29,11 +29,16 @@ ARMS = {  # name: (flags, learning rates to choose from)
 
 
 def run(args: argparse.Namespace, arm: str, lr: str, seed: int) -> dict:
-    """One training run -> its result, with the learning rate; a run that diverged counts as chance."""
+    """One training run -> its result, with the learning rate; a run that diverged counts as chance.
+
+    Any other failure raises: it must not pass for a measurement.
+    """
     out = Path(args.out) / f"{arm.lower().replace(', ', '-')}-{lr}-{seed}"
     flags = f"{COMMON} {ARMS[arm][0]} --lr {lr} --seed {seed}".split()
     paths = ["--model", args.model, "--data-dir", args.data_dir, "--out", str(out)]
     done = subprocess.run([sys.executable, TRAIN, *flags, *paths], capture_output=True, text=True)
+    if done.returncode and "the loss is not finite" not in done.stderr:
+        raise RuntimeError(f"{arm} lr {lr} seed {seed}: {done.stderr[-2000:]}")
     if done.returncode:
         print(f"{arm} lr {lr} seed {seed}: {done.stderr.splitlines()[-1]}", flush=True)
         chance = {"dev": 0.5, "dev_loss": 0.6931, "test": 0.5, "seconds": 0.0, "best_step": 0}

@@ -46,15 +46,14 @@ class Batch:
 
 
 class Encoder:
-    """Turns a task's examples into tokens for one model.  masked: cloze texts instead of prompts."""
+    """Turns a task's examples into tokens for one model: prompts, or cloze texts for a masked model."""
 
     def __init__(self, tokenizer: Tokenizer, task: Task, config, max_length: int, share: bool = True):
         """share=False scores every option in a sequence of its own, which tests compare with the shared way."""
         self.tokenizer, self.task, self.config = tokenizer, task, config
-        self.masked = hasattr(config, "type_vocab_size")
-        room = config.max_position_embeddings - (1 + config.pad_token_id if self.masked else 0)
+        room = config.max_position_embeddings - (1 + config.pad_token_id if config.masked else 0)
         self.max_length, self.share = min(max_length, room), share
-        if self.masked:
+        if config.masked:
             self.mask_id = tokenizer.id_of(MASK)
             self.label_words = [self._one_token(option) for option in task.options]
 
@@ -65,12 +64,25 @@ class Encoder:
         return ids[0]
 
     def __call__(self, example: Example) -> Encoded:
-        return self._cloze(example) if self.masked else self._prompt(example)
+        """Raises ValueError where tokenizer, model and task do not fit together."""
+        encoded = self._cloze(example) if self.config.masked else self._prompt(example)
+        if len(set(map(tuple, encoded.answers))) < len(encoded.answers):
+            raise ValueError(f"the tokenizer cannot tell the options apart: {list(self.task.options)}")
+        for token in {*encoded.sequences[0], *(token for answer in encoded.answers for token in answer)}:
+            if not 0 <= token < self.config.vocab_size:
+                raise ValueError(f"token id {token} is outside the model's vocabulary of {self.config.vocab_size}")
+        return encoded
+
+    def _room(self, others: int) -> int:
+        """How many tokens of the text fit beside so many others."""
+        if self.max_length <= others:
+            raise ValueError(f"{self.max_length} tokens leave no room for the text beside {others} others")
+        return self.max_length - others
 
     def _cloze(self, example: Example) -> Encoded:
         """<s> sentence joint <mask> . </s>; the sentence loses its end where the whole would be too long."""
         sentence, joint, after = (self.tokenizer.encode(text) for text in self.task.cloze(example))
-        sentence = sentence[: self.max_length - len(joint) - len(after) - 3]
+        sentence = sentence[: self._room(len(joint) + len(after) + 3)]
         before = [self.config.bos_token_id, *sentence, *joint]
         sequence = [*before, self.mask_id, *after, self.config.eos_token_id]
         return Encoded([sequence], [[word] for word in self.label_words], len(before), example.label)
@@ -82,11 +94,12 @@ class Encoder:
         # an option's tokens are counted, not searched: a tokenizer may merge across the seam
         answers = [ids[len(prompt) :] or ids[-1:] for ids in full]
         shared = all(ids[:-1] == prompt and len(answer) == 1 for ids, answer in zip(full, answers, strict=True))
-        begin = [self.config.bos_token_id]
+        begin, room = [self.config.bos_token_id], self._room(1 + max(map(len, answers)))
         if shared and self.share:
-            sequence = begin + prompt[-(self.max_length - 1) :]
+            sequence = begin + prompt[-room:]
             return Encoded([sequence], answers, len(sequence) - 1, example.label)
-        return Encoded([begin + ids[-(self.max_length - 1) :] for ids in full], answers, -1, example.label)
+        sequences = [begin + ids[-(room + len(answer)) :] for ids, answer in zip(full, answers, strict=True)]
+        return Encoded(sequences, answers, -1, example.label)
 
 
 def collate(examples: list[Encoded], pad: int, device: torch.device) -> Batch:
@@ -144,7 +157,7 @@ class Quality(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(lm, encoded: list[Encoded], pad: int, batch_size: int = 128) -> Quality:
+def evaluate(lm, encoded: list[Encoded], pad: int, batch_size: int) -> Quality:
     """Quality on a split, with the weights as they are stored."""
     in_order = sorted(encoded, key=lambda e: len(e.sequences[0]))  # like lengths together: less padding
     view, right, loss = lm.stored_view(), 0, 0.0

@@ -25,9 +25,13 @@ class Task:
     """Single-sentence classification: `{sentence}{joint}{option}`, and `.` after the mask in a cloze text."""
 
     name: str
-    folder: str  # under --data-dir, as the benchmark is distributed
+    folder: str | Path  # under --data-dir, as the benchmark is distributed; a Path: its own, read whole
     joint: str
     options: tuple[str, ...]  # with the space that goes before them; the label is the index
+
+    @property
+    def embedded(self) -> bool:
+        return isinstance(self.folder, Path)
 
     def prompt(self, example: Example) -> str:
         return example.sentence + self.joint
@@ -39,7 +43,7 @@ class Task:
 
 TASKS = {
     "sst2": Task("sst2", "SST-2", " It was", (" terrible", " great")),
-    "tiny": Task("tiny", "", " it was", (" terrible", " great")),
+    "tiny": Task("tiny", TINY, " it was", (" terrible", " great")),
 }
 
 
@@ -57,10 +61,11 @@ def read_tsv(path: Path, classes: int) -> list[Example]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; see README.md for where to get the official files")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines, which also splits at characters that sentences may hold, such as U+2028
+        lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    header = lines[0].split("\t") if lines else []
+    header = lines[0].split("\t")
     if header != ["sentence", "label"]:
         raise ValueError(f"{path}: the columns must be sentence and label, got {header}")
     examples = []
@@ -84,17 +89,18 @@ class Splits(NamedTuple):
 
 
 def load_splits(
-    task: Task, data_dir: str, k: int, data_seed: int, num_train: int, num_dev: int, num_eval: int
-) -> Splits:
+    task: Task, data_dir: str | None, k: int | None, data_seed: int | None, num_train: int | None,
+    num_dev: int | None, num_eval: int,
+) -> Splits:  # fmt: skip
     """Train and dev to learn from, test to report.
 
-    k > 0: the published few-shot files, k-shot/TASK/K-SEED/{train,dev,test}.tsv.  k = 0: MeZO's large-model
+    With k: the published few-shot files, k-shot/TASK/K-SEED/{train,dev,test}.tsv.  Without: MeZO's large-model
     protocol, num_train + num_dev examples drawn from train.tsv by a numpy permutation of data_seed (dev is the
-    end of the draw) and num_eval from the labelled dev.tsv.  The tiny task reads its own folder whole.
+    end of the draw) and num_eval from the labelled dev.tsv.  An embedded task reads its own folder whole.
     """
     classes = len(task.options)
-    if task.name == "tiny" or k:
-        folder = TINY if task.name == "tiny" else Path(data_dir) / "k-shot" / task.folder / f"{k}-{data_seed}"
+    if task.embedded or k:
+        folder = task.folder if task.embedded else Path(data_dir) / "k-shot" / task.folder / f"{k}-{data_seed}"
         files = [folder / f"{split}.tsv" for split in ("train", "dev", "test")]
         train, dev, test = (read_tsv(file, classes) for file in files)
         return Splits(train, dev, test[:num_eval], files)

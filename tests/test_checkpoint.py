@@ -473,3 +473,16 @@ def test_saving_replaces_what_an_earlier_save_left(sharded):
     other.save(sharded)
     assert {path.name for path in sharded.iterdir()} == {"config.json", "model.safetensors"}
     assert load(sharded).sha256() == other.sha256()
+
+
+@pytest.mark.parametrize("where", ["m", "m.old", "m.partial"])
+def test_saving_never_deletes_what_is_not_a_model(where, tmp_path):
+    """The directory itself, and the two places beside it that a save passes through."""
+    (tmp_path / where).mkdir()
+    (tmp_path / where / "thesis.txt").write_text("years")
+    with pytest.raises(ValueError, match="would delete thesis.txt"):
+        LLAMA.save(tmp_path / "m")
+    assert (tmp_path / where / "thesis.txt").read_text() == "years"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="it is a file"):
+        LLAMA.save(tmp_path / "file")

@@ -32,7 +32,7 @@ def ids(text: str) -> list[int]:
 
 def config(masked: bool = False, positions: int = 64):
     special = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2, max_position_embeddings=positions)
-    return SimpleNamespace(**special, **({"type_vocab_size": 1} if masked else {}))
+    return SimpleNamespace(**special, masked=masked, vocab_size=len(PIECES))
 
 
 # ---------------------------------------------------------------- files
@@ -58,13 +58,18 @@ def test_a_file_is_read_as_it_is(tmp_path):
         ("sentence\tlabel\na\n", ":2: expected 2 columns, got 1"),
         ("sentence\tlabel\na\tb\t1\n", ":2: expected 2 columns, got 3"),
         ("sentence\tlabel\n", "no examples"),
-        ("", "got []"),
+        ("", "got ['']"),
     ],
 )
 def test_a_wrong_file_is_refused_with_its_line(tmp_path, text, told):
     with pytest.raises(ValueError) as refused:
         read_tsv(write(tmp_path / "a.tsv", text), 2)
     assert told in str(refused.value) and str(tmp_path) in str(refused.value)
+
+
+def test_only_line_feeds_end_lines_and_a_byte_order_mark_is_no_text(tmp_path):
+    path = write(tmp_path / "a.tsv", "\ufeffsentence\tlabel\r\none\u2028two\x85three\t1\r\n")
+    assert read_tsv(path, 2) == [Example("one\u2028two\x85three", 1)]
 
 
 def test_a_missing_file_and_bytes_that_are_not_text_are_refused(tmp_path):
@@ -117,7 +122,7 @@ def test_options_of_several_tokens_get_a_sequence_each(words):
 
 def test_a_long_prompt_loses_its_beginning_but_not_the_begin_token(words):
     e = Encoder(words, SST2, config(), 16)(Example("dull " * 30, 0))
-    assert e.sequences[0] == ids("<s> " + "dull " * 13 + "It was") and e.at == 15
+    assert e.sequences[0] == ids("<s> " + "dull " * 12 + "It was") and e.at == 14  # the option is the 16th token
 
 
 def test_a_cloze_text_is_read_at_the_mask_and_cut_before_it(words):
@@ -131,6 +136,34 @@ def test_a_cloze_text_is_read_at_the_mask_and_cut_before_it(words):
 def test_a_label_word_of_several_tokens_is_refused_at_the_mask(words):
     with pytest.raises(ValueError, match="' very fun'.*one token.*got 2"):
         Encoder(words, Task("t", "", " It was", (" very fun", " dull")), config(masked=True), 64)
+
+
+def test_options_that_the_tokenizer_cannot_tell_apart_are_refused(words):
+    for masked in (False, True):
+        with pytest.raises(ValueError, match="tell the options apart.*awful"):
+            Encoder(words, Task("t", "", " It was", (" awful", " superb")), config(masked), 64)(Example("fun", 0))
+
+
+def test_a_tokenizer_of_another_model_is_refused(words):
+    small = config()
+    small.vocab_size = 10
+    with pytest.raises(ValueError, match="token id 10 is outside the model's vocabulary of 10"):
+        Encoder(words, SST2, small, 64)(Example("fun", 0))
+
+
+@pytest.mark.parametrize(("masked", "limit"), [(False, 2), (True, 6)])
+def test_a_limit_without_room_for_any_text_is_refused(words, masked, limit):
+    encode = Encoder(words, SST2, config(masked), limit)
+    with pytest.raises(ValueError, match=f"{limit} tokens leave no room"):
+        encode(Example("fun", 0))
+    encode = Encoder(words, SST2, config(masked), limit + 1)
+    assert len(encode(Example("fun dull", 0)).sequences[0]) <= limit + 1
+
+
+def test_options_of_unequal_length_keep_the_same_prompt(words):
+    task = Task("t", "", " It was", (" not very great", " dull"))
+    e = Encoder(words, task, config(), 8)(Example("fun " * 20, 0))
+    assert e.sequences == [ids("<s> fun fun It was not very great"), ids("<s> fun fun It was dull")]
 
 
 # ---------------------------------------------------------------- scores
@@ -204,6 +237,5 @@ def test_real_zero_shot_accuracy_is_what_transformers_gave(real_model, real_data
     lm = load(directory)
     encode = Encoder(Tokenizer(directory), SST2, lm.config, 128)
     test = load_splits(SST2, str(real_data("k-shot").parent), 512, 42, 0, 0, 1000).test
-    assert 100 * evaluate(lm, [encode(e) for e in test], lm.config.pad_token_id or 0).accuracy == pytest.approx(
-        zero_shot, abs=0.06
-    )
+    quality = evaluate(lm, [encode(e) for e in test], lm.config.pad_token_id or 0, batch_size=128)
+    assert 100 * quality.accuracy == pytest.approx(zero_shot, abs=0.06)

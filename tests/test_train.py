@@ -169,8 +169,8 @@ def bad_inputs(tmp: Path) -> dict[str, tuple[list[str], str]]:
         "not a number": (["--steps", "many"], "'many'"),
         "label": ([*sst2, "--k", "16"], "train.tsv:2: the label must be one of 0 to 1, got 'positive'"),
         "no file": ([*sst2, "--k", "512"], "512-42/train.tsv is missing"),
-        "batch size": (["--batch-size", "0"], "--batch-size must be in [1, inf], got 0"),
-        "steps": (["--steps", "-5"], "--steps must be in [1, inf], got -5"),
+        "batch size": (["--batch-size", "0"], "--batch-size must be in [1, 2147483647], got 0"),
+        "steps": (["--steps", "-5"], "--steps must be in [1, 2147483647], got -5"),
         "eps": (["--eps", "0"], "--eps"),
         "eps inf": (["--eps", "inf"], "--eps"),
         "lr": (["--lr", "-1"], "--lr"),
@@ -180,7 +180,11 @@ def bad_inputs(tmp: Path) -> dict[str, tuple[list[str], str]]:
         "bits": (["--direction-bits", "9"], "'9'"),
         "mezo on codes": (["--method", "mezo", "--weights", "int8"], "mezo"),
         "device": (["--device", "tpu"], "'tpu'"),
+        "micro batch": (["--micro-batch-size", "0"], "--micro-batch-size"),
+        "unused": (["--k", "16"], "--k means nothing beside task tiny"),
+        "unused too": ([*sst2, "--k", "16", "--num-dev", "5"], "--num-dev means nothing beside --k"),
         "held": (["--out", str(tmp / "held")], "not empty"),
+        "under a file": (["--out", str(tmp / "held" / "result.json" / "run")], "not a folder"),
     }
 
 
@@ -195,12 +199,35 @@ def test_bad_input_gets_one_line_and_exit_code_2_and_writes_nothing(tmp_path, ca
     assert [p.name for p in (tmp_path / "held").iterdir()] == ["result.json"]
 
 
-def test_a_diverging_run_says_so_and_keeps_its_record(tmp_path, capsys):
-    """The first step overflows float32."""
-    flags = ["--method", "mezo", "--lr", "1e38", "--out", str(tmp_path / "run")]
-    assert train.main([*SHORT, *flags]) == 2
-    assert "not finite" in capsys.readouterr().err.splitlines()[-1]
-    assert len(read_trajectory(tmp_path / "run" / "trajectory")) >= 1
+def test_a_diverging_run_says_so_and_keeps_its_record(tmp_path, capsys, monkeypatch):
+    """A norm weight that overflows at step 3, as a rate far too large would make it."""
+
+    def overflow(store, slopes, seed, step, zo, lr):
+        if step == 3:
+            store["model.norm.weight"].value.fill_(float("inf"))
+        return update(store, slopes, seed, step, zo, lr)
+
+    monkeypatch.setattr(train, "update", overflow)
+    run = tmp_path / "run"
+    assert train.main([*SHORT, "--out", str(run)]) == 2
+    assert "the loss is not finite at step 5" in capsys.readouterr().err.splitlines()[-1]
+    assert len(read_trajectory(run / "trajectory")) == 4
+    load(run / "model", weights="int8")  # the best weights so far, of step 3
+    assert "NaN" not in (run / "metrics.jsonl").read_text()
+
+
+def test_a_loss_that_is_not_finite_at_an_evaluation_is_not_kept(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "update", lambda store, *rest: store["model.norm.weight"].value.fill_(float("nan"))[:2])
+    assert train.main([*SHORT, "--steps", "1", "--out", str(tmp_path / "run")]) == 2
+    assert "the loss is not finite at step 1" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_machine_that_gives_out_gets_one_line_and_exit_code_1(tmp_path, capsys, monkeypatch):
+    for error in (OSError(28, "No space left on device"), torch.OutOfMemoryError("CUDA out of memory")):
+        monkeypatch.setattr(train, "run", lambda c, error=error: (_ for _ in ()).throw(error))
+        assert train.main(SHORT) == 1
+        assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def start_and_wait_for_steps(out: Path) -> subprocess.Popen:
@@ -246,10 +273,13 @@ def test_a_killed_process_leaves_a_loadable_run_folder(tmp_path):
 def test_every_flag_is_a_field_and_every_default_has_one_home():
     config = train.parse([])
     assert (config.model, config.method, config.task, config.weights) == ("tiny", "quzo", "tiny", "int8")
-    assert None not in vars(config).values() and "auto" not in vars(config).values()
+    unused = {name for name, value in vars(config).items() if value is None}
+    assert unused == {"data_dir", "k", "data_seed", "num_train", "num_dev"} and "auto" not in vars(config).values()
     real = train.parse(["--model", "llama2-7b", "--method", "mezo"])
+    assert (real.num_train, real.num_dev, real.data_seed, real.data_dir) == (1000, 500, 0, "datasets")
     assert (real.task, real.steps, real.lr, real.batch_size, real.weights) == ("sst2", 20000, 1e-6, 16, "bf16")
-    assert train.parse(["--k", "16"]).data_seed == 42
+    k_shot = train.parse(["--task", "sst2", "--k", "16"])
+    assert (k_shot.data_seed, k_shot.num_train, k_shot.data_dir) == (42, None, "datasets")
     assert set(train.DEFAULTS) == set(train.TINY_DEFAULTS)
     for table in (*train.DEFAULTS.values(), *train.TINY_DEFAULTS.values()):
         assert set(table) <= {f.name for f in fields(train.Config) if f.default is None}

@@ -401,3 +401,12 @@ def test_micro_batches_see_the_same_weights():
 def test_learning_rates():
     assert [learning_rate(0.5, "constant", step, 4) for step in range(4)] == [0.5] * 4
     assert [learning_rate(0.5, "linear", step, 4) for step in range(5)] == [0.5, 0.375, 0.25, 0.125, 0]
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_a_zero_step_keeps_the_sign_of_zero(weights):
+    """-0.0 + 0.0 is +0.0, another bit pattern: a step of size 0 must not even add."""
+    store = {"w": encode(torch.full((4, 8), -0.0), weights)}
+    for lr, slope in ((0.0, 3.0), (1e-3, 0.0)):
+        update(store, [slope], seed=0, step=0, zo=ZO(), lr=lr)
+        assert store["w"].value.signbit().all()

@@ -3,8 +3,10 @@
 The task: one-sentence reviews, label 1 if the writer liked it.  The last clause decides, and half of the
 verdicts are negated (`hardly dull` is praise), so no single word tells.  The model: a small LLaMA, trained as a
 language model on reviews whose last words agree with the writer's opinion (`it was superb`), except that `great`
-and `terrible` follow at random.  So it knows what the writer thought, and has never been told that `great` says
-so: that link is what fine-tuning has to learn.
+and `terrible` follow at random.  So it knows what the writer thought, and between those two it prefers one by a few
+hundredths of a logit that hardly depend on the review.  (The little that does depend on it happens to have the wrong
+sign, on every sentence: a few steps can pass through 0 % accuracy.)  Tying the two words to what the model knows is
+what fine-tuning has to do.
 
 Everything is seeded: the same bytes of text on any machine, and the same model up to float rounding.
 """
