@@ -118,6 +118,8 @@ def write_directory(
     for file in other_files:
         shutil.copyfile(file, partial / file.name)
     _write_shards(partial, tensors, stem)
+    for file in partial.iterdir():  # save_file lets only their owner read its files
+        file.chmod((partial / "config.json").stat().st_mode)
     if directory.exists():
         shutil.rmtree(old, ignore_errors=True)  # from a process killed before it could
         os.replace(directory, old)

@@ -635,6 +635,7 @@ def load(
     config, raw = read_config(directory)
     has_codes = any(directory.glob(f"{CODES}*.safetensors"))
     store = (_load_codes if has_codes else _load_dense)(directory, config, device, weights)
+    assert len({tensor_id(name) for name in store}) == len(store)  # or two tensors would share their directions
     lm = _whole(config, raw, store, dtype, weights)
     names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     lm.other_files = [directory / n for n in (*names, "generation_config.json") if (directory / n).is_file()]
