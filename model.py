@@ -668,7 +668,7 @@ def _load_codes(directory: Path, config, device: torch.device, weights: str) -> 
     shapes, files = expected_shapes(config), find_tensors(directory, CODES)
     scales = {name + ".scale": torch.Size((shape[0], 1)) for name, shape in shapes.items() if len(shape) == 2}
     check_names(directory, set(files), set(shapes | scales), lambda name: False)
-    parts = {name: tensor.to(device) for name, tensor in read_tensors(files, shapes | scales)}
+    parts = {name: tensor.to(device, copy=True) for name, tensor in read_tensors(files, shapes | scales)}
     for name, tensor in parts.items():
         if name + ".scale" not in parts:
             _check_dense(files[name], name, tensor)

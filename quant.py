@@ -290,13 +290,14 @@ FORMATS = ("fp32", "bf16", "int8")
 def encode(tensor: Tensor, weights: str) -> Stored:
     """The one place that says which tensors are quantised: matrices are, one-dimensional tensors stay float32.
 
-    Norm weights near 1.0 would not even feel a perturbation in bf16, and they are a millionth of the model.
+    Norm weights near 1.0 would not even feel a perturbation in bf16, and they are a millionth of the model.  A
+    store owns its memory: a tensor from a safetensors file is mapped from it, and the file may change.
     """
     if weights not in FORMATS:
         raise ValueError(f"weights must be one of {', '.join(FORMATS)}, got {weights!r}")
     if tensor.ndim != 2 or weights == "fp32":
-        return Float(tensor.to(torch.float32))
-    return Float(tensor.to(torch.bfloat16)) if weights == "bf16" else Int8.encode(tensor)
+        return Float(tensor.to(torch.float32, copy=True))
+    return Float(tensor.to(torch.bfloat16, copy=True)) if weights == "bf16" else Int8.encode(tensor)
 
 
 def row_chunks(shape: torch.Size, device: torch.device) -> Iterator[slice]:

@@ -486,3 +486,23 @@ def test_saving_never_deletes_what_is_not_a_model(where, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="it is a file"):
         LLAMA.save(tmp_path / "file")
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8", "codes"])
+def test_loaded_weights_do_not_live_in_the_file(weights, tmp_path):
+    """safetensors hands out tensors that are mapped from the file: what overwrites it would reach into a run."""
+    lm = load(save_as(weights, tmp_path / "m"), weights="int8" if weights == "codes" else weights)
+    before = lm.sha256()
+    for file in (tmp_path / "m").glob("*.safetensors"):
+        with open(file, "r+b") as raw:
+            raw.seek(-1000, 2)
+            raw.write(b"\xff" * 1000)
+    assert lm.sha256() == before
+
+
+def save_as(weights: str, directory: Path) -> Path:
+    """A checkpoint that needs no conversion on its way into a store of these weights."""
+    LLAMA.save(directory)
+    if weights in ("bf16", "codes"):
+        load(directory, weights="int8" if weights == "codes" else weights).save_stored(directory)
+    return directory
