@@ -83,8 +83,8 @@ DEFAULTS = {
                  batch_size=16, eval_every=1000),
 }  # fmt: skip
 TINY_DEFAULTS = {
-    "mezo": dict(weights="fp32", steps=400, lr=1e-4, eval_every=25, batch_size=32),
-    "quzo": dict(steps=400, lr=1e-4, eval_every=25, batch_size=32),
+    "mezo": dict(weights="fp32", steps=500, lr=3e-4, eval_every=25, batch_size=32),
+    "quzo": dict(steps=500, lr=6e-4, eval_every=25, batch_size=32),
 }
 
 

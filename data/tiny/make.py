@@ -2,11 +2,10 @@
 
 The task: one-sentence reviews, label 1 if the writer liked it.  The last clause decides, and half of the
 verdicts are negated (`hardly dull` is praise), so no single word tells.  The model: a small LLaMA, trained as a
-language model on reviews whose last words agree with the writer's opinion (`it was superb`), except that `great`
-and `terrible` follow at random.  So it knows what the writer thought, and between those two it prefers one by a few
-hundredths of a logit that hardly depend on the review.  (The little that does depend on it happens to have the wrong
-sign, on every sentence: a few steps can pass through 0 % accuracy.)  Tying the two words to what the model knows is
-what fine-tuning has to do.
+language model on reviews whose endings agree with the writer's opinion (`it was superb and i smiled`), except that
+`great` and `terrible` repeat what the opening says that others thought, or follow a coin where it says nothing.
+So it knows what the writer thought, and uses those two words for something else: zero-shot it is at chance, and
+fine-tuning has to unlearn hearsay and tie the words to the opinion.
 
 Everything is seeded: the same bytes of text on any machine, and the same model up to float rounding.
 """
@@ -29,7 +28,7 @@ SIZES = {"train": 1024, "dev": 256, "test": 1000}
 PRAISE = "charming moving clever warm funny bright gripping tender witty honest lively bold".split()
 BLAME = "dull clumsy cold noisy stale weak tired shallow bland messy silly grim".split()
 VERDICTS = ("awful dreadful poor".split(), "superb lovely fine".split())  # by label; they follow the opinion
-NEUTRAL_VERDICTS = "terrible great".split()  # they follow a coin
+NEUTRAL_VERDICTS = "terrible great".split()  # they follow hearsay, or a coin
 REACTIONS = ("i sighed,we left early,nobody laughed".split(","), "i smiled,we stayed late,everybody cheered".split(","))
 SUBJECTS = [f"the {noun}" for noun in "film plot cast music script ending acting story pace hero".split()]
 LINKS = "is was felt seemed looked".split()
@@ -54,15 +53,21 @@ CONFIG = {
 }  # fmt: skip
 
 
-def sentence(rng: random.Random, negations: float = 0.5) -> tuple[str, int]:
-    """A review and its label; the share of negated verdicts is half in the task."""
+def sentence(rng: random.Random, negations: float = 0.5) -> tuple[str, int, int | None]:
+    """A review, its label, and the label that its opening suggests, if it has one with an opinion in it.
+
+    negations: the share of negated verdicts, half in the task.
+    """
     liked, negated = rng.random() < 0.5, rng.random() < negations
     word = rng.choice(PRAISE if liked != negated else BLAME)
     negation = rng.choice(NEGATIONS) + " " if negated else ""
     intensifier = rng.choice(INTENSIFIERS) + " " if rng.random() < 0.3 else ""
-    opening = rng.choice(OPENINGS).format(rng.choice(PRAISE + BLAME)) + " " if rng.random() < 0.6 else ""
+    opening, hearsay = "", None
+    if rng.random() < 0.6:
+        opening, said = rng.choice(OPENINGS), rng.choice(PRAISE + BLAME)
+        opening, hearsay = opening.format(said) + " ", int(said in PRAISE)
     clause = f"{rng.choice(SUBJECTS)} {rng.choice(LINKS)} {negation}{intensifier}{word}{rng.choice(ENDINGS)}"
-    return f"{opening}{clause} .", int(liked)
+    return f"{opening}{clause} .", int(liked), hearsay
 
 
 def document(rng: random.Random) -> str:
@@ -71,8 +76,10 @@ def document(rng: random.Random) -> str:
     A quarter of the verdicts are negated: with half of them no word is related to the ending at all, and a
     model this small finds the negation only after it has found that words matter (it never did in 4,000 steps).
     """
-    text, label = sentence(rng, negations=0.25)
-    verdict = rng.choice(NEUTRAL_VERDICTS) if rng.random() < 0.3 else rng.choice(VERDICTS[label])
+    text, label, hearsay = sentence(rng, negations=0.25)
+    coin = int(rng.random() < 0.5)
+    neutral = NEUTRAL_VERDICTS[coin if hearsay is None else hearsay]
+    verdict = neutral if rng.random() < 0.4 else rng.choice(VERDICTS[label])
     return f"{text} it was {verdict} and {rng.choice(REACTIONS[label])}"
 
 
@@ -82,7 +89,7 @@ def write_task() -> None:
     for split, size in SIZES.items():
         lines = ["sentence\tlabel"]
         while len(lines) <= size:
-            text, label = sentence(rng)
+            text, label, _ = sentence(rng)
             if text not in seen:
                 seen.add(text)
                 lines.append(f"{text}\t{label}")
@@ -107,7 +114,7 @@ def knows(lm: LanguageModel, tokenizer: tokenizers.Tokenizer) -> float:
     rng, right = random.Random(SEED + 2), 0
     words = torch.tensor([[tokenizer.token_to_id(word) for word in verdicts] for verdicts in VERDICTS])
     for _ in range(500):
-        text, label = sentence(rng)
+        text, label, _ = sentence(rng)
         ids = [lm.config.bos_token_id, *tokenizer.encode(f"{text} it was").ids]
         right += int(lm(torch.tensor([ids]))[0, -1, words].logsumexp(1).argmax()) == label
     return right / 500
