@@ -98,6 +98,10 @@ def read_tensors(files: dict[str, Path], shapes: dict[str, torch.Size]) -> Itera
                 yield name, file.get_tensor(name)
 
 
+# what a saved model takes along from the directory that it was loaded from
+COMPANIONS = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
+)  # fmt: skip
 SHARD_BYTES = 2**31  # a file holds at most this, so saving needs no second copy of the model in memory
 
 
@@ -130,7 +134,7 @@ def write_directory(
 
 
 OURS = re.compile(
-    r"(generation_)?config\.json|tokenizer.*|special_tokens_map\.json|.*\.safetensors(\.index\.json)?|.*\.tmp"
+    "|".join(map(re.escape, COMPANIONS)) + r"|config\.json|tokenizer.*|.*\.safetensors(\.index\.json)?|.*\.tmp"
 )
 
 

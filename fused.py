@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant import INT8_TOP, LOW, Float, Int8, Key, Stored, Use
+from quant import INT8_TOP, LOW, Float, Int8, Key, Stored, Use, as_int32
 
 BLOCK = 128  # groups a program: 1,024 elements
 EXACT = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where the definition rounds twice
@@ -129,9 +129,8 @@ def _arguments(stored: Stored, key: Key) -> tuple[bool, Tensor, Tensor, int, int
     assert isinstance(stored, Float | Int8)
     codes = isinstance(stored, Int8)
     value = stored.codes if codes else stored.matrix()
-    words = [key.step, key.tensor, key.query, key.seed & LOW, key.seed >> 32 & LOW]
-    signed = [w - (1 << 32) if w >> 31 else w for w in words]
-    return codes, value, stored.scale if codes else value, *value.shape, signed
+    words = as_int32(key.step, key.tensor, key.query, key.seed & LOW, key.seed >> 32 & LOW)
+    return codes, value, stored.scale if codes else value, *value.shape, words
 
 
 def read_pair(stored: Stored, key: Key, eps: float, levels: int, table: Tensor, dtype: torch.dtype) -> Tensor:

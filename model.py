@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from checkpoint import check_names, find_tensors, read_tensors, write_directory
+from checkpoint import COMPANIONS, check_names, find_tensors, read_tensors, write_directory
 from quant import INT8_TOP, Int8, Stored, encode, tensor_id
 
 # ---------------------------------------------------------------- configs: config.json and nothing else
@@ -393,7 +393,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.store[self.embedding].parts().values())).device
+        return self.store[self.embedding].device
 
     def stored_view(self) -> StoredView:
         return StoredView(self.store, self.dtype)
@@ -403,9 +403,9 @@ class LanguageModel:
 
         With a view of P probes the result is [P, B, T, V].
         """
-        hidden = self.hidden(tokens, mask, view or self.stored_view())
-        logits = self.score(hidden, view or self.stored_view())
-        return logits if view is not None else logits[0]
+        if view is None:
+            return self(tokens, mask, self.stored_view())[0]
+        return self.score(self.hidden(tokens, mask, view), view)
 
     def hidden(self, tokens: Tensor, mask: Tensor | None, view: View) -> Tensor:
         """The last hidden states, after the final norm or head transform: -> [P, B, T, D]."""
@@ -637,8 +637,7 @@ def load(
     store = (_load_codes if has_codes else _load_dense)(directory, config, device, weights)
     assert len({tensor_id(name) for name in store}) == len(store)  # or two tensors would share their directions
     lm = _whole(config, raw, store, dtype, weights)
-    names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    lm.other_files = [directory / n for n in (*names, "generation_config.json") if (directory / n).is_file()]
+    lm.other_files = [directory / name for name in COMPANIONS if (directory / name).is_file()]
     return lm
 
 

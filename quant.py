@@ -98,10 +98,15 @@ def random_words(key: Key, use: Use, blocks: Tensor) -> Tensor:
 def _random_words_triton(counter: tuple[int, ...], seed: tuple[int, int], blocks: Tensor) -> Tensor:
     """The same words in one kernel instead of a hundred; tests/test_gpu.py demands equal integers."""
     words = torch.empty(len(blocks), 4, dtype=torch.int32, device=blocks.device)
-    signed = [c - (1 << 32) if c >> 31 else c for c in (*counter, *seed)]  # one kernel argument type for all
     if len(blocks):
-        _philox_kernel[(triton.cdiv(len(blocks), 512),)](blocks, words, len(blocks), *signed, BLOCK=512)
+        grid = (triton.cdiv(len(blocks), 512),)
+        _philox_kernel[grid](blocks, words, len(blocks), *as_int32(*counter, *seed), BLOCK=512)
     return words
+
+
+def as_int32(*words: int) -> list[int]:
+    """32-bit words as signed numbers of the same bits: one kernel argument type, whatever their top bit."""
+    return [w - (1 << 32) if w >> 31 else w for w in words]
 
 
 if triton is not None:
@@ -207,7 +212,7 @@ class Float:
 
     def matrix(self) -> Tensor:
         """[R, C], sharing memory; a vector is one row."""
-        return self.value.view(1, -1) if self.value.ndim == 1 else self.value
+        return self.value.view(matrix_shape(self.value.shape))
 
     def read(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """Rows [r, C] in the stored dtype."""
@@ -300,12 +305,17 @@ def encode(tensor: Tensor, weights: str) -> Stored:
     return Float(tensor.to(torch.bfloat16, copy=True)) if weights == "bf16" else Int8.encode(tensor)
 
 
+def matrix_shape(shape: torch.Size) -> tuple[int, int]:
+    """(R, C) of a matrix; a vector is one row."""
+    return (1, shape[0]) if len(shape) == 1 else tuple(shape)
+
+
 def row_chunks(shape: torch.Size, device: torch.device) -> Iterator[slice]:
     """Row slices of a matrix that bound the scratch of a pass over it (a vector counts as one row).
 
     On a CPU 2^17 elements keep the temporaries in the second-level cache.
     """
-    rows, columns = (1, shape[0]) if len(shape) == 1 else shape
+    rows, columns = matrix_shape(shape)
     per_chunk = max(1, (2**25 if device.type == "cuda" else 2**17) // columns)
     for start in range(0, rows, per_chunk):
         yield slice(start, min(start + per_chunk, rows))

@@ -49,11 +49,11 @@ class Config:
     model: str = flag("tiny", f"a checkpoint directory, or one of {', '.join(PRESETS)}")
     method: str = flag("quzo", "quzo: low-bit directions and weights; mezo: Gaussian directions", ("quzo", "mezo"))
     task: str | None = flag(None, "what to learn; tiny for the tiny model, else sst2", tuple(TASKS))
-    data_dir: str | None = flag(None, "folder of the official files, SST-2/train.tsv and so on (datasets)")
+    data_dir: str | None = flag(None, "folder of the official files, SST-2/train.tsv and so on")
     k: int | None = flag(None, "examples a class, from the k-shot files, k-shot/SST-2/512-42/train.tsv and so on")
-    data_seed: int | None = flag(None, "which k-shot split (42), or the seed of the draw from the full files (0)")
-    num_train: int | None = flag(None, "training examples drawn from the full files (1000)")
-    num_dev: int | None = flag(None, "dev examples drawn from the full files (500)")
+    data_seed: int | None = flag(None, "which k-shot split, or the seed of the draw from the full files")
+    num_train: int | None = flag(None, "training examples drawn from the full files")
+    num_dev: int | None = flag(None, "dev examples drawn from the full files")
     num_eval: int = flag(1000, "test examples at most")
     weights: str | None = flag(None, "how matrices are stored", FORMATS)
     direction_bits: str | None = flag(None, "bits of a direction's codes; full: Gaussian", DIRECTION_BITS)
@@ -87,6 +87,11 @@ TINY_DEFAULTS = {
     "quzo": dict(steps=500, lr=6e-4, eval_every=25, batch_size=32),
 }
 
+FILE_DEFAULTS = {  # of tasks that are read from files: which few-shot split, or how MeZO draws from the full ones
+    "k-shot files": dict(data_dir="datasets", data_seed=42),
+    "full files": dict(data_dir="datasets", data_seed=0, num_train=1000, num_dev=500),
+}
+
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -98,18 +103,19 @@ def parse(argv: list[str]) -> Config:
     kinds = {"int": int, "float": float, "str": str}
     for f in dataclasses.fields(Config):
         kind = kinds[f.type.removesuffix(" | None")]
-        options = dict(f.metadata) | {"help": f.metadata["help"] + told_defaults(f.name)}
+        options = dict(f.metadata) | {"help": f.metadata["help"] + told_defaults(f)}
         parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, **options)
     return resolve_defaults(Config(**vars(parser.parse_args(argv))))
 
 
-def told_defaults(name: str) -> str:
-    """A flag's defaults by method, for --help; in brackets the embedded model's."""
-    told = [
-        f"{method} {table[name]}" + (f" ({TINY_DEFAULTS[method][name]})" if name in TINY_DEFAULTS[method] else "")
-        for method, table in DEFAULTS.items()
-        if name in table
-    ]
+def told_defaults(f: dataclasses.Field) -> str:
+    """A flag's default for --help: its own, or one by method or by files; in brackets the embedded model's."""
+    name = f.name
+    if f.default is not None:
+        return f" [{f.default}]"
+    tiny = {case: f" ({table[name]})" for case, table in TINY_DEFAULTS.items() if name in table}
+    tables = DEFAULTS | FILE_DEFAULTS
+    told = [f"{case} {table[name]}{tiny.get(case, '')}" for case, table in tables.items() if name in table]
     return f" [{', '.join(told)}]" if told else ""
 
 
@@ -118,8 +124,7 @@ def resolve_defaults(c: Config) -> Config:
     table = DEFAULTS[c.method] | (TINY_DEFAULTS[c.method] if c.model == "tiny" else {})
     table["task"] = c.task or ("tiny" if c.model == "tiny" else "sst2")
     if not get_task(table["task"]).embedded:
-        table |= dict(data_dir="datasets", data_seed=42) if c.k else dict(data_dir="datasets", data_seed=0)
-        table |= {} if c.k else dict(num_train=1000, num_dev=500)
+        table |= FILE_DEFAULTS["k-shot files" if c.k else "full files"]
     table["device"] = ("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device
     table["out"] = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{table['task']}-{Path(c.model).name}-{c.method}"
     c = dataclasses.replace(c, **{n: v for n, v in table.items() if getattr(c, n) in (None, "auto")})
@@ -175,6 +180,10 @@ class Problem:
     dev: list[Encoded]
     test: list[Encoded]
     pad: int
+    batch_size: int  # of evaluations
+
+    def quality(self, split: list[Encoded]) -> Quality:
+        return evaluate(self.lm, split, self.pad, self.batch_size)
 
 
 def prepare(c: Config) -> tuple[Problem, Splits]:
@@ -185,7 +194,8 @@ def prepare(c: Config) -> tuple[Problem, Splits]:
     config, _ = read_config(directory)
     encode = Encoder(Tokenizer(directory), task, config, c.max_length)
     train, dev, test = ([encode(example) for example in split] for split in splits[:3])
-    return Problem(load_weights(c, directory), train, dev, test, config.pad_token_id or 0), splits
+    batch_size = 2 * c.micro_batch_size  # there is one view of the weights then, where a step has a pair
+    return Problem(load_weights(c, directory), train, dev, test, config.pad_token_id or 0, batch_size), splits
 
 
 def load_weights(c: Config, directory: Path) -> LanguageModel:
@@ -243,7 +253,7 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop) -> Progres
         loss = one_step(c, problem, folder, zo, step)
         progress.steps = step + 1
         if progress.steps % c.eval_every == 0 or progress.steps == c.steps:
-            dev = evaluate(lm, problem.dev, problem.pad, 2 * c.micro_batch_size)  # one view, not a pair
+            dev = problem.quality(problem.dev)
             check_finite(dev.loss, step, c)
             folder.dev(progress.steps, dev.accuracy, dev.loss, peak_memory(c.device))
             if progress.best is None or dev.loss < progress.best.loss:
@@ -302,14 +312,14 @@ def run(c: Config) -> dict:
     folder.write_config(dataclasses.asdict(c), problem.lm.sha256(), splits.files, problem.lm.other_files)
     stop = Stop()
     tqdm.write(f"{c.model}, {c.task}, {c.method} on {c.weights} weights, {c.device}; run folder {c.out}", sys.stderr)
-    zero_shot = evaluate(problem.lm, problem.test, problem.pad, 2 * c.micro_batch_size).accuracy
+    zero_shot = problem.quality(problem.test).accuracy
     tqdm.write(f"zero-shot test accuracy {zero_shot:.1%}", sys.stderr)
     started = time.perf_counter()
     progress = train(c, problem, folder, stop)
     seconds, interrupted = time.perf_counter() - started, progress.steps < c.steps
-    del problem.lm  # the best weights take its place
-    lm = load_weights(c, folder.model)
-    test = None if interrupted else evaluate(lm, problem.test, problem.pad, 2 * c.micro_batch_size).accuracy
+    del problem.lm  # before the best weights are read into its place
+    lm = problem.lm = load_weights(c, folder.model)
+    test = None if interrupted else problem.quality(problem.test).accuracy
     result = {
         "model": c.model, "task": c.task, "method": c.method, "weights": c.weights,
         "steps": progress.steps, "forwards": 2 * c.queries * progress.steps, "trainable_parameters": parameters(lm),

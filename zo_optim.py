@@ -20,7 +20,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from quant import Key, Stored, Use, bits16, bits32, row_chunks, tensor_id
+from quant import Key, Stored, Use, bits16, bits32, matrix_shape, row_chunks, tensor_id
 
 try:  # Triton comes with CUDA builds of torch
     import fused
@@ -91,6 +91,11 @@ class ZO:
 Store = dict[str, Stored]
 
 
+def has_kernels(stored: Stored) -> bool:
+    """Whether a fused kernel can stand in for the definitions below."""
+    return fused is not None and stored.device.type == "cuda"
+
+
 # ---------------------------------------------------------------- probes: ways of reading the weights
 
 
@@ -108,12 +113,11 @@ class Pair:
         """[2, *shape]; matrices in the compute dtype, vectors in float32."""
         stored = self.store[name]
         dtype = self.dtype if len(stored.shape) == 2 else torch.float32
-        if fused and stored.device.type == "cuda" and not self.plain:
+        if has_kernels(stored) and not self.plain:
             key = Key(*self.place, tensor_id(name))
             pair = fused.read_pair(stored, key, self.zo.eps, self.zo.levels, normal_table(stored.device), dtype)
             return pair.view(2, *stored.shape)
-        rows_and_columns = stored.shape if len(stored.shape) == 2 else (1, *stored.shape)
-        pair = torch.empty(2, *rows_and_columns, dtype=dtype, device=stored.device)
+        pair = torch.empty(2, *matrix_shape(stored.shape), dtype=dtype, device=stored.device)
         for rows in row_chunks(stored.shape, stored.device):
             index = torch.arange(rows.start, rows.stop, device=stored.device)
             pair[:, rows] = self._both(name, stored.read(rows), index)
@@ -170,7 +174,7 @@ def update(
             key, coefficient = Key(seed, step, q, tensor_id(name)), -lr * slope / len(slopes)
             if coefficient == 0:  # adding +0.0 would turn a stored -0.0 into +0.0
                 continue
-            if fused and stored.device.type == "cuda" and not plain:
+            if has_kernels(stored) and not plain:
                 fused.update_(stored, key, coefficient, zo.levels, normal_table(stored.device), counts)
             else:
                 counts += _update_tensor(stored, key, coefficient, zo)

@@ -372,7 +372,7 @@ def test_slopes_redo_a_run(weights, zo):
 def test_splitting_the_batch_changes_rounding_only(weights, zo):
     """Losses near 0.7, each a mean of 7 examples in another order and padding: a few units of 2^-24."""
     lm = tiny(weights)
-    problem = Problem(lm, examples(7), [], [], pad=0)
+    problem = Problem(lm, examples(7), [], [], pad=0, batch_size=7)
     runs = [
         estimate(lm.store, partial(loss_of, problem, problem.train, micro), 0, 0, ZO(zo.eps, 2, zo.bits), lm.dtype)
         for micro in (7, 4, 3, 1)
@@ -394,7 +394,7 @@ def test_micro_batches_see_the_same_weights():
                 seen.append(weight)
             return weight
 
-    loss_of(Problem(lm, [], [], [], 0), examples(6), 2, Spy(lm.store, 0, 0, 0, ZO(bits=4), lm.dtype))
+    loss_of(Problem(lm, [], [], [], pad=0, batch_size=6), examples(6), 2, Spy(lm.store, 0, 0, 0, ZO(bits=4), lm.dtype))
     assert len(seen) == 3 and torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
 
 
