@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from checkpoint import COMPANIONS, check_names, find_tensors, read_tensors, write_directory
-from quant import INT8_TOP, Int8, Stored, encode, tensor_id
+from quant import FLOATS, Stored, check_format, encode, from_parts, quantise_tokens, stored_parts
+from random_bits import tensor_id
 
 # ---------------------------------------------------------------- configs: config.json and nothing else
 
@@ -190,7 +191,10 @@ def read_config(directory: str | Path) -> tuple[LlamaConfig | RobertaConfig, dic
 class Linear(nn.Linear):
     """nn.Linear, except that the bias stays float32 in its store and takes the activation's dtype here."""
 
+    activations = "none"  # how the input is rounded: LanguageModel.round_activations
+
     def forward(self, x: Tensor) -> Tensor:
+        x = quantise_tokens(x, self.activations)
         return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
 
 
@@ -387,9 +391,25 @@ class LanguageModel:
     embedding: str  # name of the word embedding
     decoder: str  # name of the output matrix, which is the embedding where they are tied
 
-    def __init__(self, config, raw_config: dict, store: dict[str, Stored], dtype: torch.dtype, weights: str):
-        self.config, self.raw_config, self.store, self.dtype, self.weights = config, raw_config, store, dtype, weights
+    def __init__(
+        self, config, raw_config: dict, store: dict[str, Stored], dtype: torch.dtype, weights: str, residual: int = 0
+    ):
+        self.config, self.raw_config, self.store, self.dtype = config, raw_config, store, dtype
+        self.weights, self.residual = weights, residual
+        self.activations = "none"
         self.other_files: list[Path] = []  # tokenizer and such, copied along by `save`
+
+    def round_activations(self, kind: str) -> None:
+        """Round the input of every linear layer and of the output matrix, one scale a token (quant.ACTIVATIONS)."""
+        self.activations = kind
+        for part in self.parts():
+            for module in part.modules():
+                if isinstance(module, Linear):
+                    module.activations = kind
+
+    def parts(self) -> tuple[nn.Module, ...]:
+        """The weightless modules."""
+        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
@@ -417,7 +437,7 @@ class LanguageModel:
         Chosen words read only their own rows of the output matrix.
         """
         matrix = view.read(self.decoder) if words is None else view.rows(self.decoder, words)
-        flat = hidden.flatten(1, -2)  # [P, N, D]
+        flat = quantise_tokens(hidden.flatten(1, -2), self.activations)  # [P, N, D]
         if words is not None:  # a few words cost nothing in float32, and bf16 would round logits near 10 to 1/16
             flat, matrix = flat.float(), matrix.float()
         logits = torch.bmm(flat, matrix.mT).float() + self.output_bias(view, words)
@@ -443,18 +463,20 @@ class LanguageModel:
         raise ValueError(f"{type(self).__name__} is a masked language model and does not generate")
 
     def save(self, directory: str | Path) -> None:
-        """Write a directory that transformers.from_pretrained loads; int8 weights are written as float32, exactly."""
+        """Write a directory that transformers.from_pretrained loads; codes as the fp32 that they stand for."""
         tensors = ((name, stored.read().view(stored.shape)) for name, stored in self.store.items())
         write_directory(Path(directory), self._config_to_save(), self.other_files, tensors)
 
     def save_stored(self, directory: str | Path) -> None:
-        """Write the weights as they are stored, codes and scales, for `load` with the same `weights`."""
+        """Write the weights as they are stored, codes and scales, for `load` with the same `weights` and `residual`."""
         parts = ((name + suffix, t) for name, s in self.store.items() for suffix, t in s.parts().items())
-        stem = CODES if self.weights == "int8" else "model"
-        write_directory(Path(directory), self._config_to_save(), self.other_files, parts, stem)
+        if self.weights in FLOATS:
+            return write_directory(Path(directory), self._config_to_save(), self.other_files, parts)
+        config = self._config_to_save() | {CODES: {"weights": self.weights, "residual": self.residual}}
+        return write_directory(Path(directory), config, self.other_files, parts, CODES)
 
     def _config_to_save(self) -> dict:
-        kept = {key: value for key, value in self.raw_config.items() if key != "torch_dtype"}
+        kept = {key: value for key, value in self.raw_config.items() if key not in ("torch_dtype", CODES)}
         return kept | {"dtype": "bfloat16" if self.weights == "bf16" else "float32"}
 
     def sha256(self) -> str:
@@ -474,6 +496,9 @@ class Llama(LanguageModel):
         super().__init__(config, *rest)
         self.decoder = self.embedding if config.tie_word_embeddings else "lm_head.weight"
         self.block, self.norm = llama_parts(config)
+
+    def parts(self) -> tuple[nn.Module, ...]:
+        return self.block, self.norm
 
     def hidden(self, tokens: Tensor, mask: Tensor | None, view: View, cache: KVCache | None = None) -> Tensor:
         """mask covers cached and new tokens, [B, S]."""
@@ -532,6 +557,9 @@ class Roberta(LanguageModel):
         self.decoder = self.embedding if tied else "lm_head.decoder.weight"
         self.bias = "lm_head.bias" if tied else "lm_head.decoder.bias"  # transformers never reads the other one
         self.embed, self.block, self.head = roberta_parts(config)
+
+    def parts(self) -> tuple[nn.Module, ...]:
+        return self.embed, self.block, self.head
 
     def hidden(self, tokens: Tensor, mask: Tensor | None, view: View) -> Tensor:
         mask = torch.ones_like(tokens) if mask is None else mask
@@ -620,34 +648,43 @@ def _whole(config: LlamaConfig | RobertaConfig, *rest) -> LanguageModel:
     return (Llama if isinstance(config, LlamaConfig) else Roberta)(config, *rest)
 
 
-CODES = "codes"  # a file name of their own, so that no other program takes int8 codes for weights
+CODES = "codes"  # a file name of their own, so that no other program takes codes for weights; and a config key
 
 
 def load(
-    directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, weights: str = "fp32"
+    directory: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    weights: str = "fp32",
+    residual: int = 0,
+    oracle: bool = False,
 ) -> LanguageModel:
     """Load a checkpoint directory: config.json and safetensors, one tensor at a time into its final store.
 
-    weights is how matrices are stored (quant.FORMATS); dtype is what they are multiplied in.  Raises ValueError
-    for anything missing, unexpected, wrongly shaped, not finite, corrupt, or of an unknown architecture.
+    weights is how matrices are stored (quant.FORMATS), residual the extra bits of integer codes, oracle keeps those
+    as fake-quantised fp32 (quant.Oracle); dtype is what matrices are multiplied in.  Raises ValueError for anything
+    missing, unexpected, wrongly shaped, not finite, corrupt, or of an unknown architecture.
     """
-    directory, device = Path(directory), torch.device(device)
+    check_format(weights, residual, oracle)
+    directory, device, form = Path(directory), torch.device(device), (weights, residual, oracle)
     config, raw = read_config(directory)
     has_codes = any(directory.glob(f"{CODES}*.safetensors"))
-    store = (_load_codes if has_codes else _load_dense)(directory, config, device, weights)
+    if has_codes:
+        _check_same_codes(directory, raw.get(CODES), weights, residual)
+    store = (_load_codes if has_codes else _load_dense)(directory, config, device, form)
     assert len({tensor_id(name) for name in store}) == len(store)  # or two tensors would share their directions
-    lm = _whole(config, raw, store, dtype, weights)
+    lm = _whole(config, raw, store, dtype, weights, residual)
     lm.other_files = [directory / name for name in COMPANIONS if (directory / name).is_file()]
     return lm
 
 
-def _load_dense(directory: Path, config, device: torch.device, weights: str) -> dict[str, Stored]:
+def _load_dense(directory: Path, config, device: torch.device, form: tuple) -> dict[str, Stored]:
     shapes, files, store = expected_shapes(config), find_tensors(directory), {}
     check_names(directory, set(files), set(shapes), lambda name: ignorable(name, config))
     for name, tensor in read_tensors(files, shapes):
         tensor = tensor.to(device)
         _check_dense(files[name], name, tensor)
-        store[name] = encode(tensor, weights)
+        store[name] = encode(tensor, *form)
     return {name: store[name] for name in shapes}
 
 
@@ -660,23 +697,31 @@ def _check_dense(file: Path, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{file}: {name} holds NaN or infinity")
 
 
-def _load_codes(directory: Path, config, device: torch.device, weights: str) -> dict[str, Stored]:
-    """The inverse of save_stored for int8."""
-    if weights != "int8":
-        raise ValueError(f"{directory} holds int8 codes; load it with weights int8, got {weights}")
+def _check_same_codes(directory: Path, held: object, weights: str, residual: int) -> None:
+    if held == {"weights": weights, "residual": residual}:
+        return
+    if not isinstance(held, dict) or set(held) != {"weights", "residual"}:
+        raise ValueError(f"{directory / 'config.json'} must say what the codes are, got {CODES} {held!r}")
+    raise ValueError(
+        f"{directory} holds {held['weights']} codes with {held['residual']} residual bits; load it with weights "
+        f"{held['weights']} and residual {held['residual']}, got {weights} and {residual}"
+    )
+
+
+def _load_codes(directory: Path, config, device: torch.device, form: tuple) -> dict[str, Stored]:
+    """The inverse of save_stored for codes."""
     shapes, files = expected_shapes(config), find_tensors(directory, CODES)
-    scales = {name + ".scale": torch.Size((shape[0], 1)) for name, shape in shapes.items() if len(shape) == 2}
-    check_names(directory, set(files), set(shapes | scales), lambda name: False)
-    parts = {name: tensor.to(device, copy=True) for name, tensor in read_tensors(files, shapes | scales)}
-    for name, tensor in parts.items():
-        if name + ".scale" not in parts:
-            _check_dense(files[name], name, tensor)
-        elif tensor.dtype != torch.int8 or (tensor < -INT8_TOP).any():
-            raise ValueError(f"{files[name]}: {name} is not int8 codes in [-{INT8_TOP}, {INT8_TOP}]")
-    for name in scales:
-        if parts[name].dtype != torch.float32 or not (parts[name] > 0).all():
-            raise ValueError(f"{files[name]}: {name} is not float32 scales above 0")
-    return {
-        name: Int8(parts[name], parts[name + ".scale"]) if len(shape) == 2 else encode(parts[name], weights)
-        for name, shape in shapes.items()
-    }
+    suffixes = {name: stored_parts(shape, *form[:2]) for name, shape in shapes.items()}
+    expected = {name + suffix: part for name, parts in suffixes.items() for suffix, part in parts.items()}
+    check_names(directory, set(files), set(expected), lambda name: False)
+    tensors = {name: tensor.to(device, copy=True) for name, tensor in read_tensors(
+        files, {name: shape for name, (_, shape) in expected.items()})}  # fmt: skip
+    store = {}
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            _check_dense(files[name], name, tensors[name])
+        try:
+            store[name] = from_parts({suffix: tensors.pop(name + suffix) for suffix in suffixes[name]}, shape, *form)
+        except ValueError as error:
+            raise ValueError(f"{files[name]}: {name}{error}") from None
+    return store

@@ -1,169 +1,36 @@
-"""Random bits, rounding onto grids, and the codes that weights are stored in.
+"""Rounding onto grids, and the stores that keep a weight: floats, integer codes, fp8 codes, and the oracle.
 
-Everything random in this project is a pure function of a key: Philox4x32-10 (Salmon et al., SC 2011) turns
-(seed, step, query, tensor, use, element) into bits, with no generator and no state, so a draw does not depend
-on call order, chunking, device or dtype.  Rounding is QuZO's eq. 5; int8 codes have one scale per output row.
+Rounding is QuZO's eq. 5: E[SR(x)] = x inside the grid's range.  A store is asked four things: `read` (the weights
+that a forward sees), `spacing` (how far apart the grid's points are around each weight), `land` (what w + d would be
+on the grid) and `add_` (move there, the only method that writes).  `encode` says which tensors get which store.
 
-Shape key: R rows (output features), C columns (input features), r some of the rows, N counter blocks.
+Shape key: R rows (output features), C columns (input features), r some of the rows, G scale groups a row.
 Imports nothing of ours.
 """
 
 from __future__ import annotations
 
-import enum
-import zlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-try:  # comes with CUDA builds of torch; the CPU never needs it
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
-
-# ---------------------------------------------------------------- random bits
-
-M0, M1 = 0xD2511F53, 0xCD9E8D57  # Philox's multipliers and Weyl key increments, from the Random123 paper
-W0, W1 = 0x9E3779B9, 0xBB67AE85
-LOW = 0xFFFFFFFF
-IN_CACHE = 2**14  # counter blocks at a time: Philox's dozen temporaries then stay in the second-level cache
+# ---------------------------------------------------------------- rounding: words are random bits, None is nearest
 
 
-class Use(enum.IntEnum):
-    """What a draw is for.  Each use is a stream of its own, so no two uses share bits."""
-
-    DIRECTION = 0  # u
-    PROBE_ROUNDING = 1  # Q1(u): the direction that is probed
-    UPDATE_ROUNDING = 2  # Q2(u): the direction that is stepped along
-    WEIGHT_ROUNDING = 3  # landing the update on the weight's grid
-    DATA_ORDER = 4
-
-
-class Key(NamedTuple):
-    """Names one tensor's draws in one query of one step."""
-
-    seed: int  # 64 bits
-    step: int  # 32 bits
-    query: int = 0  # 28 bits
-    tensor: int = 0  # 32 bits, see tensor_id
-
-
-def tensor_id(name: str) -> int:
-    """A tensor's place in the counter: a hash of its name, so that no other tensor can shift its draws."""
-    return zlib.crc32(name.encode())
-
-
-def philox(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[np.ndarray, ...]:
-    """Philox4x32-10: four uint64 arrays of one shape, and two ints, all below 2^32 -> four such arrays.
-
-    numpy, because torch has no unsigned products, and takes twice the time for arrays of this size.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        p0, p1 = c0 * M0, c2 * M1  # 64-bit products: the high half goes one way, the low half another
-        c0 = p1 >> 32
-        c0 ^= c1
-        c0 ^= k0
-        c2 = p0 >> 32
-        c2 ^= c3
-        c2 ^= k1
-        p0 &= LOW
-        p1 &= LOW
-        c1, c3 = p1, p0
-        k0, k1 = (k0 + W0) & LOW, (k1 + W1) & LOW
-    return c0, c1, c2, c3
-
-
-def random_words(key: Key, use: Use, blocks: Tensor) -> Tensor:
-    """128 bits for each counter block: blocks [N] int64 in [0, 2^32) -> [N, 4] int32 bit patterns."""
-    counter = (key.step, key.tensor, key.query << 4 | use)
-    seed = (key.seed & LOW, key.seed >> 32 & LOW)
-    if blocks.is_cuda and triton is not None:
-        return _random_words_triton(counter, seed, blocks)
-    c0 = blocks.cpu().numpy().astype(np.uint64)
-    words = np.empty((len(c0), 4), dtype=np.uint32)
-    for start in range(0, len(c0), IN_CACHE):
-        chunk = c0[start : start + IN_CACHE]
-        rest = (np.full_like(chunk, c) for c in counter)
-        words[start : start + IN_CACHE] = np.stack(philox((chunk, *rest), seed), -1)
-    return torch.from_numpy(words.view(np.int32)).to(blocks.device)
-
-
-def _random_words_triton(counter: tuple[int, ...], seed: tuple[int, int], blocks: Tensor) -> Tensor:
-    """The same words in one kernel instead of a hundred; tests/test_gpu.py demands equal integers."""
-    words = torch.empty(len(blocks), 4, dtype=torch.int32, device=blocks.device)
-    if len(blocks):
-        grid = (triton.cdiv(len(blocks), 512),)
-        _philox_kernel[grid](blocks, words, len(blocks), *as_int32(*counter, *seed), BLOCK=512)
-    return words
-
-
-def as_int32(*words: int) -> list[int]:
-    """32-bit words as signed numbers of the same bits: one kernel argument type, whatever their top bit."""
-    return [w - (1 << 32) if w >> 31 else w for w in words]
-
-
-if triton is not None:
-
-    @triton.jit(do_not_specialize=["c1", "c2", "c3", "k0", "k1"])  # a compile for each step otherwise
-    def _philox_kernel(blocks, words, n, c1, c2, c3, k0, k1, BLOCK: tl.constexpr):
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        live = at < n
-        c0 = tl.load(blocks + at, mask=live, other=0).to(tl.uint32)
-        zero = c0 * 0
-        k0 = (zero + k0).to(tl.uint32)
-        k1 = (zero + k1).to(tl.uint32)
-        w0, w1, w2, w3 = tl.philox_impl(
-            c0, (zero + c1).to(tl.uint32), (zero + c2).to(tl.uint32), (zero + c3).to(tl.uint32), k0, k1, 10
-        )
-        tl.store(words + at * 4 + 0, w0.to(tl.int32, bitcast=True), mask=live)
-        tl.store(words + at * 4 + 1, w1.to(tl.int32, bitcast=True), mask=live)
-        tl.store(words + at * 4 + 2, w2.to(tl.int32, bitcast=True), mask=live)
-        tl.store(words + at * 4 + 3, w3.to(tl.int32, bitcast=True), mask=live)
-
-
-def _words_of_rows(key: Key, use: Use, rows: Tensor, columns: int, lanes: int) -> Tensor:
-    """Words for chosen rows.  Each row starts a fresh block, so any row can be drawn on its own."""
-    per_row = -(-columns // lanes)
-    blocks = rows[:, None] * per_row + torch.arange(per_row, device=rows.device)
-    return random_words(key, use, blocks.flatten()).view(len(rows), per_row * 4)
-
-
-def bits16(key: Key, use: Use, rows: Tensor, columns: int) -> Tensor:
-    """16 random bits an element: rows [r] int64 -> [r, C] int64 in [0, 2^16)."""
-    words = _words_of_rows(key, use, rows, columns, lanes=8)
-    halves = words.view(torch.int16)[:, :columns]  # low half first (little-endian)
-    return halves.to(torch.int64).bitwise_and_(0xFFFF)
-
-
-def bits32(key: Key, use: Use, rows: Tensor, columns: int) -> Tensor:
-    """32 random bits an element: rows [r] int64 -> [r, C] int32 bit patterns."""
-    return _words_of_rows(key, use, rows, columns, lanes=4)[:, :columns]
-
-
-def permutation(seed: int, epoch: int, n: int) -> Tensor:
-    """A uniformly random order of n examples, keyed by epoch -> [n] int64 (on the CPU)."""
-    words = random_words(Key(seed, epoch), Use.DATA_ORDER, torch.arange(n))
-    first, second = words[:, 0].to(torch.int64), words[:, 1].to(torch.int64)
-    return torch.argsort((first << 31) ^ second, stable=True)  # 62 bits or so: ties do not happen
-
-
-# ---------------------------------------------------------------- rounding
-
-
-def stochastic_round(x: Tensor, words: Tensor) -> Tensor:
+def stochastic_round(x: Tensor, words: Tensor | None) -> Tensor:
     """QuZO eq. 5: floor(x) + Bernoulli(x - floor(x)), so that E[SR(x)] = x.
 
     x float32, words int32 bit patterns (31 bits are used), same shape -> integers in float32.  Sign and size
     are treated apart, because a size's fraction is exact in float32 and a negative number's floor is not:
     x = -1e-9 would give a fraction of exactly 1.  P(up) is the fraction rounded down to a multiple of 2^-31.
+    words None rounds to nearest, ties to even.
     """
+    if words is None:
+        return x.round()
     size = x.abs()
     whole = size.floor()
     threshold = (size - whole).mul_(2.0**31).to(torch.int32)  # exact: a power of two, then truncation
@@ -171,13 +38,74 @@ def stochastic_round(x: Tensor, words: Tensor) -> Tensor:
     return whole.add_(up).copysign_(x)
 
 
-def round_to_bfloat16(x: Tensor, words: Tensor) -> Tensor:
+def round_to_bfloat16(x: Tensor, words: Tensor | None) -> Tensor:
     """Stochastic rounding of float32 to bfloat16, its upper half: add 16 random bits, then cut the lower half.
 
     P(up) is the dropped fraction, exactly.  Numbers that are bfloat16 already stay as they are.
     """
-    pattern = x.view(torch.int32) + (words & 0xFFFF)  # the exponent absorbs a carry: next size up, as it should
-    return (pattern & -0x10000).view(torch.float32).to(torch.bfloat16)
+    return x.to(torch.bfloat16) if words is None else _cut(x, words, 16).to(torch.bfloat16)
+
+
+def _cut(x: Tensor, words: Tensor, bits: int) -> Tensor:
+    """Stochastic rounding of float32 to its upper 32 - bits bits; the exponent absorbs a carry, as it should."""
+    pattern = x.view(torch.int32) + (words & (1 << bits) - 1)
+    return (pattern & -(1 << bits)).view(torch.float32)
+
+
+class Grid8(NamedTuple):
+    """An 8-bit floating-point grid: 2^e * (1 + m / 2^mantissa) for e >= lowest, and evenly spaced below."""
+
+    dtype: torch.dtype
+    mantissa: int  # bits
+    lowest: int  # exponent of the smallest normal number
+    top: float  # the largest size
+
+    def round(self, x: Tensor, words: Tensor | None) -> Tensor:
+        """float32 -> this grid, in its dtype; sizes beyond the top become the top.  P(up) is exact to 2^-20."""
+        x = x.clamp(-self.top, self.top)
+        if words is None:
+            return x.to(self.dtype)
+        step = 2.0 ** (self.lowest - self.mantissa)  # of the even part
+        even = stochastic_round(x / step, words) * step
+        return torch.where(x.abs() < 2.0**self.lowest, even, _cut(x, words, 23 - self.mantissa)).to(self.dtype)
+
+    def spacing(self, x: Tensor) -> Tensor:
+        """The distance from each x (float32, on the grid) to the next grid point away from zero."""
+        return _power_below(x).mul_(2.0**-self.mantissa).clamp_(min=2.0 ** (self.lowest - self.mantissa))
+
+
+def _power_below(x: Tensor) -> Tensor:
+    """The largest power of two that is at most |x|, float32: the exponent bits alone (0 for subnormal numbers)."""
+    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+
+
+E4M3 = Grid8(torch.float8_e4m3fn, 3, -6, 448.0)
+E5M2 = Grid8(torch.float8_e5m2, 2, -14, 57344.0)
+
+
+# ---------------------------------------------------------------- packed bits
+
+
+def pack(numbers: Tensor, bits: int) -> Tensor:
+    """Signed numbers [r, C] of 1, 2, 4 or 8 bits, two's complement -> uint8 [r, ceil(C * bits / 8)].
+
+    The first column is in the lowest bits of a byte; a last byte that is not full ends in zeros.
+    """
+    per_byte = 8 // bits
+    padded = torch.nn.functional.pad(numbers.to(torch.int32), (0, -numbers.shape[1] % per_byte))
+    fields = (padded & (1 << bits) - 1).view(len(numbers), -1, per_byte)
+    return (fields << _shifts(bits, numbers.device)).sum(-1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of pack: uint8 [r, B] -> int32 [r, columns]."""
+    fields = packed.to(torch.int32)[..., None] >> _shifts(bits, packed.device) & (1 << bits) - 1
+    half = 1 << bits - 1
+    return ((fields ^ half) - half).flatten(1)[:, :columns]
+
+
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    return torch.arange(0, 8, bits, device=device, dtype=torch.int32)
 
 
 # ---------------------------------------------------------------- stores: how one tensor is kept, read and stepped
@@ -187,8 +115,9 @@ def round_to_bfloat16(x: Tensor, words: Tensor) -> Tensor:
 class Float:
     """A tensor kept as floating point, fp32 or bf16.
 
-    Every store has shape, parts, read and add_; add_ returns [2] int64, the numbers of elements whose stored
-    bits changed and of elements that the edge of the grid held back.  A tensor, so that a GPU need not wait.
+    Every store has shape, device, rounds, parts, read, spacing, land and add_.  add_ returns [2] int64: the numbers
+    of elements whose stored bits changed and of elements that the edge of the grid held back.  A tensor, so that a
+    GPU need not wait.
     """
 
     value: Tensor
@@ -203,7 +132,7 @@ class Float:
 
     @property
     def rounds(self) -> bool:
-        """Whether add_ needs random words."""
+        """Whether land and add_ need random words."""
         return self.value.dtype == torch.bfloat16
 
     def parts(self) -> dict[str, Tensor]:
@@ -218,46 +147,178 @@ class Float:
         """Rows [r, C] in the stored dtype."""
         return self.matrix()[rows]
 
+    def spacing(self, rows: slice | Tensor) -> Tensor:
+        """[r, C] float32: the distance between neighbouring numbers.  fp32's counts as 0: it is below any step."""
+        value = self.read(rows).float()
+        return _power_below(value).mul_(2.0**-7) if self.rounds else torch.zeros_like(value)
+
+    def land(self, rows: slice | Tensor, delta: Tensor, words: Tensor | None) -> Tensor:
+        """What w + delta is on the grid, [r, C] float32.  bf16 rounds stochastically: to nearest would lose most
+        updates."""
+        new = self.read(rows).float() + delta
+        return round_to_bfloat16(new, words).float() if self.rounds else new
+
     def add_(self, rows: slice, delta: Tensor, words: Tensor | None) -> Tensor:
-        """Add delta [r, C] float32.  bf16 rounds stochastically: to nearest would lose most updates."""
-        old = self.matrix()[rows]
-        new = old.float() + delta
-        if old.dtype == torch.bfloat16:
-            new = round_to_bfloat16(new, words)
-        changed = (new != old).sum()
+        """w += delta [r, C] float32."""
+        new = self.land(rows, delta, words)
+        changed = (new != self.read(rows)).sum()
         self.matrix()[rows] = new
         return torch.stack((changed, torch.zeros_like(changed)))
 
 
-INT8_TOP = 127  # -128 is unused, so that +w and -w quantise alike
+GROUP = 128  # input columns that share one int4 scale
 
 
 @dataclass
-class Int8:
-    """A matrix kept as int8 codes [R, C] and one float32 scale per output row [R, 1]: w = codes * scale.
+class Integers:
+    """A matrix kept as int8 codes [R, C] or packed int4 codes, uint8 [R, ceil(C / 2)]: w = code * scale.
 
-    Scales never change after encoding, so a row's grid is the same throughout training.
+    int8 has one float32 scale per output row, scale [R, 1]; int4 one per group of 128 columns, [R, ceil(C / 128)].
+    Codes reach from -top to top, 127 or 7: the lowest two's complement number is unused, so that +w and -w quantise
+    alike.  Scales never change after encoding, so a group's grid is the same throughout training.
+
+    With a residual of b bits the store is finer by 2^b: fine = code * 2^b + residual, with the residual in
+    [-2^(b-1), 2^(b-1)) packed beside the code.  Steps land on the fine grid, a forward reads the code alone.
     """
 
     codes: Tensor
     scale: Tensor
+    columns: int
+    bits: int
+    residual: Tensor | None = None  # uint8 [R, ceil(C * residual_bits / 8)]
+    residual_bits: int = 0
 
     @classmethod
-    def encode(cls, matrix: Tensor) -> Int8:
-        """Round a float matrix to nearest; a row's largest size becomes +-127.
-
-        An all-zero row is exact under any scale.  It gets the largest scale of the matrix rather than 0,
-        because an update divides by it.
-        """
+    def encode(cls, matrix: Tensor, bits: int, residual_bits: int = 0) -> Integers:
+        """Round a float matrix to nearest on the fine grid; a group's largest size becomes +-top."""
+        R, C = matrix.shape
         chunks = list(row_chunks(matrix.shape, matrix.device))  # no second copy of a large matrix in float32
-        largest = torch.cat([matrix[rows].float().abs().amax(1, keepdim=True) for rows in chunks])
-        scale = largest / torch.full_like(largest, INT8_TOP)  # by a number, CUDA would multiply by a rounded 1/127
-        scale = torch.where(scale > 0, scale, scale.amax())  # sizes under 1e-43 also count as zero here
-        scale = torch.where(scale > 0, scale, 1.0)
-        codes = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)
+        scale = _positive(torch.cat([_largest(matrix[rows].float(), bits) for rows in chunks]), 2 ** (bits - 1) - 1)
+        stored = cls.empty(R, C, bits, residual_bits, scale)
         for rows in chunks:
-            codes[rows] = (matrix[rows].float() / scale[rows]).round_().clamp_(-INT8_TOP, INT8_TOP).to(torch.int8)
-        return cls(codes, scale)
+            fine = (matrix[rows].float() / stored.fine_step(rows)).round_()
+            stored.write(rows, fine.clamp_(-stored.limit, stored.limit))
+        return stored
+
+    @classmethod
+    def empty(cls, R: int, C: int, bits: int, residual_bits: int, scale: Tensor) -> Integers:
+        codes = torch.empty(R, -(-C * bits // 8), dtype=torch.int8 if bits == 8 else torch.uint8, device=scale.device)
+        residual = None
+        if residual_bits:
+            residual = torch.empty(R, -(-C * residual_bits // 8), dtype=torch.uint8, device=scale.device)
+        return cls(codes, scale, C, bits, residual, residual_bits)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.codes), self.columns))
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def rounds(self) -> bool:
+        return True
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def limit(self) -> int:
+        """The largest fine number whose code is top."""
+        return self.top * 2**self.residual_bits + (2**self.residual_bits - 1) // 2
+
+    def parts(self) -> dict[str, Tensor]:
+        parts = {"": self.codes, ".scale": self.scale}
+        return parts if self.residual is None else parts | {".residual": self.residual}
+
+    def code(self, rows: slice | Tensor) -> Tensor:
+        """[r, C], int8 or int32."""
+        return self.codes[rows] if self.bits == 8 else unpack(self.codes[rows], self.bits, self.columns)
+
+    def fine(self, rows: slice | Tensor) -> Tensor:
+        """The whole stored number, code * 2^b + residual, [r, C] float32 (below 2^16: exact)."""
+        code = self.code(rows).float()
+        if self.residual is None:
+            return code
+        return code.mul_(2**self.residual_bits).add_(unpack(self.residual[rows], self.residual_bits, self.columns))
+
+    def write(self, rows: slice, fine: Tensor) -> None:
+        """Store whole numbers [r, C] float32."""
+        code = fine
+        if self.residual is not None:
+            unit = 2**self.residual_bits
+            code = ((fine + unit // 2) / unit).floor_()  # the nearest code, ties up; exact, a power of two
+            self.residual[rows] = pack(fine - code * unit, self.residual_bits)
+        self.codes[rows] = code.to(torch.int8) if self.bits == 8 else pack(code, self.bits)
+
+    def spacing(self, rows: slice | Tensor) -> Tensor:
+        """The scale of each element, [r, 1] or [r, C]."""
+        scale = self.scale[rows]
+        return scale if scale.shape[1] == 1 else scale.repeat_interleave(GROUP, 1)[:, : self.columns]
+
+    def fine_step(self, rows: slice | Tensor) -> Tensor:
+        return self.spacing(rows) * 2.0**-self.residual_bits
+
+    def read(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """Rows [r, C] as float32."""
+        return self.code(rows) * self.spacing(rows)
+
+    def land(self, rows: slice | Tensor, delta: Tensor, words: Tensor | None) -> Tensor:
+        """(code + SR(delta / scale)) * scale, held inside the range.  delta [r, C] float32."""
+        step = self.spacing(rows)
+        return stochastic_round(delta / step, words).add_(self.code(rows)).clamp_(-self.top, self.top).mul_(step)
+
+    def add_(self, rows: slice, delta: Tensor, words: Tensor | None) -> Tensor:
+        """fine += SR(delta / fine step), held inside the range (QuZO's Algorithm 1).  delta [r, C] float32."""
+        old = self.fine(rows)
+        wanted = stochastic_round(delta / self.fine_step(rows), words).add_(old)
+        new = wanted.clamp(-self.limit, self.limit)
+        counts = torch.stack(((new != old).sum(), (new != wanted).sum()))
+        self.write(rows, new)
+        return counts
+
+
+def _largest(rows: Tensor, bits: int) -> Tensor:
+    """The largest size in each scale group, [r, C] -> [r, G]; the last group may be short."""
+    if bits == 8:
+        return rows.abs().amax(1, keepdim=True)
+    return torch.stack([group.abs().amax(1) for group in rows.split(GROUP, 1)], 1)
+
+
+def _positive(largest: Tensor, top: float) -> Tensor:
+    """Scales that take the largest sizes to top.
+
+    A group of zeros is exact under any scale.  It gets the largest scale of the matrix rather than 0, because a step
+    divides by it.  Sizes under 1e-43 also count as zero here.
+    """
+    scale = largest / torch.full_like(largest, top)  # by a number, CUDA would multiply by a rounded reciprocal
+    scale = torch.where(scale > 0, scale, scale.amax())
+    return torch.where(scale > 0, scale, 1.0)
+
+
+@dataclass
+class Fp8:
+    """A matrix kept as fp8 codes [R, C] and one float32 scale per output row [R, 1]: w = code * scale.
+
+    The grid is uneven: its spacing is a 16th to an 8th of the weight for e4m3, a 8th to a 4th for e5m2.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    grid: Grid8
+
+    @classmethod
+    def encode(cls, matrix: Tensor, grid: Grid8) -> Fp8:
+        """Round a float matrix to nearest; a row's largest size becomes the grid's top."""
+        chunks = list(row_chunks(matrix.shape, matrix.device))
+        scale = _positive(torch.cat([matrix[rows].float().abs().amax(1, keepdim=True) for rows in chunks]), grid.top)
+        codes = torch.empty(matrix.shape, dtype=grid.dtype, device=matrix.device)
+        for rows in chunks:
+            codes[rows] = grid.round(matrix[rows].float() / scale[rows], None)
+        return cls(codes, scale, grid)
 
     @property
     def shape(self) -> torch.Size:
@@ -274,35 +335,227 @@ class Int8:
     def parts(self) -> dict[str, Tensor]:
         return {"": self.codes, ".scale": self.scale}
 
+    def code(self, rows: slice | Tensor) -> Tensor:
+        """[r, C] float32.  Through bytes, because torch does not index fp8 by a tensor on every device."""
+        return self.codes.view(torch.uint8)[rows].view(self.codes.dtype).float()
+
     def read(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """Rows [r, C] as float32."""
-        return self.codes[rows] * self.scale[rows]
+        return self.code(rows).mul_(self.scale[rows])
 
-    def add_(self, rows: slice, delta: Tensor, words: Tensor) -> Tensor:
-        """codes += SR(delta / scale), held inside [-127, 127] (QuZO's Algorithm 1).  delta [r, C] float32."""
-        old = self.codes[rows]
-        wanted = stochastic_round(delta / self.scale[rows], words).add_(old)
-        new = wanted.clamp(-INT8_TOP, INT8_TOP)
-        counts = torch.stack(((new != old).sum(), (new != wanted).sum()))
-        self.codes[rows] = new.to(torch.int8)
-        return counts
+    def spacing(self, rows: slice | Tensor) -> Tensor:
+        """[r, C]: the distance to the next weight away from zero; towards zero it is this or half of it."""
+        return self.grid.spacing(self.code(rows)).mul_(self.scale[rows])
+
+    def land(self, rows: slice | Tensor, delta: Tensor, words: Tensor | None) -> Tensor:
+        return self._landed(rows, delta, words)[0].float().mul_(self.scale[rows])
+
+    def _landed(self, rows: slice | Tensor, delta: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The code that w + delta becomes, and whether the edge of the grid held it back."""
+        wanted = (delta / self.scale[rows]).add_(self.code(rows))
+        return self.grid.round(wanted, words), wanted.abs() > self.grid.top
+
+    def add_(self, rows: slice, delta: Tensor, words: Tensor | None) -> Tensor:
+        """w += delta, rounded onto the uneven grid.  delta [r, C] float32."""
+        old = self.code(rows)
+        new, held = self._landed(rows, delta, words)
+        self.codes[rows] = new
+        return torch.stack(((new.float() != old).sum(), held.sum()))
 
 
-Stored = Float | Int8
-FORMATS = ("fp32", "bf16", "int8")
+# ---------------------------------------------------------------- the oracle
 
 
-def encode(tensor: Tensor, weights: str) -> Stored:
-    """The one place that says which tensors are quantised: matrices are, one-dimensional tensors stay float32.
+@dataclass
+class Oracle:
+    """What Integers does, as fake quantisation in fp32: the reference to audit, with nothing packed.
+
+    The weight is an fp32 number that is always a multiple of its fine step, scale / 2^residual_bits.  Same codes as
+    Integers, bit for bit, after any number of steps (tests/test_oracle.py; `--oracle`).
+    """
+
+    value: Tensor  # [R, C] fp32
+    scale: Tensor  # [R, C] fp32: each element's own
+    bits: int
+    residual_bits: int
+    groups: Tensor  # [R, G]: the scales once each, to save
+
+    @classmethod
+    def encode(cls, matrix: Tensor, bits: int, residual_bits: int = 0) -> Oracle:
+        matrix = matrix.float()
+        group = matrix.shape[1] if bits == 8 else GROUP
+        largest = torch.stack([columns.abs().amax(1) for columns in matrix.split(group, 1)], 1)
+        groups = _positive(largest, 2 ** (bits - 1) - 1)
+        oracle = cls(matrix, groups.repeat_interleave(group, 1)[:, : matrix.shape[1]], bits, residual_bits, groups)
+        fine = (matrix / oracle.fine_step()).round()
+        oracle.value = fine.clamp(-oracle.limit, oracle.limit) * oracle.fine_step()
+        return oracle
+
+    @classmethod
+    def of(cls, stored: Integers) -> Oracle:
+        every = slice(None)
+        scale = stored.spacing(every).expand(stored.shape)
+        return cls(stored.fine(every) * stored.fine_step(every), scale, stored.bits, stored.residual_bits, stored.scale)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.value.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.value.device
+
+    @property
+    def rounds(self) -> bool:
+        return True
+
+    @property
+    def limit(self) -> float:
+        return (2 ** (self.bits - 1) - 1) * 2**self.residual_bits + (2**self.residual_bits - 1) // 2
+
+    def fine_step(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        return self.scale[rows] / 2**self.residual_bits
+
+    def fine(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        return (self.value[rows] / self.fine_step(rows)).round()
+
+    def code(self, rows: slice | Tensor) -> Tensor:
+        return (self.fine(rows) / 2**self.residual_bits + (0.5 if self.residual_bits else 0)).floor()
+
+    def parts(self) -> dict[str, Tensor]:
+        """As Integers would save them."""
+        packed = Integers.empty(*self.shape, self.bits, self.residual_bits, self.groups)
+        packed.write(slice(None), self.fine())
+        return packed.parts()
+
+    def spacing(self, rows: slice | Tensor) -> Tensor:
+        return self.scale[rows]
+
+    def read(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        return self.code(rows) * self.scale[rows]
+
+    def land(self, rows: slice | Tensor, delta: Tensor, words: Tensor | None) -> Tensor:
+        top = 2 ** (self.bits - 1) - 1
+        code = self.code(rows) + stochastic_round(delta / self.scale[rows], words)
+        return code.clamp(-top, top) * self.scale[rows]
+
+    def add_(self, rows: slice, delta: Tensor, words: Tensor | None) -> Tensor:
+        old, step = self.fine(rows), self.fine_step(rows)
+        wanted = old + stochastic_round(delta / step, words)
+        new = wanted.clamp(-self.limit, self.limit)
+        self.value[rows] = new * step
+        return torch.stack(((new != old).sum(), (new != wanted).sum()))
+
+
+# ---------------------------------------------------------------- activations
+
+ACTIVATIONS = ("none", "int8", "fp8")
+
+
+def quantise_tokens(x: Tensor, kind: str) -> Tensor:
+    """Fake quantisation of a linear layer's input: one dynamic scale a token, which takes its largest size to the top.
+
+    x [..., C], any float dtype -> the same shape and dtype, each token on its own int8 or e4m3 grid.  To nearest:
+    activations are read once, so there is nothing that a bias could add up to.  Gradients go straight through.
+    """
+    if kind == "none":
+        return x
+    top = 127.0 if kind == "int8" else E4M3.top
+    largest = x.detach().float().abs().amax(-1, keepdim=True)
+    scale = torch.where(largest > 0, largest, 1.0) / torch.full_like(largest, top)
+    codes = x.detach().float() / scale
+    codes = codes.round() if kind == "int8" else E4M3.round(codes, None).float()
+    return straight_through(x, (codes * scale).to(x.dtype))
+
+
+def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """rounded, with x's gradient."""
+    return _StraightThrough.apply(x, rounded) if x.requires_grad else rounded
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+# ---------------------------------------------------------------- which tensor gets which store
+
+Stored = Float | Integers | Fp8 | Oracle
+FLOATS = ("fp32", "bf16")
+INTEGERS = {"int8": 8, "int4": 4}
+FP8 = {"fp8": E4M3, "fp8-e5m2": E5M2}
+FORMATS = (*FLOATS, *INTEGERS, *FP8)
+RESIDUALS = (0, 1, 2, 4, 8)  # bits that fill bytes
+
+
+def encode(tensor: Tensor, weights: str, residual_bits: int = 0, oracle: bool = False) -> Stored:
+    """The one place that says which tensors are quantised: matrices are, embedding and head included;
+    one-dimensional tensors stay float32.
 
     Norm weights near 1.0 would not even feel a perturbation in bf16, and they are a millionth of the model.  A
     store owns its memory: a tensor from a safetensors file is mapped from it, and the file may change.
     """
-    if weights not in FORMATS:
-        raise ValueError(f"weights must be one of {', '.join(FORMATS)}, got {weights!r}")
+    check_format(weights, residual_bits, oracle)
     if tensor.ndim != 2 or weights == "fp32":
         return Float(tensor.to(torch.float32, copy=True))
-    return Float(tensor.to(torch.bfloat16, copy=True)) if weights == "bf16" else Int8.encode(tensor)
+    if weights == "bf16":
+        return Float(tensor.to(torch.bfloat16, copy=True))
+    if weights in FP8:
+        return Fp8.encode(tensor, FP8[weights])
+    return (Oracle if oracle else Integers).encode(tensor, INTEGERS[weights], residual_bits)
+
+
+def check_format(weights: str, residual_bits: int = 0, oracle: bool = False) -> None:
+    if weights not in FORMATS:
+        raise ValueError(f"weights must be one of {', '.join(FORMATS)}, got {weights!r}")
+    if residual_bits not in RESIDUALS:
+        raise ValueError(f"residual must be one of {', '.join(map(str, RESIDUALS))} bits, got {residual_bits}")
+    if weights not in INTEGERS and (residual_bits or oracle):
+        raise ValueError(f"{'a residual' if residual_bits else 'the oracle'} needs weights int8 or int4, got {weights}")
+
+
+def stored_parts(shape: torch.Size, weights: str, residual_bits: int = 0) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """What encode(...).parts() will hold for a tensor of this shape: dtype and shape of each part."""
+    if len(shape) != 2 or weights in FLOATS:
+        return {"": (torch.bfloat16 if weights == "bf16" and len(shape) == 2 else torch.float32, shape)}
+    R, C = shape
+    if weights in FP8:
+        return {"": (FP8[weights].dtype, shape), ".scale": (torch.float32, torch.Size((R, 1)))}
+    bits = INTEGERS[weights]
+    parts = {
+        "": (torch.int8 if bits == 8 else torch.uint8, torch.Size((R, math.ceil(C * bits / 8)))),
+        ".scale": (torch.float32, torch.Size((R, 1 if bits == 8 else math.ceil(C / GROUP)))),
+    }
+    if residual_bits:
+        parts[".residual"] = (torch.uint8, torch.Size((R, math.ceil(C * residual_bits / 8))))
+    return parts
+
+
+def from_parts(
+    parts: dict[str, Tensor], shape: torch.Size, weights: str, residual_bits: int = 0, oracle: bool = False
+) -> Stored:
+    """The inverse of parts(), of shapes as stored_parts gives them.  Raises ValueError with what is wrong."""
+    for suffix, (dtype, _) in stored_parts(shape, weights, residual_bits).items():
+        if parts[suffix].dtype != dtype:
+            raise ValueError(f"{suffix} is {parts[suffix].dtype}, expected {dtype}")
+    if len(shape) != 2 or weights in FLOATS:
+        return Float(parts[""])
+    codes, scale = parts[""], parts[".scale"]
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise ValueError(".scale must hold finite numbers above 0")
+    stored = Fp8(codes, scale, FP8[weights]) if weights in FP8 else Integers(
+        codes, scale, shape[1], INTEGERS[weights], parts.get(".residual"), residual_bits
+    )  # fmt: skip
+    for rows in row_chunks(shape, codes.device):
+        numbers, limit = (stored.code(rows), stored.grid.top) if weights in FP8 else (stored.fine(rows), stored.limit)
+        if not (numbers.abs() <= limit).all():  # NaN fails too
+            raise ValueError(f" holds codes outside [-{limit}, {limit}]")
+    return Oracle.of(stored) if oracle else stored
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:

@@ -29,16 +29,17 @@ from data.scoring import Encoded, Encoder, Quality, collate, evaluate, losses
 from data.tasks import TASKS, Splits, get_task, load_splits
 from data.tokenizer import Tokenizer
 from model import LanguageModel, load, read_config
-from quant import FORMATS, permutation
+from quant import ACTIVATIONS, FORMATS, RESIDUALS, check_format
+from random_bits import permutation
 from run_folder import RunFolder, check_free
 from zo_optim import ZO, estimate, learning_rate, update
 
 # ---------------------------------------------------------------- the command line
 
-DIRECTION_BITS = ("full", *map(str, range(2, 9)))
+DIRECTION_BITS = ("full", "grid", *map(str, range(2, 9)))
 
 
-def flag(default, help: str, choices: tuple[str, ...] = ()):
+def flag(default, help: str, choices: tuple = ()):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices or None})
 
 
@@ -56,7 +57,16 @@ class Config:
     num_dev: int | None = flag(None, "dev examples drawn from the full files")
     num_eval: int = flag(1000, "test examples at most")
     weights: str | None = flag(None, "how matrices are stored", FORMATS)
-    direction_bits: str | None = flag(None, "bits of a direction's codes; full: Gaussian", DIRECTION_BITS)
+    residual: int = flag(0, "extra bits a weight that steps land on and forwards do not read; int8 and int4", RESIDUALS)
+    activations: str = flag("none", "how the input of every linear layer is rounded, one scale a token", ACTIVATIONS)
+    direction_bits: str | None = flag(None, "bits of a direction's codes; full: Gaussian; grid: drawn on the weights' "
+                                            "own grid", DIRECTION_BITS)  # fmt: skip
+    estimator: str = flag("q-rge2", "q-rge2: probe and step round the direction apart; q-rge1: once; random: a control "
+                                    "that turns slopes over by coin", ("q-rge2", "q-rge1", "random"))  # fmt: skip
+    probe: str = flag("float", "float: w + eps u; codes: that, landed on the weights' grid", ("float", "codes"))
+    rounding: str = flag("stochastic", "how a step lands; nearest is there to show why it fails",
+                         ("stochastic", "nearest"))  # fmt: skip
+    oracle: bool = flag(False, "keep integer codes as fake-quantised fp32: slower, to the same bits")
     compute: str = flag("auto", "what matrices are multiplied in; auto: bf16 on cuda unless weights are fp32",
                         ("auto", "fp32", "bf16"))  # fmt: skip
     steps: int | None = flag(None, "updates")
@@ -102,9 +112,12 @@ def parse(argv: list[str]) -> Config:
     parser = OneLineParser(prog="train.py", description=__doc__, allow_abbrev=False)
     kinds = {"int": int, "float": float, "str": str}
     for f in dataclasses.fields(Config):
-        kind = kinds[f.type.removesuffix(" | None")]
-        options = dict(f.metadata) | {"help": f.metadata["help"] + told_defaults(f)}
-        parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, **options)
+        told = f.metadata["help"] + told_defaults(f)
+        if f.type == "bool":  # type=bool would read "False" as True
+            options = {"action": argparse.BooleanOptionalAction, "help": told}
+        else:
+            options = dict(f.metadata) | {"type": kinds[f.type.removesuffix(" | None")], "help": told}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **options)
     return resolve_defaults(Config(**vars(parser.parse_args(argv))))
 
 
@@ -162,6 +175,7 @@ def validate(c: Config) -> None:
             "--method mezo means Gaussian directions on fp32 or bf16 weights; use quzo for others, got "
             f"--direction-bits {c.direction_bits} --weights {c.weights}"
         )
+    check_format(c.weights, c.residual, c.oracle)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", c.device):
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {c.device!r}")
     if c.device != "cpu" and int(c.device.partition(":")[2] or 0) >= torch.cuda.device_count():
@@ -199,7 +213,15 @@ def prepare(c: Config) -> tuple[Problem, Splits]:
 
 
 def load_weights(c: Config, directory: Path) -> LanguageModel:
-    return load(directory, c.device, torch.bfloat16 if c.compute == "bf16" else torch.float32, c.weights)
+    dtype = torch.bfloat16 if c.compute == "bf16" else torch.float32
+    lm = load(directory, c.device, dtype, c.weights, c.residual, c.oracle)
+    lm.round_activations(c.activations)
+    return lm
+
+
+def zo_of(c: Config) -> ZO:
+    bits = int(c.direction_bits) if c.direction_bits.isdigit() else None
+    return ZO(c.eps, c.queries, bits, c.direction_bits == "grid", c.estimator, c.probe, c.rounding == "nearest")
 
 
 _order = lru_cache(maxsize=2)(permutation)  # a batch may span two epochs
@@ -244,7 +266,7 @@ class Progress:
 
 def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop) -> Progress:
     """Run the loop.  The folder's model/ holds the best weights, or the last ones where none were evaluated."""
-    lm, zo = problem.lm, ZO(c.eps, c.queries, None if c.direction_bits == "full" else int(c.direction_bits))
+    lm, zo = problem.lm, zo_of(c)
     progress = Progress()
     bar = tqdm(range(c.steps), unit="step", file=sys.stderr, dynamic_ncols=True)
     for step in bar:
@@ -276,7 +298,7 @@ def one_step(c: Config, problem: Problem, folder: RunFolder, zo: ZO, step: int) 
     lr = learning_rate(c.lr, c.lr_schedule, step, c.steps)
     changed, clipped = update(lm.store, slopes, c.seed, step, zo, lr).tolist()
     loss = sum(query.plus + query.minus for query in queries) / (2 * len(queries))
-    elements = len(queries) * parameters(lm)
+    elements = parameters(lm)
     folder.step(step + 1, slopes, loss, {
         "plus": [query.plus for query in queries], "minus": [query.minus for query in queries], "lr": lr,
         "queries": len(queries), "tokens": sum(len(s) for e in examples for s in e.sequences),

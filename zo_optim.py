@@ -3,24 +3,26 @@
 MeZO (Malladi et al., NeurIPS 2023, section 2): z ~ N(0, I), slope = (L(w + eps z) - L(w - eps z)) / (2 eps),
 w <- w - lr / n * sum of slope * z.  QuZO (EMNLP 2025, eq. 5 to 10 and algorithm 1): the direction is rounded
 stochastically to a few bits, twice and independently: u1 = Q1(u) is probed, u2 = Q2(u) is stepped along, and
-the step lands on the weight's own grid by stochastic rounding.
+the step lands on the weight's own grid by stochastic rounding.  Grid directions (ours) are drawn on that grid in the
+first place, so that a step needs next to no rounding.
 
 Nothing here keeps a direction: it is drawn again, element by element, wherever it is needed.
 
-Shape key: P probes, R rows, C columns, r some of the rows, n queries.  Imports quant.
+Shape key: P probes, R rows, C columns, r some of the rows, n queries.  Imports quant and random_bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
-from quant import Key, Stored, Use, bits16, bits32, matrix_shape, row_chunks, tensor_id
+from quant import Oracle, Stored, matrix_shape, row_chunks
+from random_bits import Key, Use, bits16, bits32, random_words, tensor_id
 
 try:  # Triton comes with CUDA builds of torch
     import fused
@@ -68,32 +70,75 @@ def direction(key: Key, rows: Tensor, columns: int, bits: int | None, rounding: 
     u = normal(key, rows, columns)
     if bits is None:
         return u * UNIT
-    levels = ZO(bits=bits).levels
+    levels = 2 ** (bits - 1) - 1
     dither = bits16(key, rounding, rows, columns).to(torch.int32)
     code = (u * levels + dither) >> 16  # 4 sigma * levels = levels << 16, so 16 bits of dither are exact
     return code * (CLIP / levels)
 
 
+def grid_step(key: Key, rows: Tensor, spacing: Tensor, columns: int, eps: float) -> Tensor:
+    """eps * u for a direction u drawn on the weight's own grid: [r, C] float32, in weight units.
+
+    With s the grid's spacing at a weight (`spacing`, which broadcasts to [r, C]) and t = max(s, eps):
+
+        eps * u = +t or -t, with probability (eps / t)^2 / 2 each, else 0
+
+    so E[u] = 0 and E[u u^T] = I exactly, as for a Gaussian (to 2^-31 in the probability).  Most elements are 0; the
+    others are one code up or down.  The estimate slope * u has E|g_hat|^2 = (d - 1 + E u^4) |g|^2, where E u^4 =
+    (t / eps)^2 is nothing beside d, so it is as good as a Gaussian's.  But a step lr * slope * u is now p = lr *
+    |slope| / eps of one spacing at the few weights that it touches, and landing it has the variance
+    (eps / s)^2 * s^2 p (1 - p) <= eps * lr * |slope| a weight, where a step in every weight has s * lr * |slope| *
+    E|u|: the grid acts as if its spacing were eps, however coarse it is.  At p = 1 nothing is rounded at all.
+    """
+    t = spacing.clamp(min=eps)
+    ratio = torch.full_like(t, eps) / t  # a number over a tensor would be a product with a rounded reciprocal
+    threshold = (ratio.square() * 2.0**31).to(torch.int64)
+    words = bits32(key, Use.DIRECTION, rows, columns)
+    hit = (words & 0x7FFFFFFF) < threshold  # 31 bits say whether, the top one says which way
+    return torch.where(hit, torch.where(words < 0, -t, t), 0.0)
+
+
 @dataclass(frozen=True)
 class ZO:
-    """What an estimator needs to know.  MeZO: bits None.  QuZO: bits 2 to 8, the width of a direction's codes."""
+    """What an estimator needs to know.
+
+    bits None, grid False: u ~ N(0, I), MeZO's.  bits 2 to 8: QuZO's, u rounded to codes of that width.  grid: u drawn
+    on the weights' own grid, which leaves nothing to round.
+    """
 
     eps: float = 1e-3
     queries: int = 1
     bits: int | None = None
+    grid: bool = False
+    estimator: str = "q-rge2"  # "q-rge1" steps along u1 itself; "random" turns slopes over by coin, a control
+    probe: str = "float"  # "codes" lands w + eps u1 on the weight's grid
+    nearest: bool = False  # land steps by rounding to nearest: loses nearly all of them, which it is there to show
 
     @property
     def levels(self) -> int:
-        """Codes on each side of 0: 7 for 4 bits; 0 stands for the full direction."""
-        return 0 if self.bits is None else 2 ** (self.bits - 1) - 1
+        """Codes on each side of 0: 7 for 4 bits; 0 stands for the full direction, -1 for the grid's."""
+        return -1 if self.grid else 0 if self.bits is None else 2 ** (self.bits - 1) - 1
+
+    @property
+    def step_rounding(self) -> Use:
+        """Which rounding of u is stepped along."""
+        return Use.PROBE_ROUNDING if self.estimator == "q-rge1" else Use.UPDATE_ROUNDING
+
+    def along(self, factor: float, stored: Stored, key: Key, rows: slice | Tensor, rounding: Use) -> Tensor:
+        """factor * u for rows of one tensor: [r, C] float32."""
+        columns = stored.shape[-1]
+        index = torch.arange(rows.start, rows.stop, device=stored.device) if isinstance(rows, slice) else rows
+        if self.grid:
+            return grid_step(key, index, stored.spacing(rows), columns, self.eps).mul_(factor / self.eps)
+        return direction(key, index, columns, self.bits, rounding).mul_(factor)
 
 
 Store = dict[str, Stored]
 
 
 def has_kernels(stored: Stored) -> bool:
-    """Whether a fused kernel can stand in for the definitions below."""
-    return fused is not None and stored.device.type == "cuda"
+    """Whether a fused kernel can stand in for the definitions below.  The oracle is there to check them."""
+    return fused is not None and stored.device.type == "cuda" and not isinstance(stored, Oracle)
 
 
 # ---------------------------------------------------------------- probes: ways of reading the weights
@@ -115,22 +160,33 @@ class Pair:
         dtype = self.dtype if len(stored.shape) == 2 else torch.float32
         if has_kernels(stored) and not self.plain:
             key = Key(*self.place, tensor_id(name))
-            pair = fused.read_pair(stored, key, self.zo.eps, self.zo.levels, normal_table(stored.device), dtype)
+            pair = fused.read_pair(stored, key, self.zo, normal_table(stored.device), dtype)
             return pair.view(2, *stored.shape)
         pair = torch.empty(2, *matrix_shape(stored.shape), dtype=dtype, device=stored.device)
         for rows in row_chunks(stored.shape, stored.device):
-            index = torch.arange(rows.start, rows.stop, device=stored.device)
-            pair[:, rows] = self._both(name, stored.read(rows), index)
+            pair[:, rows] = self._both(name, rows)
         return pair.view(2, *stored.shape)
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         """index [n] int64 -> [2, n, C] in the compute dtype.  Draws those rows only."""
-        return self._both(name, self.store[name].read(index), index).to(self.dtype)
+        return self._both(name, index).to(self.dtype)
 
-    def _both(self, name: str, weight: Tensor, index: Tensor) -> Tensor:
-        d = direction(Key(*self.place, tensor_id(name)), index, weight.shape[1], self.zo.bits, Use.PROBE_ROUNDING)
-        d = d.mul_(self.zo.eps)
-        return torch.stack((weight + d, weight - d))
+    def _both(self, name: str, rows: slice | Tensor) -> Tensor:
+        stored, key = self.store[name], Key(*self.place, tensor_id(name))
+        d = self.zo.along(self.zo.eps, stored, key, rows, Use.PROBE_ROUNDING)
+        if self.zo.probe == "float":
+            weight = stored.read(rows)
+            return torch.stack((weight + d, weight - d))
+        words = words_for(stored, key, Use.PROBE_LANDING, rows)  # the same for both: integers then move symmetrically
+        return torch.stack((stored.land(rows, d, words), stored.land(rows, -d, words)))
+
+
+def words_for(stored: Stored, key: Key, use: Use, rows: slice | Tensor) -> Tensor | None:
+    """Random words to land on a store's grid: [r, C] int32, or None where nothing is rounded."""
+    if not stored.rounds:
+        return None
+    index = torch.arange(rows.start, rows.stop, device=stored.device) if isinstance(rows, slice) else rows
+    return bits32(key, use, index, stored.shape[-1])
 
 
 # ---------------------------------------------------------------- estimators and updates
@@ -154,41 +210,51 @@ def estimate(store: Store, loss_fn: LossFn, seed: int, step: int, zo: ZO, dtype:
     queries = []
     for q in range(zo.queries):
         plus, minus = loss_fn(Pair(store, seed, step, q, zo, dtype)).tolist()
-        queries.append(Query(plus, minus, (plus - minus) / (2 * zo.eps)))
+        slope = (plus - minus) / (2 * zo.eps)
+        queries.append(Query(plus, minus, slope * coin(seed, step, q) if zo.estimator == "random" else slope))
     return queries
+
+
+def coin(seed: int, step: int, query: int) -> int:
+    """+1 or -1."""
+    return 1 if random_words(Key(seed, step, query), Use.COIN, torch.zeros(1, dtype=torch.int64))[0, 0] < 0 else -1
 
 
 @torch.no_grad()
 def update(
     store: Store, slopes: list[float], seed: int, step: int, zo: ZO, lr: float, plain: bool = False
 ) -> Tensor:
-    """w <- w - lr / n * slope_i * u2_i for each query i in turn, each landing on the weight's grid (algorithm 1).
+    """w <- land(w - lr / n * sum of slope_i * u2_i), the mean of the n queries landing on the weight's grid at once.
 
-    This is all that ever writes a weight, and it needs no forward pass: (seed, step, slopes, lr) redo it.
-    Returns [2] int64: elements changed, elements held back by the edge of the grid, summed over the queries.
+    (Algorithm 1 lands each query's step by itself: the same mean with more rounding.)  This is all that ever writes a
+    weight, and it needs no forward pass: (seed, step, slopes, lr) redo it.  Returns [2] int64: elements changed,
+    elements held back by the edge of the grid.
     plain: the definition in torch, also where a fused kernel could stand in for it.
     """
+    coefficients = [-lr * slope / len(slopes) for slope in slopes]
     counts = torch.zeros(2, dtype=torch.int64, device=next(iter(store.values())).device)
+    if not any(coefficients):  # adding +0.0 would turn a stored -0.0 into +0.0
+        return counts.cpu()
+    factors = torch.tensor([c / zo.eps if zo.grid else c for c in coefficients], dtype=torch.float32).to(counts.device)
     for name, stored in store.items():
-        for q, slope in enumerate(slopes):
-            key, coefficient = Key(seed, step, q, tensor_id(name)), -lr * slope / len(slopes)
-            if coefficient == 0:  # adding +0.0 would turn a stored -0.0 into +0.0
-                continue
-            if has_kernels(stored) and not plain:
-                fused.update_(stored, key, coefficient, zo.levels, normal_table(stored.device), counts)
-            else:
-                counts += _update_tensor(stored, key, coefficient, zo)
+        key = Key(seed, step, 0, tensor_id(name))
+        if has_kernels(stored) and not (plain or zo.nearest):
+            fused.update_(stored, key, factors, zo, normal_table(stored.device), counts)
+        else:
+            counts += _update_tensor(stored, key, coefficients, zo)
     return counts.cpu()
 
 
-def _update_tensor(stored: Stored, key: Key, coefficient: float, zo: ZO) -> Tensor:
-    """stored += coefficient * u2 -> [2] int64 counts."""
+def _update_tensor(stored: Stored, key: Key, coefficients: list[float], zo: ZO) -> Tensor:
+    """stored += the sum of coefficient_i * u2_i -> [2] int64 counts."""
     counts = torch.zeros(2, dtype=torch.int64, device=stored.device)
-    columns = stored.shape[-1]
     for rows in row_chunks(stored.shape, stored.device):
-        index = torch.arange(rows.start, rows.stop, device=stored.device)
-        delta = direction(key, index, columns, zo.bits, Use.UPDATE_ROUNDING).mul_(coefficient)
-        words = bits32(key, Use.WEIGHT_ROUNDING, index, columns) if stored.rounds else None
+        steps = (
+            zo.along(coefficient, stored, key._replace(query=q), rows, zo.step_rounding)
+            for q, coefficient in enumerate(coefficients)
+        )
+        delta = reduce(Tensor.add_, steps)
+        words = None if zo.nearest else words_for(stored, key, Use.WEIGHT_ROUNDING, rows)
         counts += stored.add_(rows, delta, words)
     return counts
 

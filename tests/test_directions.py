@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import zo_optim
-from quant import Key, Use
+from random_bits import Key, Use
 from zo_optim import CLIP, direction, normal, normal_table
 
 TABLE = normal_table(torch.device("cpu")).to(torch.int64)

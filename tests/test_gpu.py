@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from quant import Key, Use, bits16, bits32, encode, random_words, tensor_id
+from quant import encode
+from random_bits import Key, Use, bits16, bits32, random_words, tensor_id
 from zo_optim import ZO, Pair, direction, update
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

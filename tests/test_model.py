@@ -344,9 +344,19 @@ def test_transformers_reads_exactly_the_numbers_that_we_store(raw, weights, tmp_
     lm.save(tmp_path / "out")
     theirs = read_oracle(tmp_path / "out", raw).state_dict()
     for name, stored in lm.store.items():
-        parts = stored.parts()
-        value = parts[""].float() * parts[".scale"] if ".scale" in parts else parts[""].float()
-        assert torch.equal(theirs[name], value), name
+        assert torch.equal(theirs[name], by_hand(stored).view(stored.shape)), name
+
+
+def by_hand(stored) -> torch.Tensor:
+    """The numbers that a store's parts stand for, element by element where they are packed."""
+    parts = stored.parts()
+    code, scale = parts[""], parts.get(".scale", torch.ones(1, 1))
+    if code.dtype == torch.uint8:
+        R, C = stored.shape
+        nibbles = [[int(code[r, c // 2]) >> 4 * (c % 2) & 15 for c in range(C)] for r in range(R)]
+        code = torch.tensor([[n - 16 if n > 7 else n for n in row] for row in nibbles])
+        scale = torch.stack([scale[:, c // 128] for c in range(C)], 1)
+    return code.float() * scale
 
 
 @pytest.mark.parametrize("weights, dtype", SAVED_DTYPES.items())
@@ -430,7 +440,8 @@ def test_sha256_sees_one_bit_of_any_tensor():
 @pytest.mark.parametrize("weights", FORMATS)
 def test_matrices_are_stored_in_the_format_and_vectors_in_fp32(weights, tmp_path):
     random_oracle(tiny_llama(attention_bias=True), tmp_path)
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8,
+              "fp8": torch.float8_e4m3fn, "fp8-e5m2": torch.float8_e5m2}  # fmt: skip
     for name, stored in load(tmp_path, weights=weights).store.items():
         assert stored.parts()[""].dtype == (dtypes[weights] if len(stored.shape) == 2 else torch.float32), name
 
@@ -440,12 +451,12 @@ def test_loading_to_int8_holds_one_dense_tensor_at_a_time(tmp_path, monkeypatch)
     random_oracle(tiny_llama(), tmp_path)
     before: list[tuple[str, weakref.ref]] = []
 
-    def encode(tensor, weights):
+    def encode(tensor, *form):
         alive = [name for name, ref in before if ref() is not None]
         assert not alive, f"{alive} still in memory"
         if tensor.ndim == 2:  # one-dimensional tensors are kept as they are
             before.append((str(list(tensor.shape)), weakref.ref(tensor)))
-        return real_encode(tensor, weights)
+        return real_encode(tensor, *form)
 
     real_encode = model.encode
     monkeypatch.setattr(model, "encode", encode)
@@ -513,7 +524,7 @@ def test_a_config_value_that_cannot_be_used_is_refused_by_name(name, value):
 
 def test_an_unknown_format_is_refused_with_the_known_ones(tmp_path):
     create(tiny_llama()).save(tmp_path / "m")
-    with pytest.raises(ValueError, match="weights must be one of fp32, bf16, int8, got 'int3'"):
+    with pytest.raises(ValueError, match="weights must be one of fp32, bf16, int8, int4, fp8, fp8-e5m2, got 'int3'"):
         load(tmp_path / "m", weights="int3")
 
 

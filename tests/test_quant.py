@@ -17,19 +17,13 @@ from hypothesis import strategies as st
 
 from quant import (
     Float,
-    Int8,
-    Key,
-    Use,
-    bits16,
-    bits32,
+    Integers,
     encode,
-    permutation,
-    philox,
-    random_words,
     round_to_bfloat16,
     row_chunks,
     stochastic_round,
 )
+from random_bits import Key, Use, bits16, bits32, permutation, philox, random_words
 
 settings.register_profile("keyed", deadline=None, derandomize=True)  # a busy machine is not a failure
 settings.load_profile("keyed")
@@ -156,7 +150,7 @@ def test_bits_are_fair():
 def test_nothing_touches_the_global_generator():
     before = torch.get_rng_state()
     bits16(KEY, Use.DIRECTION, torch.arange(5), 7)
-    store = Int8.encode(torch.eye(5))
+    store = Integers.encode(torch.eye(5), 8)
     store.add_(slice(None), torch.ones(5, 5), words_like(torch.empty(5, 5)))
     permutation(1, 2, 10)
     assert torch.equal(torch.get_rng_state(), before)
@@ -268,7 +262,7 @@ MATRICES = [
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_encode_finds_the_nearest_of_all_codes(matrix):
     """No code of the 255 is nearer, save where float32 division, off by 127 * 2^-23 of a step, confuses two."""
-    stored = Int8.encode(matrix)
+    stored = Integers.encode(matrix, 8)
     grid = torch.arange(-127, 128).double() * stored.scale.double()  # [R, 255]
     best = (matrix.double()[..., None] - grid[:, None]).abs().amin(-1)
     got = (matrix.double() - stored.codes.double() * stored.scale.double()).abs()
@@ -278,7 +272,7 @@ def test_encode_finds_the_nearest_of_all_codes(matrix):
 
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_a_rows_largest_size_becomes_127(matrix):
-    stored = Int8.encode(matrix)
+    stored = Integers.encode(matrix, 8)
     assert stored.codes.dtype == torch.int8 and stored.scale.dtype == torch.float32
     assert torch.equal(stored.codes.int().abs().amax(1), torch.full((6,), 127, dtype=torch.int32))
     assert torch.equal(stored.codes.gather(1, matrix.abs().argmax(1, keepdim=True)).sign(),
@@ -287,13 +281,13 @@ def test_a_rows_largest_size_becomes_127(matrix):
 
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_encode_is_symmetric(matrix):
-    plus, minus = Int8.encode(matrix), Int8.encode(-matrix)
+    plus, minus = Integers.encode(matrix, 8), Integers.encode(-matrix, 8)
     assert torch.equal(plus.codes, -minus.codes) and torch.equal(plus.scale, minus.scale)
 
 
 def test_minus_128_is_never_used():
     """Only subnormal rows need the clamp: 2e-43 / 127 rounds to the smallest float, of which 2e-43 holds 143."""
-    stored = Int8.encode(torch.tensor([[-2e-43, 2e-43, 0.0], [-1.0, 1.0, 0.5]]))
+    stored = Integers.encode(torch.tensor([[-2e-43, 2e-43, 0.0], [-1.0, 1.0, 0.5]]), 8)
     assert stored.codes.tolist() == [[-127, 127, 0], [-127, 127, 64]]
 
 
@@ -301,7 +295,7 @@ def test_encode_keeps_what_is_on_the_grid():
     """Scales are powers of two here, so that codes * scale is exact and encodes to the same codes."""
     codes = torch.arange(-127, 128).repeat(3, 1).to(torch.int8)
     scale = torch.tensor([[1.0], [2.0**-9], [2.0**5]])
-    stored = Int8.encode(codes * scale)
+    stored = Integers.encode(codes * scale, 8)
     assert torch.equal(stored.codes, codes) and torch.equal(stored.scale, scale)
 
 
@@ -309,7 +303,7 @@ def test_a_zero_row_is_exact_and_learns():
     """Its scale is the largest of the matrix, so a step of that size moves each code by 1."""
     matrix = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     matrix[2] = 0
-    stored = Int8.encode(matrix)
+    stored = Integers.encode(matrix, 8)
     assert not stored.read()[2].any() and stored.scale[2] == stored.scale.max()
     delta = torch.zeros(4, 5)
     delta[2] = stored.scale[2]
@@ -318,18 +312,18 @@ def test_a_zero_row_is_exact_and_learns():
 
 
 def test_a_zero_matrix_is_exact_and_learns():
-    stored = Int8.encode(torch.zeros(3, 4))
+    stored = Integers.encode(torch.zeros(3, 4), 8)
     assert not stored.codes.any() and (stored.scale == 1).all()
     stored.add_(slice(1, 3), torch.full((2, 4), -1.0), words_like(torch.empty(2, 4)))
     assert stored.read().tolist() == [[0] * 4, [-1] * 4, [-1] * 4]
 
 
-def random_store(rows: int = 8, columns: int = 50) -> Int8:
+def random_store(rows: int = 8, columns: int = 50) -> Integers:
     """Codes all over the grid, both edges included."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-127, 128, (rows, columns), generator=generator)
     codes[:, 0], codes[:, 1] = 127, -127
-    return Int8(codes.to(torch.int8), torch.rand(rows, 1, generator=generator) + 0.01)
+    return Integers(codes.to(torch.int8), torch.rand(rows, 1, generator=generator) + 0.01, columns, 8)
 
 
 def test_add_of_nothing_changes_nothing():
@@ -344,7 +338,7 @@ def test_add_of_nothing_changes_nothing():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_edge_clips_and_counts(sign):
     """A code at the edge stays, one below it moves by 1 of the 3 wanted; -128 is never reached."""
-    stored = Int8(torch.tensor([[127, 126, 0]], dtype=torch.int8) * sign, torch.tensor([[0.5]]))
+    stored = Integers(torch.tensor([[127, 126, 0]], dtype=torch.int8) * sign, torch.tensor([[0.5]]), 3, 8)
     delta = torch.full((1, 3), 1.5 * sign)
     assert stored.add_(slice(None), delta, words_like(delta)).tolist() == [2, 2]
     assert stored.codes.tolist() == [[127 * sign, 127 * sign, 3 * sign]]
@@ -373,7 +367,7 @@ def test_the_mean_of_many_adds_is_the_delta(steps):
     codes, scale = torch.zeros(4, 10, dtype=torch.int8), torch.tensor([[0.1], [1.0], [3.0], [1e-5]])
     total = torch.zeros(4, 10)
     for step in range(n):
-        stored = Int8(codes.clone(), scale)
+        stored = Integers(codes.clone(), scale, codes.shape[1], 8)
         stored.add_(slice(None), delta * scale, words_like(delta, KEY._replace(step=step)))
         total += stored.codes
     std = ((delta % 1) * (1 - delta % 1) / n).sqrt()
@@ -414,7 +408,7 @@ def test_bf16_keeps_small_steps_in_expectation():
 
 
 @pytest.mark.parametrize("weights, kind, dtype", [("fp32", Float, torch.float32), ("bf16", Float, torch.bfloat16),
-                                                  ("int8", Int8, torch.int8)])  # fmt: skip
+                                                  ("int8", Integers, torch.int8)])  # fmt: skip
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
 def test_matrices_are_quantised_and_vectors_are_not(weights, kind, dtype, source):
     matrix, vector = torch.randn(4, 6).to(source), torch.randn(6).to(source)

@@ -294,10 +294,11 @@ def test_the_commands_of_the_readme_parse():
 
 
 def test_only_train_and_scripts_print_and_imports_go_one_way():
-    """model <- checkpoint, quant; zo_optim <- quant, fused; nothing imports train; no pickle anywhere."""
+    """The graph that README's Files states; nothing imports train; no pickle anywhere."""
     allowed = {
-        "quant": set(), "checkpoint": set(), "run_folder": set(), "fused": {"quant"},
-        "model": {"checkpoint", "quant"}, "zo_optim": {"quant", "fused"},
+        "quant": set(), "random_bits": set(), "checkpoint": set(), "run_folder": set(),
+        "fused": {"quant", "random_bits", "zo_optim"},  # the last for an annotation only
+        "model": {"checkpoint", "quant", "random_bits"}, "zo_optim": {"quant", "random_bits", "fused"},
     }  # fmt: skip
     ours = {*allowed, "train", "data", "tensor_train"}
     for path in [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]:
