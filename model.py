@@ -631,17 +631,24 @@ def ignorable(name: str, config: LlamaConfig | RobertaConfig) -> bool:
     return config.tie_word_embeddings and name in ("lm_head.weight", "lm_head.decoder.weight")
 
 
-def create(raw: dict, seed: int = 0) -> LanguageModel:
-    """A model with random weights from a config.json's contents, in fp32 on the CPU: matrices N(0, 0.02^2),
-    norms 1, biases 0.  For pre-training and tests."""
+def create(
+    raw: dict, seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32, weights: str = "fp32",
+    residual: int = 0,
+) -> LanguageModel:
+    """A model with random weights from a config.json's contents: matrices N(0, 0.02^2), norms 1, biases 0.
+
+    For pre-training, benchmarks and tests.  The numbers depend on the kind of device.
+    """
     config = config_of(raw)
     store = {}
     for name, shape in expected_shapes(config).items():
-        generator = torch.Generator().manual_seed(tensor_id(f"{seed} {name}"))  # the CPU's takes 32 bits of a seed
+        generator = torch.Generator(device).manual_seed(tensor_id(f"{seed} {name}"))  # takes 32 bits of a seed
         is_matrix, is_bias = len(shape) == 2, name.endswith("bias")
-        tensor = torch.randn(shape, generator=generator) * 0.02 if is_matrix else torch.full(shape, 1.0 - is_bias)
-        store[name] = encode(tensor, "fp32")
-    return _whole(config, raw, store, torch.float32, "fp32")
+        tensor = torch.full(shape, 1.0 - is_bias, device=device)
+        if is_matrix:
+            tensor.normal_(0.0, 0.02, generator=generator)
+        store[name] = encode(tensor, weights, residual)
+    return _whole(config, raw, store, dtype, weights, residual)
 
 
 def _whole(config: LlamaConfig | RobertaConfig, *rest) -> LanguageModel:

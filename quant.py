@@ -137,7 +137,7 @@ class Float:
 
     def parts(self) -> dict[str, Tensor]:
         """The tensors to save and hash, by suffix of the tensor's name."""
-        return {"": self.value}
+        return {"": self.value.detach()}
 
     def matrix(self) -> Tensor:
         """[R, C], sharing memory; a vector is one row."""
@@ -189,11 +189,13 @@ class Integers:
     residual_bits: int = 0
 
     @classmethod
-    def encode(cls, matrix: Tensor, bits: int, residual_bits: int = 0) -> Integers:
-        """Round a float matrix to nearest on the fine grid; a group's largest size becomes +-top."""
+    def encode(cls, matrix: Tensor, bits: int, residual_bits: int = 0, scale: Tensor | None = None) -> Integers:
+        """Round a float matrix to nearest on the fine grid.  Without given scales a group's largest size is +-top."""
         R, C = matrix.shape
         chunks = list(row_chunks(matrix.shape, matrix.device))  # no second copy of a large matrix in float32
-        scale = _positive(torch.cat([_largest(matrix[rows].float(), bits) for rows in chunks]), 2 ** (bits - 1) - 1)
+        if scale is None:
+            largest = torch.cat([_largest(matrix[rows].float(), bits) for rows in chunks])
+            scale = _positive(largest, 2 ** (bits - 1) - 1)
         stored = cls.empty(R, C, bits, residual_bits, scale)
         for rows in chunks:
             fine = (matrix[rows].float() / stored.fine_step(rows)).round_()
@@ -311,10 +313,12 @@ class Fp8:
     grid: Grid8
 
     @classmethod
-    def encode(cls, matrix: Tensor, grid: Grid8) -> Fp8:
-        """Round a float matrix to nearest; a row's largest size becomes the grid's top."""
+    def encode(cls, matrix: Tensor, grid: Grid8, scale: Tensor | None = None) -> Fp8:
+        """Round a float matrix to nearest.  Without given scales a row's largest size is the grid's top."""
         chunks = list(row_chunks(matrix.shape, matrix.device))
-        scale = _positive(torch.cat([matrix[rows].float().abs().amax(1, keepdim=True) for rows in chunks]), grid.top)
+        if scale is None:
+            largest = torch.cat([matrix[rows].float().abs().amax(1, keepdim=True) for rows in chunks])
+            scale = _positive(largest, grid.top)
         codes = torch.empty(matrix.shape, dtype=grid.dtype, device=matrix.device)
         for rows in chunks:
             codes[rows] = grid.round(matrix[rows].float() / scale[rows], None)
@@ -493,12 +497,15 @@ FORMATS = (*FLOATS, *INTEGERS, *FP8)
 RESIDUALS = (0, 1, 2, 4, 8)  # bits that fill bytes
 
 
-def encode(tensor: Tensor, weights: str, residual_bits: int = 0, oracle: bool = False) -> Stored:
+def encode(
+    tensor: Tensor, weights: str, residual_bits: int = 0, oracle: bool = False, scale: Tensor | None = None
+) -> Stored:
     """The one place that says which tensors are quantised: matrices are, embedding and head included;
     one-dimensional tensors stay float32.
 
     Norm weights near 1.0 would not even feel a perturbation in bf16, and they are a millionth of the model.  A
     store owns its memory: a tensor from a safetensors file is mapped from it, and the file may change.
+    scale: the scales of codes, where they are known already.
     """
     check_format(weights, residual_bits, oracle)
     if tensor.ndim != 2 or weights == "fp32":
@@ -506,8 +513,10 @@ def encode(tensor: Tensor, weights: str, residual_bits: int = 0, oracle: bool = 
     if weights == "bf16":
         return Float(tensor.to(torch.bfloat16, copy=True))
     if weights in FP8:
-        return Fp8.encode(tensor, FP8[weights])
-    return (Oracle if oracle else Integers).encode(tensor, INTEGERS[weights], residual_bits)
+        return Fp8.encode(tensor, FP8[weights], scale)
+    if oracle:
+        return Oracle.encode(tensor, INTEGERS[weights], residual_bits)
+    return Integers.encode(tensor, INTEGERS[weights], residual_bits, scale)
 
 
 def check_format(weights: str, residual_bits: int = 0, oracle: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from huggingface_hub import errors, snapshot_download
@@ -16,6 +17,30 @@ PRESETS = {
     "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
     "roberta-base": "FacebookAI/roberta-base",
     "roberta-large": "FacebookAI/roberta-large",
+}
+
+
+def _llama(D: int, F: int, layers: int, heads: int, kv_heads: int, V: int = 32000) -> dict:
+    return {
+        "model_type": "llama", "hidden_size": D, "intermediate_size": F, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": V,
+    }  # fmt: skip
+
+
+def _roberta(D: int, F: int, layers: int, heads: int) -> dict:
+    return {
+        "model_type": "roberta", "hidden_size": D, "intermediate_size": F, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1,
+    }  # fmt: skip
+
+
+SHAPES = {  # what config.json says about sizes, so that --dry-run needs no download
+    "llama2-7b": _llama(4096, 11008, 32, 32, 32),
+    "llama2-13b": _llama(5120, 13824, 40, 40, 40),
+    "llama3-8b": _llama(4096, 14336, 32, 32, 8, V=128256),
+    "tinyllama-1.1b": _llama(2048, 5632, 22, 32, 4),
+    "roberta-base": _roberta(768, 3072, 12, 12),
+    "roberta-large": _roberta(1024, 4096, 24, 16),
 }
 # Configuration, tokenizer, safetensors: never a pickle, and not the `original/` copies of the Llama repositories
 FILES = ["config.json", "tokenizer.json", "tokenizer.model", "model.safetensors*", "model-*.safetensors"]
@@ -47,6 +72,21 @@ def resolve(model: str) -> Path:
         raise ValueError(f"{preset} was not found on the hub, or needs `hf auth login`; {instead}") from None
     except (OSError, errors.HTTPError, RuntimeError) as error:  # a full disk; httpx's, as of a network; hf_xet's own
         raise ValueError(f"cannot download {preset}: {_first_line(error)}; free space, go online, {instead}") from None
+
+
+def raw_config(model: str) -> dict:
+    """A preset's sizes, or the contents of a directory's config.json.  Downloads nothing."""
+    check_known(model)
+    if model in SHAPES:
+        return SHAPES[model]
+    path = (PRESETS[model] if model in PRESETS else Path(model)) / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold an object, got {type(raw).__name__}")
+    return raw
 
 
 def _first_line(error: Exception) -> str:

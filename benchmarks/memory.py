@@ -1,0 +1,98 @@
+"""Peak GPU memory of training steps at a true shape with random weights, against what --dry-run predicts.
+
+    python -m benchmarks.memory --model llama2-7b --batch-size 16 --tokens 64
+
+Every case runs two whole steps (losses, update; for first order forward, backward, AdamW) in a process of its own and
+reports the allocator's peak over them.  Ratios are to the first case, the leanest first-order run with fp32 masters.
+Last line JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import time
+
+import torch
+
+from config import Config, parse
+from data.hub import raw_config
+from data.scoring import Encoded
+from dry_run import predict
+from first_order import make_trainable
+from model import create
+from train import DTYPES, FIRST_ORDER, Problem, first_order, zeroth_order
+
+CASES = {  # name: flags
+    "fo-ste int8, fp32 masters": "--method fo-ste --weights int8 --master fp32",
+    "fo-ste int8, bf16 masters": "--method fo-ste --weights int8 --master bf16",
+    "fo-ste int4, bf16 masters": "--method fo-ste --weights int4 --master bf16",
+    "fo, bf16": "--method fo --weights bf16",
+    "MeZO, bf16": "--method mezo --weights bf16",
+    "QuZO, fp8": "--method quzo --weights fp8",
+    "QuZO, int8": "--method quzo --weights int8",
+    "QuZO, int4": "--method quzo --weights int4",
+    "QuZO, int4 + 4 bits": "--method quzo --weights int4 --residual 4",
+}
+
+
+def build(c: Config, raw: dict) -> Problem:
+    """A problem without files: random weights."""
+    fo = c.method in FIRST_ORDER
+    weights = (c.master or c.weights) if fo else c.weights
+    lm = create(raw, device=c.device, dtype=DTYPES[c.compute], weights=weights, residual=c.residual)
+    if fo:
+        lm.store = make_trainable(lm.store, c.weights if c.method == "fo-ste" else None, DTYPES[weights])
+    lm.round_activations(c.activations)
+    return Problem(lm, [], [], [], 0, c.batch_size)
+
+
+def examples(c: Config, tokens: int, vocabulary: int) -> list[Encoded]:
+    rows = torch.randint(0, vocabulary, (c.batch_size, tokens), generator=torch.Generator().manual_seed(0))
+    return [Encoded([row], [[5], [6]], tokens - 1, i % 2) for i, row in enumerate(rows.tolist())]
+
+
+def measure(flags: str, model: str, batch_size: int, tokens: int) -> dict:
+    c = parse(f"{flags} --model {model} --batch-size {batch_size} --compute bf16 --device cuda --lr 1e-6".split())
+    raw = raw_config(model)
+    problem = build(c, raw)
+    batch = examples(c, tokens, raw["vocab_size"])
+    take_step = (first_order if c.method in FIRST_ORDER else zeroth_order)(c, problem)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    for step in range(2):
+        started = time.perf_counter()
+        take_step(step, batch, 1e-6)
+        torch.cuda.synchronize()
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated(), "step_seconds": round(time.perf_counter() - started, 4),
+        "predicted_bytes": predict(c, raw, tokens)["expected_peak_bytes"],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama2-7b", help="a preset or a directory: only its sizes are used")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=64)
+    args = parser.parse_args()
+    results = {}
+    print(f"{'':28}{'peak GiB':>10}{'predicted':>11}{'off by':>8}{'ratio':>8}{'step s':>9}")
+    for name, flags in CASES.items():
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # memory of one case must not shape another's
+            row = pool.apply(measure, (flags, args.model, args.batch_size, args.tokens))
+        results[name] = row
+        first = next(iter(results.values()))["peak_bytes"]
+        print(
+            f"{name:28}{row['peak_bytes'] / 2**30:10.2f}{row['predicted_bytes'] / 2**30:11.2f}"
+            f"{row['predicted_bytes'] / row['peak_bytes'] - 1:8.1%}{first / row['peak_bytes']:8.1f}"
+            f"{row['step_seconds']:9.3f}", flush=True,
+        )  # fmt: skip
+    print(json.dumps({"model": args.model, "gpu": torch.cuda.get_device_name(), "cases": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The command line: one dataclass with every flag, each method's defaults, and the checks that need no file.
+
+A flag that is not given takes its method's default.  Imports data, quant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.hub import PRESETS, check_known
+from data.tasks import TASKS, get_task
+from quant import ACTIVATIONS, FLOATS, FORMATS, RESIDUALS, check_format
+
+FIRST_ORDER = ("fo", "fo-ste")
+DIRECTION_BITS = ("full", "grid", *map(str, range(2, 9)))
+
+
+def flag(default, help: str, choices: tuple = ()):
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices or None})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every flag.  None: from DEFAULTS where it has an entry for the method, else it does not apply."""
+
+    model: str = flag("tiny", f"a checkpoint directory, or one of {', '.join(PRESETS)}")
+    method: str = flag("quzo", "quzo: low-bit directions and weights; mezo: Gaussian directions; fo: AdamW; fo-ste: "
+                               "AdamW through fake-quantised weights", ("quzo", "mezo", "fo", "fo-ste"))  # fmt: skip
+    task: str | None = flag(None, "what to learn; tiny for the tiny model, else sst2", tuple(TASKS))
+    data_dir: str | None = flag(None, "folder of the official files, SST-2/train.tsv and so on")
+    k: int | None = flag(None, "examples a class, from the k-shot files, k-shot/SST-2/512-42/train.tsv and so on")
+    data_seed: int | None = flag(None, "which k-shot split, or the seed of the draw from the full files")
+    num_train: int | None = flag(None, "training examples drawn from the full files")
+    num_dev: int | None = flag(None, "dev examples drawn from the full files")
+    num_eval: int = flag(1000, "test examples at most")
+    weights: str | None = flag(None, "how matrices are stored", FORMATS)
+    residual: int = flag(0, "extra bits a weight that steps land on and forwards do not read; int8 and int4", RESIDUALS)
+    activations: str = flag("none", "how the input of every linear layer is rounded, one scale a token", ACTIVATIONS)
+    direction_bits: str | None = flag(None, "bits of a direction's codes; full: Gaussian; grid: drawn on the weights' "
+                                            "own grid", DIRECTION_BITS)  # fmt: skip
+    estimator: str = flag("q-rge2", "q-rge2: probe and step round the direction apart; q-rge1: once; random: a control "
+                                    "that turns slopes over by coin", ("q-rge2", "q-rge1", "random"))  # fmt: skip
+    probe: str = flag("float", "float: w + eps u; codes: that, landed on the weights' grid", ("float", "codes"))
+    rounding: str = flag("stochastic", "how a step lands; nearest is there to show why it fails",
+                         ("stochastic", "nearest"))  # fmt: skip
+    oracle: bool = flag(False, "keep integer codes as fake-quantised fp32: slower, to the same bits")
+    compute: str = flag("auto", "what matrices are multiplied in; auto: bf16 on cuda unless weights are fp32",
+                        ("auto", "fp32", "bf16"))  # fmt: skip
+    steps: int | None = flag(None, "updates")
+    lr: float | None = flag(None, "learning rate")
+    lr_schedule: str | None = flag(None, "constant, or linear down to 0", ("constant", "linear"))
+    eps: float | None = flag(None, "size of a probe, in weight units")
+    weight_decay: float | None = flag(None, "AdamW's, on matrices")
+    master: str | None = flag(None, "what fo-ste keeps weights and AdamW's moments in", FLOATS)
+    queries: int = flag(1, "directions a step, averaged")
+    batch_size: int | None = flag(None, "examples a step")
+    micro_batch_size: int | None = flag(None, "examples a forward, to bound memory (batch-size); the losses change by "
+                                              "rounding only")  # fmt: skip
+    max_length: int = flag(2048, "longest sequence in tokens; the model's own limit also holds")
+    seed: int = flag(0, "of directions, roundings and data order")
+    eval_every: int | None = flag(None, "steps between dev evaluations")
+    device: str = flag("auto", "cpu, cuda, cuda:N, or auto")
+    out: str | None = flag(None, "run folder; must be new or empty (runs/DATE-TIME-...)")
+    dry_run: bool = flag(False, "print what the run would hold in memory, from shapes alone, and stop")
+
+
+# MeZO: its paper's OPT recipe.  QuZO: its released Llama-2-7B full-parameter SST-2 script, which is for int4; int8
+# weights and the evaluation interval are ours.  First order: MeZO's recipe for it, 5 epochs of 1,000 examples; fo-ste
+# the same with QuZO's weights.  Tiny: ours, tuned on dev.
+DEFAULTS = {
+    "mezo": dict(weights="bf16", direction_bits="full", steps=20000, lr=1e-6, lr_schedule="constant", eps=1e-3,
+                 batch_size=16, eval_every=4000),
+    "quzo": dict(weights="int8", direction_bits="4", steps=6000, lr=1e-6, lr_schedule="linear", eps=1e-3,
+                 batch_size=16, eval_every=1000),
+    "fo": dict(weights="fp32", steps=625, lr=1e-5, lr_schedule="linear", weight_decay=0.0, batch_size=8,
+               eval_every=125),
+    "fo-ste": dict(weights="int8", master="fp32", steps=625, lr=1e-5, lr_schedule="linear", weight_decay=0.0,
+                   batch_size=8, eval_every=125),
+}  # fmt: skip
+TINY_DEFAULTS = {
+    "mezo": dict(weights="fp32", steps=500, lr=3e-4, eval_every=25, batch_size=32),
+    "quzo": dict(steps=500, lr=6e-4, eval_every=25, batch_size=32),
+    "fo": dict(steps=100, lr=1e-3, eval_every=25, batch_size=32),
+    "fo-ste": dict(steps=100, lr=1e-3, eval_every=25, batch_size=32),
+}
+
+FILE_DEFAULTS = {  # of tasks that are read from files: which few-shot split, or how MeZO draws from the full ones
+    "k-shot files": dict(data_dir="datasets", data_seed=42),
+    "full files": dict(data_dir="datasets", data_seed=0, num_train=1000, num_dev=500),
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def parse(argv: list[str]) -> Config:
+    parser = OneLineParser(prog="train.py", description=__doc__, allow_abbrev=False)
+    kinds = {"int": int, "float": float, "str": str}
+    for f in dataclasses.fields(Config):
+        told = f.metadata["help"] + told_defaults(f)
+        if f.type == "bool":  # type=bool would read "False" as True
+            options = {"action": argparse.BooleanOptionalAction, "help": told}
+        else:
+            options = dict(f.metadata) | {"type": kinds[f.type.removesuffix(" | None")], "help": told}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **options)
+    return resolve_defaults(Config(**vars(parser.parse_args(argv))))
+
+
+def told_defaults(f: dataclasses.Field) -> str:
+    """A flag's default for --help: its own, or one by method or by files; in brackets the embedded model's."""
+    name = f.name
+    if f.default is not None:
+        return f" [{f.default}]"
+    tiny = {case: f" ({table[name]})" for case, table in TINY_DEFAULTS.items() if name in table}
+    tables = DEFAULTS | FILE_DEFAULTS
+    told = [f"{case} {table[name]}{tiny.get(case, '')}" for case, table in tables.items() if name in table]
+    return f" [{', '.join(told)}]" if told else ""
+
+
+def resolve_defaults(c: Config) -> Config:
+    """Fill what was not given.  Everything that the run depends on is then in the config; the rest stays None."""
+    table = DEFAULTS[c.method] | (TINY_DEFAULTS[c.method] if c.model == "tiny" else {})
+    table["task"] = c.task or ("tiny" if c.model == "tiny" else "sst2")
+    if not get_task(table["task"]).embedded:
+        table |= FILE_DEFAULTS["k-shot files" if c.k else "full files"]
+    table["device"] = ("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device
+    table["out"] = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{table['task']}-{Path(c.model).name}-{c.method}"
+    c = dataclasses.replace(c, **{n: v for n, v in table.items() if getattr(c, n) in (None, "auto")})
+    bf16 = c.device.startswith("cuda") and c.weights != "fp32"
+    return dataclasses.replace(
+        c,
+        compute=("bf16" if bf16 else "fp32") if c.compute == "auto" else c.compute,
+        micro_batch_size=c.batch_size if c.micro_batch_size is None else c.micro_batch_size,
+    )
+
+
+COUNT = (1, 2**31 - 1)
+RANGES = {
+    "steps": COUNT, "batch_size": COUNT, "micro_batch_size": COUNT, "eval_every": COUNT, "num_train": COUNT,
+    "num_dev": COUNT, "num_eval": COUNT, "k": COUNT, "max_length": COUNT, "queries": (1, 2**28 - 1),
+    "lr": (0, 1e6), "eps": (1e-8, 1e3), "weight_decay": (0, 1e3), "seed": (0, 2**64 - 1), "data_seed": (0, 2**32 - 1),
+}  # fmt: skip
+
+
+def validate(c: Config) -> None:
+    """Ranges and combinations; what files hold is checked where it is read."""
+    check_known(c.model)
+    for name, (low, high) in RANGES.items():
+        value = getattr(c, name)
+        if value is not None and not low <= value <= high:  # NaN fails too
+            raise ValueError(f"--{name.replace('_', '-')} must be in [{low}, {high}], got {value}")
+    embedded = get_task(c.task).embedded
+    drawn = ("num_train", "num_dev")
+    for name in ("data_dir", "k", "data_seed", *drawn) if embedded else drawn if c.k else ():
+        if getattr(c, name) is not None:
+            beside = f"task {c.task}, which has its own files" if embedded else "--k, whose files are read whole"
+            raise ValueError(f"--{name.replace('_', '-')} means nothing beside {beside}")
+    check_format(c.weights, c.residual, c.oracle)
+    check_method(c)
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", c.device):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {c.device!r}")
+    if c.device != "cpu" and not c.dry_run and int(c.device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {c.device}: torch sees {torch.cuda.device_count()} CUDA devices here")
+
+ONLY = {  # flags that mean something for some methods only
+    "zeroth order": ("direction_bits", "eps", "queries", "estimator", "probe", "rounding", "residual", "oracle"),
+    "first order": ("weight_decay",),
+}
+
+
+def check_method(c: Config) -> None:
+    """Flags that contradict the method."""
+    first_order = c.method in FIRST_ORDER
+    for name in ONLY["zeroth order" if first_order else "first order"] + (() if c.method == "fo-ste" else ("master",)):
+        default = next(f.default for f in dataclasses.fields(Config) if f.name == name)
+        if getattr(c, name) != default:
+            raise ValueError(f"--{name.replace('_', '-')} means nothing beside --method {c.method}")
+    if c.method in ("mezo", "fo") and c.weights not in FLOATS:
+        instead = "quzo" if c.method == "mezo" else "fo-ste"
+        raise ValueError(f"--method {c.method} keeps weights in fp32 or bf16; use {instead} for {c.weights}")
+    if c.method == "fo-ste" and c.weights in FLOATS:
+        raise ValueError(f"--method fo-ste fake-quantises its weights; use fo for {c.weights}")
+    if c.method == "mezo" and c.direction_bits != "full":
+        raise ValueError(f"--method mezo means Gaussian directions; use quzo for --direction-bits {c.direction_bits}")

@@ -1,0 +1,109 @@
+"""What a run will hold in memory, from shapes alone: nothing is loaded.
+
+A zeroth-order step holds the stored weights, one block's weights as both probes see them, and one forward's
+activations.  A first-order step holds weights, gradients, two moments, and every block's activations.  The counts
+below follow the code line by line, and leave out what is small beside them; benchmarks/memory.py measures them.
+
+Shape key: B sequences in a forward, T tokens, D hidden, F feed-forward width, V vocabulary.  Imports config, model,
+quant.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from config import FIRST_ORDER, Config
+from model import LlamaConfig, config_of, expected_shapes, llama_parts, roberta_parts
+from quant import stored_parts
+
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+def predict(c: Config, raw: dict, tokens: int) -> dict:
+    """Parameters, and bytes by part, of a run on a model with this config.json and sequences of so many tokens.
+
+    Raises ValueError for a config that model.py does not support.
+    """
+    config = config_of(raw)
+    shapes = expected_shapes(config)
+    first_order = c.method in FIRST_ORDER
+    N = min(c.micro_batch_size, c.batch_size) * tokens
+    parts = stored(shapes, c)
+    if first_order:
+        parts |= optimiser(shapes, c) | {
+            "scratch": largest(shapes) * (4 + BYTES[c.compute]),  # a gradient before it is added, and its cast
+            "activations": N * config.num_hidden_layers * kept(config, c) + copies(shapes, c),
+        }
+    else:
+        parts |= {"scratch": pair(config, c), "activations": N * passing(config, c)}
+    total = sum(math.prod(shape) for shape in shapes.values())
+    return {
+        "model": c.model, "method": c.method, "weights": c.weights, "device": c.device,
+        "total_parameters": total, "trainable_parameters": total,
+        "batch_size": c.batch_size, "sequences_a_forward": N // tokens, "tokens_a_sequence": tokens,
+        "bytes": parts, "expected_peak_bytes": sum(parts.values()),
+    }  # fmt: skip
+
+
+def stored(shapes: dict[str, torch.Size], c: Config) -> dict[str, int]:
+    """Bytes of the weights as they are kept while training: a master in fo-ste, whose scales stay beside it."""
+    names = {"": "weights", ".scale": "scales", ".residual": "residuals"}
+    parts = dict.fromkeys(names.values(), 0)
+    for shape in shapes.values():
+        for suffix, (dtype, size) in stored_parts(shape, c.weights, c.residual).items():
+            parts[names[suffix]] += math.prod(size) * dtype.itemsize
+    return parts | {"weights": masters(shapes, c)} if c.method == "fo-ste" else parts
+
+
+def masters(shapes: dict[str, torch.Size], c: Config) -> int:
+    """Bytes of everything that a first-order method trains; vectors are fp32."""
+    return sum(math.prod(s) * (BYTES[c.master or c.weights] if len(s) == 2 else 4) for s in shapes.values())
+
+
+def optimiser(shapes: dict[str, torch.Size], c: Config) -> dict[str, int]:
+    return {"gradients": masters(shapes, c), "moments": 2 * masters(shapes, c)}
+
+
+def largest(shapes: dict[str, torch.Size]) -> int:
+    return max(math.prod(shape) for shape in shapes.values())
+
+
+def pair(config, c: Config) -> int:
+    """Bytes of one block's weights as both probes see them."""
+    block = llama_parts(config)[0] if isinstance(config, LlamaConfig) else roberta_parts(config)[1]
+    return 2 * sum(p.numel() * (BYTES[c.compute] if p.ndim == 2 else 4) for p in block.parameters())
+
+
+def copies(shapes: dict[str, torch.Size], c: Config) -> int:
+    """Bytes of the matrices that back-propagation keeps because they are not the parameters themselves."""
+    if c.method == "fo" and c.weights == c.compute:
+        return 0
+    blocks = [s for name, s in shapes.items() if len(s) == 2 and ".layer" in name]
+    return sum(math.prod(s) for s in blocks) * BYTES[c.compute]
+
+
+def passing(config, c: Config) -> int:
+    """Bytes a token, of one forward that keeps nothing, at its widest: inputs of both probes and an output, with a
+    float32 norm or the feed-forward's three wide tensors."""
+    b, D, F = BYTES[c.compute], config.hidden_size, config.intermediate_size
+    rounding = 0 if c.activations == "none" else 8 * F  # of the widest layer's input, in float32
+    return 4 * b * D + max(3 * b * F, 12 * D) + rounding
+
+
+def kept(config, c: Config) -> int:
+    """Bytes a token and a layer that a forward keeps for its backward: each norm's float32 input and normalised
+    input, attention's q, k, v and output, every linear layer's input, the activation function's two sides."""
+    b, D, F = BYTES[c.compute], config.hidden_size, config.intermediate_size
+    inputs = 4 * D + 2 * F if c.activations != "none" else 3 * D + F  # rounded, each layer has an input of its own
+    return 16 * D + b * (4 * D + inputs + (3 if isinstance(config, LlamaConfig) else 1) * F)
+
+
+def table(predicted: dict) -> str:
+    """For people: parameters, and bytes by part."""
+    rows = [(part, size) for part, size in predicted["bytes"].items() if size]
+    rows.append(("expected peak", predicted["expected_peak_bytes"]))
+    head = f"{predicted['trainable_parameters']:,} trainable of {predicted['total_parameters']:,} parameters; "
+    head += f"{predicted['sequences_a_forward']} x {predicted['tokens_a_sequence']} tokens a forward"
+    return "\n".join([head, *(f"{name:16}{size / 2**20:12,.1f} MiB" for name, size in rows)])

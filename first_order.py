@@ -1,0 +1,88 @@
+"""The first-order baselines that QuZO compares with: back-propagation and AdamW.
+
+fo: the stored floats are the parameters.  fo-ste: quantisation-aware training; every matrix has a float master, which
+is read as the nearest point of a grid that stays as it was at the start, and the gradient passes straight through the
+rounding (Bengio et al., 2013).  What is saved and tested then are the codes.  The optimiser is torch's own.
+
+Shape key: R rows, C columns, r some of the rows.  Imports quant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant import Float, Stored, encode, straight_through
+
+
+@dataclass
+class Master:
+    """A float matrix [R, C], fp32 or bf16, read as its nearest point on a fixed grid of codes."""
+
+    value: Tensor
+    weights: str  # the codes' format
+    scale: Tensor  # as that format has it
+
+    @classmethod
+    def of(cls, value: Tensor, weights: str, dtype: torch.dtype) -> Master:
+        return cls(value.to(dtype), weights, encode(value, weights).parts()[".scale"])
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.value.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.value.device
+
+    def codes(self, rows: slice | Tensor = slice(None)) -> Stored:
+        return encode(self.value.detach()[rows], self.weights, scale=self.scale[rows])
+
+    def parts(self) -> dict[str, Tensor]:
+        """What is saved and hashed: the codes."""
+        return self.codes().parts()
+
+    def read(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """Rows [r, C] as the codes' float32, with the master's gradient."""
+        return straight_through(self.value[rows], self.codes(rows).read())
+
+
+def make_trainable(store: dict[str, Float], weights: str | None, master: torch.dtype) -> dict[str, Float | Master]:
+    """The store to train: the floats themselves, or with `weights` a format of codes, masters of its matrices.
+
+    Empties the given store on the way, so that a large model is not held twice.
+    """
+    trainable = {}
+    for name in list(store):
+        stored = store.pop(name)
+        if weights is not None and stored.value.ndim == 2:
+            stored = Master.of(stored.value, weights, master)
+        stored.value.requires_grad_()
+        trainable[name] = stored
+    return trainable
+
+
+def optimizer(store: dict[str, Float | Master], lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW; its decay, where there is any, is for matrices only."""
+    groups = [
+        {"params": [s.value for s in store.values() if len(s.shape) == 2], "weight_decay": weight_decay},
+        {"params": [s.value for s in store.values() if len(s.shape) == 1], "weight_decay": 0.0},
+    ]
+    on_gpu = next(iter(store.values())).device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=lr, fused=on_gpu)  # the other ways keep copies of all parameters
+
+
+def adamw_step(optimizer: torch.optim.AdamW, losses: Iterable[Tensor], lr: float) -> float:
+    """One step down the gradient of the sum of losses (of one micro-batch after the other) -> the sum."""
+    total = 0.0
+    for loss in losses:
+        loss.backward()  # frees that micro-batch's activations before the next is run
+        total += loss.item()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
