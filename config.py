@@ -90,6 +90,8 @@ TINY_DEFAULTS = {
     "fo": dict(steps=100, lr=1e-3, eval_every=25, batch_size=32),
     "fo-ste": dict(steps=100, lr=1e-3, eval_every=25, batch_size=32),
 }
+COARSE = ("int4", "fp8", "fp8-e5m2")  # on these grids a step in every weight drowns in its rounding (README)
+GRID_DEFAULTS = {"quzo on int4 and fp8": dict(direction_bits="grid", eps=1e-4)}  # the eps, on any weights
 
 FILE_DEFAULTS = {  # of tasks that are read from files: which few-shot split, or how MeZO draws from the full ones
     "k-shot files": dict(data_dir="datasets", data_seed=42),
@@ -121,7 +123,7 @@ def told_defaults(f: dataclasses.Field) -> str:
     if f.default is not None:
         return f" [{f.default}]"
     tiny = {case: f" ({table[name]})" for case, table in TINY_DEFAULTS.items() if name in table}
-    tables = DEFAULTS | FILE_DEFAULTS
+    tables = DEFAULTS | GRID_DEFAULTS | FILE_DEFAULTS
     told = [f"{case} {table[name]}{tiny.get(case, '')}" for case, table in tables.items() if name in table]
     return f" [{', '.join(told)}]" if told else ""
 
@@ -129,6 +131,8 @@ def told_defaults(f: dataclasses.Field) -> str:
 def resolve_defaults(c: Config) -> Config:
     """Fill what was not given.  Everything that the run depends on is then in the config; the rest stays None."""
     table = DEFAULTS[c.method] | (TINY_DEFAULTS[c.method] if c.model == "tiny" else {})
+    if c.method == "quzo" and (c.direction_bits or ("grid" if c.weights in COARSE else "4")) == "grid":
+        table |= GRID_DEFAULTS["quzo on int4 and fp8"]
     table["task"] = c.task or ("tiny" if c.model == "tiny" else "sst2")
     if not get_task(table["task"]).embedded:
         table |= FILE_DEFAULTS["k-shot files" if c.k else "full files"]

@@ -1,8 +1,9 @@
 """What a run will hold in memory, from shapes alone: nothing is loaded.
 
 A zeroth-order step holds the stored weights, one block's weights as both probes see them, and one forward's
-activations.  A first-order step holds weights, gradients, two moments, and every block's activations.  The counts
-below follow the code line by line, and leave out what is small beside them; benchmarks/memory.py measures them.
+activations.  A first-order step holds weights and two moments, and every block's activations, which the backward pass
+trades for gradients block by block: the larger of the two counts.  The counts below follow the code line by line, and
+leave out what is small beside them; benchmarks/memory.py measures them.
 
 Shape key: B sequences in a forward, T tokens, D hidden, F feed-forward width, V vocabulary.  Imports config, model,
 quant.
@@ -32,18 +33,18 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
     N = min(c.micro_batch_size, c.batch_size) * tokens
     parts = stored(shapes, c)
     if first_order:
-        parts |= optimiser(shapes, c) | {
-            "scratch": largest(shapes) * (4 + BYTES[c.compute]),  # a gradient before it is added, and its cast
-            "activations": N * config.num_hidden_layers * kept(config, c) + copies(shapes, c),
-        }
+        activations = N * config.num_hidden_layers * kept(config, c) + copies(shapes, c)
+        parts |= {"moments": 2 * masters(shapes, c), "gradients": masters(shapes, c), "activations": activations}
+        at_once = sum(parts.values()) - min(parts["gradients"], parts["activations"])
     else:
         parts |= {"scratch": pair(config, c), "activations": N * passing(config, c)}
+        at_once = sum(parts.values())
     total = sum(math.prod(shape) for shape in shapes.values())
     return {
         "model": c.model, "method": c.method, "weights": c.weights, "device": c.device,
         "total_parameters": total, "trainable_parameters": total,
         "batch_size": c.batch_size, "sequences_a_forward": N // tokens, "tokens_a_sequence": tokens,
-        "bytes": parts, "expected_peak_bytes": sum(parts.values()),
+        "bytes": parts, "expected_peak_bytes": at_once,
     }  # fmt: skip
 
 
@@ -60,14 +61,6 @@ def stored(shapes: dict[str, torch.Size], c: Config) -> dict[str, int]:
 def masters(shapes: dict[str, torch.Size], c: Config) -> int:
     """Bytes of everything that a first-order method trains; vectors are fp32."""
     return sum(math.prod(s) * (BYTES[c.master or c.weights] if len(s) == 2 else 4) for s in shapes.values())
-
-
-def optimiser(shapes: dict[str, torch.Size], c: Config) -> dict[str, int]:
-    return {"gradients": masters(shapes, c), "moments": 2 * masters(shapes, c)}
-
-
-def largest(shapes: dict[str, torch.Size]) -> int:
-    return max(math.prod(shape) for shape in shapes.values())
 
 
 def pair(config, c: Config) -> int:

@@ -37,21 +37,37 @@ def quick(tmp_path):
 # ---------------------------------------------------------------- a run and its folder
 
 
-@pytest.mark.parametrize("flags", [[], ["--method", "mezo"], ["--method", "mezo", "--weights", "bf16"]])
+@pytest.mark.parametrize("flags", [
+    "", "--method mezo", "--method mezo --weights bf16", "--weights int4", "--weights int4 --residual 4 --oracle",
+    "--weights fp8", "--estimator q-rge1 --probe codes", "--estimator random --activations int8",
+])  # fmt: skip
 def test_a_run_folder_redoes_the_run_without_a_forward(quick, tmp_path, flags):
     """Base weights + config.json + trajectory give the weights of the last step, to the bit."""
-    result, run = quick(*flags, "--queries", "2", "--lr", "1e-3"), tmp_path / "run"
+    result, run = quick(*flags.split(), "--queries", "2", "--lr", "1e-3"), tmp_path / "run"
     config = json.loads((run / "config.json").read_text())["flags"]
-    lm = load(TINY / "model", weights=config["weights"])
+    lm = load(TINY / "model", weights=config["weights"], residual=config["residual"])
     bits = config["direction_bits"]
-    zo = ZO(config["eps"], config["queries"], None if bits == "full" else int(bits))
+    zo = ZO(
+        config["eps"], config["queries"], int(bits) if bits.isdigit() else None, bits == "grid", config["estimator"]
+    )
     slopes = read_trajectory(run / "trajectory")
     assert len(slopes) == result["steps"] == 6 and all(len(s) == 2 for s in slopes)
     for step in range(result["best_step"]):
         lr = learning_rate(config["lr"], config["lr_schedule"], step, config["steps"])
         update(lm.store, slopes[step], config["seed"], step, zo, lr)
     assert lm.sha256() == result["weights_sha256"]
-    assert load(run / "model", weights=config["weights"]).sha256() == result["weights_sha256"]
+    saved = load(run / "model", weights=config["weights"], residual=config["residual"])
+    assert saved.sha256() == result["weights_sha256"]
+
+
+@pytest.mark.parametrize("flags, told", [
+    ("--weights int8", ("4", 1e-3)), ("--weights int4", ("grid", 1e-4)), ("--weights fp8", ("grid", 1e-4)),
+    ("--weights int8 --direction-bits grid", ("grid", 1e-4)), ("--weights int4 --direction-bits 3", ("3", 1e-3)),
+    ("--weights int4 --eps 0.5", ("grid", 0.5)), ("--method mezo", ("full", 1e-3)), ("--method fo", (None, None)),
+])  # fmt: skip
+def test_direction_and_eps_go_by_weights(flags, told):
+    c = train.parse(flags.split())
+    assert (c.direction_bits, c.eps) == told
 
 
 def test_the_run_folder_holds_what_it_promises(quick, tmp_path):
@@ -178,7 +194,18 @@ def bad_inputs(tmp: Path) -> dict[str, tuple[list[str], str]]:
         "queries": (["--queries", "0"], "--queries"),
         "seed": (["--seed", "-1"], "--seed"),
         "bits": (["--direction-bits", "9"], "'9'"),
-        "mezo on codes": (["--method", "mezo", "--weights", "int8"], "mezo"),
+        "mezo on codes": (["--method", "mezo", "--weights", "int8"], "use quzo for int8"),
+        "mezo on a grid": (["--method", "mezo", "--direction-bits", "grid"], "use quzo for --direction-bits grid"),
+        "fo on codes": (["--method", "fo", "--weights", "int4"], "use fo-ste for int4"),
+        "fo-ste on floats": (["--method", "fo-ste", "--weights", "bf16"], "use fo for bf16"),
+        "eps of adam": (["--method", "fo", "--eps", "1e-3"], "--eps means nothing beside --method fo"),
+        "a zo decay": (["--weight-decay", "0.1"], "--weight-decay means nothing beside --method quzo"),
+        "master of fo": (["--method", "fo", "--master", "bf16"], "--master means nothing beside --method fo"),
+        "residual": (["--residual", "3"], "3"),
+        "residual of fp8": (["--weights", "fp8", "--residual", "4"], "a residual needs weights int8 or int4, got fp8"),
+        "oracle of fp8": (["--weights", "fp8", "--oracle"], "the oracle needs weights int8 or int4, got fp8"),
+        "activations": (["--activations", "int4"], "'int4'"),
+        "estimator": (["--estimator", "q-rge3"], "'q-rge3'"),
         "device": (["--device", "tpu"], "'tpu'"),
         "micro batch": (["--micro-batch-size", "0"], "--micro-batch-size"),
         "unused": (["--k", "16"], "--k means nothing beside task tiny"),
@@ -274,7 +301,7 @@ def test_every_flag_is_a_field_and_every_default_has_one_home():
     config = train.parse([])
     assert (config.model, config.method, config.task, config.weights) == ("tiny", "quzo", "tiny", "int8")
     unused = {name for name, value in vars(config).items() if value is None}
-    assert unused == {"data_dir", "k", "data_seed", "num_train", "num_dev"} and "auto" not in vars(config).values()
+    assert unused == {"data_dir", "k", "data_seed", "num_train", "num_dev", "weight_decay", "master"} and "auto" not in vars(config).values()
     real = train.parse(["--model", "llama2-7b", "--method", "mezo"])
     assert (real.num_train, real.num_dev, real.data_seed, real.data_dir) == (1000, 500, 0, "datasets")
     assert (real.task, real.steps, real.lr, real.batch_size, real.weights) == ("sst2", 20000, 1e-6, 16, "bf16")

@@ -1,0 +1,126 @@
+"""What each estimator does to the gradient of a linear loss: its scale and its noise, measured beside theory.
+
+    python -m benchmarks.estimators
+
+Loss <g, w>, so that slope = <g, u1> exactly and g_hat = slope * u2 with whatever two vectors an estimator uses.  Over
+many directions, with d elements each:
+
+    scale = E <g_hat, g> / |g|^2          1 means unbiased
+    noise = E |g_hat|^2 / scale^2 / ((d + 2) |g|^2)          1 is a Gaussian direction's
+
+Theory: elements are independent and alike, so with b = E[u1 u2], m = E[u1^2] E[u2^2] and k = E[u1^2 u2^2] of one
+element, scale = b and noise = ((d - 1) m + k) / b^2 / (d + 2).  The moments are summed over the 65,536 values of the
+normal table, not estimated.  A grid direction has b = m = 1 and k = (spacing / eps)^2: its step column is that ratio.
+Last line JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from random_bits import Key, Use
+from zo_optim import CLIP, UNIT, direction, grid_step, normal, normal_table
+
+CPU = torch.device("cpu")
+
+
+class Moments(NamedTuple):
+    """Of one element."""
+
+    both: float  # E[u1 u2]
+    first: float  # E[u1^2]
+    second: float  # E[u2^2]
+    fourth: float  # E[u1^2 u2^2]
+
+    def scale(self) -> float:
+        return self.both
+
+    def noise(self, d: int) -> float:
+        return ((d - 1) * self.first * self.second + self.fourth) / self.both**2 / (d + 2)
+
+
+def step_of(bits: int) -> float:
+    return CLIP / (2 ** (bits - 1) - 1)
+
+
+def theory(estimator: str, bits: int) -> Moments:
+    """Exact moments, from every value u of the table; SR(u) has two outcomes, q and q + step."""
+    u = normal_table(CPU).double() * UNIT
+    step = step_of(bits)
+    low = (u / step).floor() * step
+    p = (u - low) / step  # of the upper one
+    square = (1 - p) * low**2 + p * (low + step) ** 2  # E[SR(u)^2 | u]
+    fourth = (1 - p) * low**4 + p * (low + step) ** 4
+    if estimator == "q-rge1":
+        return Moments(*(float(m.mean()) for m in (square, square, square, fourth)))
+    if estimator == "q-rge2":
+        return Moments(*(float(m.mean()) for m in (u**2, square, square, square**2)))
+    nearest = (u / step).round() * step
+    return Moments(*(float(m.mean()) for m in (nearest**2, nearest**2, nearest**2, nearest**4)))
+
+
+def draw(estimator: str, bits: int, key: Key, rows: Tensor, d: int) -> tuple[Tensor, Tensor]:
+    """The two vectors, [rows, d] each."""
+    if estimator == "nearest":
+        step = step_of(bits)
+        u = (normal(key, rows, d) * UNIT / step).round() * step
+        return u, u
+    u1 = direction(key, rows, d, bits, Use.PROBE_ROUNDING)
+    return u1, u1 if estimator == "q-rge1" else direction(key, rows, d, bits, Use.UPDATE_ROUNDING)
+
+
+def draw_grid(spacing: float, eps: float, key: Key, rows: Tensor, d: int) -> tuple[Tensor, Tensor]:
+    u = grid_step(key, rows, torch.full((1, 1), spacing), d, eps) / eps
+    return u, u
+
+
+def measure(pairs, g: Tensor, d: int) -> tuple[float, float]:
+    """(scale, noise) over batches of (u1, u2)."""
+    along = square = n = 0
+    for u1, u2 in pairs:
+        slope = u1.double() @ g
+        along += float((slope * (u2.double() @ g)).sum())
+        square += float((slope**2 * u2.double().square().sum(1)).sum())
+        n += len(u1)
+    scale = along / n / float(g @ g)
+    return scale, square / n / scale**2 / ((d + 2) * float(g @ g))
+
+
+def batches(samples: int, size: int = 250):
+    return (torch.arange(i, min(i + size, samples)) for i in range(0, samples, size))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--d", type=int, default=4096)
+    parser.add_argument("--samples", type=int, default=20000)
+    args = parser.parse_args()
+    g = torch.randn(args.d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    key, rows_out = Key(0, 0), []
+    print(f"{'estimator':10}{'bits':>6}{'step':>8}{'scale':>9}{'theory':>9}{'noise':>9}{'theory':>9}")
+    for bits in (8, 4, 3, 2):
+        for estimator in ("q-rge1", "q-rge2", "nearest"):
+            pairs = (draw(estimator, bits, key, rows, args.d) for rows in batches(args.samples))
+            got, want = measure(pairs, g, args.d), theory(estimator, bits)
+            rows_out.append((estimator, str(bits), step_of(bits), got[0], want.scale(), got[1], want.noise(args.d)))
+            report(rows_out[-1])
+    for ratio in (2, 20, 200):  # spacing over eps
+        pairs = (draw_grid(0.02, 0.02 / ratio, key, rows, args.d) for rows in batches(args.samples))
+        got, want = measure(pairs, g, args.d), Moments(1.0, 1.0, 1.0, float(ratio**2))
+        rows_out.append(("grid", "-", ratio, got[0], 1.0, got[1], want.noise(args.d)))
+        report(rows_out[-1])
+    print(json.dumps({"d": args.d, "samples": args.samples, "rows": rows_out}))
+
+
+def report(row: tuple) -> None:
+    name, bits, step, *numbers = row
+    print(f"{name:10}{bits:>6}{step:8.3f}" + "".join(f"{number:9.3f}" for number in numbers), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What --dry-run says, against stores that are really made, and against configurations' known sizes."""
+
+import json
+
+import pytest
+import torch
+
+import train
+from config import parse
+from data.hub import SHAPES
+from dry_run import predict
+from model import create
+from quant import FORMATS
+
+RAW = {
+    "model_type": "llama", "vocab_size": 97, "hidden_size": 160, "intermediate_size": 300, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("weights, residual", [*((w, 0) for w in FORMATS), ("int8", 2), ("int4", 4), ("int4", 8)])
+def test_stored_bytes_are_those_of_the_store(weights, residual):
+    """160 and 300 columns: int4 groups are cut short, and rows of codes end in mid byte where columns are odd."""
+    lm = create(RAW, weights=weights, residual=residual)
+    held = sum(part.numel() * part.element_size() for s in lm.store.values() for part in s.parts().values())
+    c = parse(["--weights", weights, "--residual", str(residual)])
+    predicted = predict(c, RAW, 16)
+    assert sum(predicted["bytes"][p] for p in ("weights", "scales", "residuals")) == held
+    assert predicted["total_parameters"] == sum(s.shape.numel() for s in lm.store.values())
+
+
+@pytest.mark.parametrize("model, parameters", [
+    ("llama2-7b", 6_738_415_616), ("llama2-13b", 13_015_864_320), ("llama3-8b", 8_030_261_248),
+    ("tinyllama-1.1b", 1_100_048_384), ("roberta-base", 124_697_433), ("roberta-large", 355_412_057),
+])  # fmt: skip
+def test_presets_have_their_published_sizes(model, parameters):
+    """As their model cards and `transformers` count them; the masked-LM heads of RoBERTa included, its pooler not."""
+    assert predict(parse(["--model", model]), SHAPES[model], 64)["total_parameters"] == parameters
+
+
+def test_first_order_holds_the_larger_of_gradients_and_activations():
+    def peak(flags: str) -> dict:
+        return predict(parse(f"--model llama2-7b --compute bf16 {flags}".split()), SHAPES["llama2-7b"], 64)
+
+    few, many = (peak(f"--method fo --weights bf16 --batch-size {b}") for b in (1, 256))
+    for p in (few, many):
+        held = sum(p["bytes"][k] for k in ("weights", "moments"))
+        assert p["expected_peak_bytes"] == held + max(p["bytes"]["gradients"], p["bytes"]["activations"])
+    assert few["bytes"]["gradients"] > few["bytes"]["activations"]
+    assert many["bytes"]["gradients"] < many["bytes"]["activations"]
+    fp32, bf16 = (peak(f"--method fo-ste --master {m}")["bytes"] for m in ("fp32", "bf16"))
+    assert fp32["moments"] > 1.99 * bf16["moments"]
+
+
+def test_the_command_prints_a_table_and_json_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    """Also for a GPU that is not here, and a preset that is not on this disk."""
+    monkeypatch.chdir(tmp_path)
+    for flags in ([], "--model llama2-7b --weights int4 --device cuda --max-length 64".split()):
+        assert train.main(["--dry-run", *flags]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        predicted = json.loads(lines[-1])
+        assert "expected peak" in lines[-2] and predicted["expected_peak_bytes"] == pytest.approx(
+            float(lines[-2].split()[-2].replace(",", "")) * 2**20, rel=0.01
+        )
+    assert predicted["tokens_a_sequence"] == 64 and predicted["device"] == "cuda"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_task_gives_the_length_where_its_files_are_at_hand(capsys):
+    train.main(["--dry-run"])
+    longest = json.loads(capsys.readouterr().out.splitlines()[-1])["tokens_a_sequence"]
+    problem, _ = train.prepare(train.parse([]))
+    assert longest == max(len(e.sequences[0]) for e in [*problem.train, *problem.dev, *problem.test])
+
+
+def test_a_bad_config_is_one_line(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("[]")
+    assert train.main(["--dry-run", "--model", str(tmp_path), "--task", "tiny"]) == 2
+    assert "must hold an object, got list" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("flags", ["--weights int8", "--weights int4", "--method fo-ste --weights int8"])
+def test_the_peak_is_within_ten_percent(flags):
+    """At a size where the allocator's rounding no longer shows."""
+    from benchmarks.memory import measure
+
+    row = measure(flags, "tinyllama-1.1b", 16, 64)
+    assert abs(row["predicted_bytes"] / row["peak_bytes"] - 1) < 0.1
