@@ -1,75 +1,146 @@
-"""SST-2 on a small real checkpoint: every learning rate with every seed, and the rate that is best on dev.
+"""SST-2 on a small real checkpoint: every format and estimator at equal forwards, beside MeZO and first order.
 
-    python benchmarks/sst2.py --model DIR --data-dir DIR --out runs/sst2 --jobs 6
+    python benchmarks/sst2.py --model DIR --data-dir DIR --out runs/sst2 --jobs 15
 
-Each run is `python train.py ...` in a process of its own, `jobs` of them at a time on the one device.  Prints a
-line a run, then the table; bold is the learning rate with the lowest mean dev loss over the seeds, and each run
-is tested with the weights of its lowest dev loss.  Test never chooses anything.  Last line JSON.
+First every arm's learning rates are run with the tuning seed, and the one with the lowest dev loss is kept; then that
+rate is run with the reported seeds, which tuning never saw.  Each run is tested with the weights of its lowest dev
+loss.  Test never chooses anything.  Each run is `python train.py ...` in a process of its own, `jobs` of them at a
+time, spread over the machine's GPUs.  Finished runs are kept in OUT/results.jsonl and are not run again; --minutes
+stops starting new ones, so that a table can be made in several sittings.  Last line JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
+
+import torch
 
 TRAIN = Path(__file__).parent.parent / "train.py"
-COMMON = "--task sst2 --k 512 --data-seed 42 --batch-size 32 --eps 1e-3"
+COMMON = "--task sst2 --k 512 --data-seed 42 --batch-size 32 --lr-schedule linear"
+ZO = "--steps 2000 --eval-every 200"
+QUZO = f"{ZO} --method quzo --compute fp32"  # matrices are multiplied in fp32, so that formats alone differ
+FO = "--steps 600 --eval-every 60"
+FINE, COARSE, GRID = ("1e-5", "2e-5", "4e-5"), ("3e-7", "2e-6", "1e-5"), ("2e-5", "4e-5", "8e-5")
+ADAM = ("1e-5", "3e-5", "1e-4")
+FORMATS = {  # name: (flags, learning rates of directions in every weight)
+    "FP8": ("--weights fp8 --activations fp8", ("2e-6", "5e-6", "2e-5")),
+    "W8A8": ("--weights int8 --activations int8", FINE),
+    "W8": ("--weights int8", FINE),
+    "W4": ("--weights int4", COARSE),
+    "W4 + 4 bits": ("--weights int4 --residual 4", FINE),
+    "W4 + 8 bits": ("--weights int4 --residual 8", FINE),
+}
+WAYS = {
+    "q-rge1": "--direction-bits 4 --eps 1e-3 --estimator q-rge1",
+    "q-rge2": "--direction-bits 4 --eps 1e-3 --estimator q-rge2",
+    "grid": "--direction-bits grid --eps 1e-4",
+}
 ARMS = {  # name: (flags, learning rates to choose from)
-    "MeZO, fp32": ("--method mezo --weights fp32 --steps 2000 --eval-every 200", ("2e-5", "4e-5")),
-    "QuZO, int8": (
-        "--method quzo --weights int8 --compute fp32 --steps 4000 --eval-every 200",
-        ("1e-5", "2e-5", "4e-5"),
-    ),
+    "MeZO, fp32": (f"{ZO} --method mezo --weights fp32", FINE),
+    "MeZO, bf16": (f"{ZO} --method mezo --weights bf16", FINE),
+    **{
+        f"QuZO {name}, {way}": (f"{QUZO} {flags} {how}", GRID if way == "grid" else rates)
+        for (name, (flags, rates)), (way, how) in itertools.product(FORMATS.items(), WAYS.items())
+    },
+    "QuZO W4A8, grid": (f"{QUZO} --weights int4 --activations int8 {WAYS['grid']}", GRID),
+    "QuZO W4, grid, codes": (f"{QUZO} --weights int4 {WAYS['grid']} --probe codes", GRID),
+    "QuZO W4, nearest": (f"{QUZO} --weights int4 {WAYS['q-rge2']} --rounding nearest", FINE),
+    "random, W8, grid": (f"{QUZO} --weights int8 {WAYS['grid']} --estimator random", GRID),
+    "fo, fp32": (f"{FO} --method fo --weights fp32", ADAM),
+    "fo-ste, W8A8": (f"{FO} --method fo-ste --compute fp32 --weights int8 --activations int8", ADAM),
+    "fo-ste, W4A8": (f"{FO} --method fo-ste --compute fp32 --weights int4 --activations int8", ADAM),
 }
 
 
-def run(args: argparse.Namespace, arm: str, lr: str, seed: int) -> dict:
-    """One training run -> its result, with the learning rate; a run that diverged counts as chance.
+class Runs:
+    """Runs on demand, each once: what is in OUT/results.jsonl is not run again."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.lock = args, Lock()
+        self.ends = time.monotonic() + 60 * args.minutes
+        self.path = Path(args.out) / "results.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.done = {(r["arm"], r["lr"], r["seed"]): r for r in map(json.loads, lines)}
+
+    def __call__(self, jobs: list[tuple[str, str, int]]) -> None:
+        todo = [job for job in jobs if job not in self.done]
+        gpus = itertools.cycle(range(max(1, torch.cuda.device_count())))
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            list(pool.map(self._one, todo, gpus))
+
+    def _one(self, job: tuple[str, str, int], gpu: int) -> None:
+        if time.monotonic() > self.ends:
+            return
+        result = run(self.args, gpu, *job)
+        with self.lock:
+            self.done[job] = result
+            with self.path.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+
+
+def run(args: argparse.Namespace, gpu: int, arm: str, lr: str, seed: int) -> dict:
+    """One training run -> its result; a run that diverged counts as chance.
 
     Any other failure raises: it must not pass for a measurement.
     """
-    out = Path(args.out) / f"{arm.lower().replace(', ', '-')}-{lr}-{seed}"
+    out = Path(args.out) / f"{arm}-{lr}-{seed}-{time.time_ns()}".replace(" ", "").lower()
     flags = f"{COMMON} {ARMS[arm][0]} --lr {lr} --seed {seed}".split()
     paths = ["--model", args.model, "--data-dir", args.data_dir, "--out", str(out)]
-    done = subprocess.run([sys.executable, TRAIN, *flags, *paths], capture_output=True, text=True)
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)} if torch.cuda.device_count() > 1 else None
+    done = subprocess.run([sys.executable, TRAIN, *flags, *paths], capture_output=True, text=True, env=env)
     if done.returncode and "the loss is not finite" not in done.stderr:
         raise RuntimeError(f"{arm} lr {lr} seed {seed}: {done.stderr[-2000:]}")
+    result = {"dev": 0.5, "dev_loss": 0.6931, "test": 0.5, "seconds": 0.0, "best_step": 0}
     if done.returncode:
-        print(f"{arm} lr {lr} seed {seed}: {done.stderr.splitlines()[-1]}", flush=True)
-        chance = {"dev": 0.5, "dev_loss": 0.6931, "test": 0.5, "seconds": 0.0, "best_step": 0}
-        return {"arm": arm, "lr": lr, "seed": seed} | chance
-    result = json.loads(done.stdout) | {"arm": arm, "lr": lr, "seed": seed}
-    told = "zero-shot {zero_shot:.4f} dev {dev:.4f} loss {dev_loss:.4f} at {best_step}, test {test:.4f}, {seconds} s"
-    print(f"{arm} lr {lr} seed {seed}: {told.format(**result)}", flush=True)
-    return result
+        print(f"{arm} lr {lr} seed {seed}: {done.stderr.splitlines()[-1]}", file=sys.stderr, flush=True)
+    else:
+        result = json.loads(done.stdout)
+    kept = ("dev", "dev_loss", "best_step", "test", "seconds", "zero_shot", "forwards", "peak_memory_bytes")
+    row = {"arm": arm, "lr": lr, "seed": seed} | {name: result.get(name) for name in kept}
+    # no test accuracy here: whoever watches must not tune by it
+    print(f"{arm} lr {lr} seed {seed}: dev loss {row['dev_loss']:.4f}", file=sys.stderr, flush=True)
+    return row
+
+
+def best_rate(runs: Runs, arm: str, seed: int) -> str | None:
+    """The tuning seed's rate of lowest dev loss, once all have run."""
+    rates = ARMS[arm][1]
+    if any((arm, lr, seed) not in runs.done for lr in rates):
+        return None
+    return min(rates, key=lambda lr: runs.done[arm, lr, seed]["dev_loss"])
+
+
+def row(runs: Runs, arm: str, lr: str, seeds: list[int]) -> str:
+    found = [runs.done[arm, lr, seed] for seed in seeds if (arm, lr, seed) in runs.done]
+    if not found:
+        return f"| {arm} | {lr} | | | |"
+    tests = [100 * r["test"] for r in found]
+    spread = f" ({statistics.stdev(tests):.1f})" if len(tests) > 1 else ""
+    loss, dev = (statistics.mean(r[name] for r in found) for name in ("dev_loss", "dev"))
+    each = ", ".join(f"{t:.1f}" for t in tests)
+    return f"| {arm} | {lr} | {loss:.4f}, {100 * dev:.1f} | {statistics.mean(tests):.1f}{spread} | {each} |"
 
 
 def main(args: argparse.Namespace) -> None:
-    arms = {name: ARMS[name] for name in args.arms or ARMS}
-    jobs = [(arm, lr, seed) for seed in args.seeds for arm, (_, lrs) in arms.items() for lr in lrs]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        runs = list(pool.map(lambda job: run(args, *job), jobs))
-    print("\n| method | lr | dev loss, accuracy | test: mean (std) | each seed | seconds a run |\n" + "|---" * 6 + "|")
-    for arm, (_, lrs) in arms.items():
-        by_lr = {lr: [r for r in runs if (r["arm"], r["lr"]) == (arm, lr)] for lr in lrs}
-        best = min(lrs, key=lambda lr: statistics.mean(r["dev_loss"] for r in by_lr[lr]))
-        for lr in lrs:
-            print(row(arm, lr, by_lr[lr], "**" if lr == best else ""), flush=True)
-    print(json.dumps(runs))
-
-
-def row(arm: str, lr: str, runs: list[dict], bold: str) -> str:
-    tests = [100 * r["test"] for r in runs]
-    spread = f" ({statistics.stdev(tests):.1f})" if len(tests) > 1 else ""
-    loss, dev, seconds = (statistics.mean(r[name] for r in runs) for name in ("dev_loss", "dev", "seconds"))
-    each = ", ".join(f"{t:.1f}" for t in tests)
-    test = f"{bold}{statistics.mean(tests):.1f}{spread}{bold}"
-    return f"| {arm} | {lr} | {loss:.4f}, {100 * dev:.1f} | {test} | {each} | {seconds:.0f} |"
+    runs, arms = Runs(args), args.arms or list(ARMS)
+    runs([(arm, lr, args.tune_seed) for arm in arms for lr in ARMS[arm][1]])
+    rates = {arm: best_rate(runs, arm, args.tune_seed) for arm in arms}
+    runs([(arm, lr, seed) for seed in args.seeds for arm, lr in rates.items() if lr])
+    print("| method | lr | dev loss, accuracy | test: mean (std) | each seed |\n" + "|---" * 5 + "|")
+    for arm, lr in rates.items():
+        print(row(runs, arm, lr, args.seeds) if lr else f"| {arm} | not tuned yet | | | |")
+    print(json.dumps({"model": args.model, "rates": rates, "runs": list(runs.done.values())}))
 
 
 if __name__ == "__main__":
@@ -77,7 +148,9 @@ if __name__ == "__main__":
     parser.add_argument("--model", required=True)
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--out", default="runs/sst2")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time on the one device")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--tune-seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="all of them where not given")
+    parser.add_argument("--minutes", type=float, default=1e6, help="start no run after this long")
     main(parser.parse_args())
