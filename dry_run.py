@@ -78,11 +78,11 @@ def copies(shapes: dict[str, torch.Size], c: Config) -> int:
 
 
 def passing(config, c: Config) -> int:
-    """Bytes a token, of one forward that keeps nothing, at its widest: inputs of both probes and an output, with a
-    float32 norm or the feed-forward's three wide tensors."""
+    """Bytes a token, of one forward of both probes that keeps nothing, at its widest: a block's input and its norm,
+    with that norm in float32 or the feed-forward's three wide tensors."""
     b, D, F = BYTES[c.compute], config.hidden_size, config.intermediate_size
     rounding = 0 if c.activations == "none" else 8 * F  # of the widest layer's input, in float32
-    return 4 * b * D + max(3 * b * F, 12 * D) + rounding
+    return 2 * (2 * b * D + max(3 * b * F, 12 * D) + rounding)
 
 
 def kept(config, c: Config) -> int:

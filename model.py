@@ -189,17 +189,24 @@ def read_config(directory: str | Path) -> tuple[LlamaConfig | RobertaConfig, dic
 
 
 class Linear(nn.Linear):
-    """nn.Linear, except that the bias stays float32 in its store and takes the activation's dtype here."""
+    """x [P, ..., D] times each probe's own weight [P, O, D] -> [P, ..., O], in one product of all probes.
+
+    The bias [P, O] stays float32 in its store and takes the activation's dtype here.
+    """
 
     activations = "none"  # how the input is rounded: LanguageModel.round_activations
 
     def forward(self, x: Tensor) -> Tensor:
-        x = quantise_tokens(x, self.activations)
-        return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
+        flat = quantise_tokens(x.flatten(1, -2), self.activations)  # [P, N, D]
+        if self.bias is None:
+            y = torch.bmm(flat, self.weight.mT)
+        else:
+            y = torch.baddbmm(self.bias.to(x.dtype)[:, None], flat, self.weight.mT)
+        return y.view(*x.shape[:-1], -1)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32."""
+    """x / rms(x) * weight, computed in float32; x [P, ..., D], weight [P, D]."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -207,13 +214,18 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+        return (F.rms_norm(x.float(), x.shape[-1:], None, self.eps) * along(self.weight, x)).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+        normal = F.layer_norm(x.float(), x.shape[-1:], None, None, self.eps)
+        return torch.addcmul(along(self.bias, x), normal, along(self.weight, x)).to(x.dtype)
+
+
+def along(vector: Tensor, x: Tensor) -> Tensor:
+    """A vector of each probe [P, D], to broadcast with x [P, ..., D]."""
+    return vector.view(len(vector), *[1] * (x.ndim - 2), -1)
 
 
 def rope_frequencies(rope: Rope, d: int, device: torch.device) -> Tensor:
@@ -227,15 +239,25 @@ def rope_frequencies(rope: Rope, d: int, device: torch.device) -> Tensor:
     return frequency * (keep + (1 - keep) / rope.factor)
 
 
-def rotate(x_BHTd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
-    """Rotary embedding in split halves: element i pairs with i + d/2, not with its neighbour (Meta's own files)."""
-    first, second = x_BHTd.chunk(2, -1)
+def rotate(x_BTHd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
+    """Rotary embedding in split halves: element i pairs with i + d/2, not with its neighbour (Meta's own files).
+
+    Any axes may come before B.
+    """
+    first, second = x_BTHd.chunk(2, -1)
     turned = torch.cat((-second, first), -1)
-    return x_BHTd * cos_BTd[:, None] + turned * sin_BTd[:, None]
+    return x_BTHd * cos_BTd[:, :, None] + turned * sin_BTd[:, :, None]
+
+
+def attend(q_PBTHd: Tensor, k_PBSHd: Tensor, v_PBSHd: Tensor, seen: Tensor) -> Tensor:
+    """Softmax attention of each sequence of each probe -> [P, B, T, H * d].  seen [P * B, 1, 1 or T, S] bool."""
+    q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q_PBTHd, k_PBSHd, v_PBSHd))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    return y.transpose(1, 2).reshape(*q_PBTHd.shape[:3], -1)
 
 
 class KVCache:
-    """Keys and values of the tokens so far, one pair [B, K, S, d] a layer."""
+    """Keys and values of the tokens so far, one pair [P, B, S, K, d] a layer."""
 
     def __init__(self):
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -243,7 +265,7 @@ class KVCache:
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if layer in self.layers:
             old_key, old_value = self.layers[layer]
-            key, value = torch.cat((old_key, key), 2), torch.cat((old_value, value), 2)
+            key, value = torch.cat((old_key, key), 2), torch.cat((old_value, value), 2)  # along S
         self.layers[layer] = key, value
         return key, value
 
@@ -258,16 +280,15 @@ class LlamaAttention(nn.Module):
         self.o_proj = Linear(self.heads * self.d, c.hidden_size, bias=c.attention_bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, cache=None, layer: int = 0) -> Tensor:
-        B, T, _ = x.shape
-        q_BHTd = rotate(self.q_proj(x).view(B, T, self.heads, self.d).transpose(1, 2), cos, sin)
-        k_BKTd = rotate(self.k_proj(x).view(B, T, self.kv_heads, self.d).transpose(1, 2), cos, sin)
-        v_BKTd = self.v_proj(x).view(B, T, self.kv_heads, self.d).transpose(1, 2)
+        P, B, T, _ = x.shape
+        q_PBTHd = rotate(self.q_proj(x).view(P, B, T, self.heads, self.d), cos, sin)
+        k_PBTKd = rotate(self.k_proj(x).view(P, B, T, self.kv_heads, self.d), cos, sin)
+        v_PBTKd = self.v_proj(x).view(P, B, T, self.kv_heads, self.d)
         if cache is not None:
-            k_BKTd, v_BKTd = cache.extend(layer, k_BKTd, v_BKTd)
+            k_PBTKd, v_PBTKd = cache.extend(layer, k_PBTKd, v_PBTKd)
         group = self.heads // self.kv_heads
-        k_BHSd, v_BHSd = k_BKTd.repeat_interleave(group, 1), v_BKTd.repeat_interleave(group, 1)
-        y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, attn_mask=seen)
-        return self.o_proj(y_BHTd.transpose(1, 2).reshape(B, T, self.heads * self.d))
+        k_PBSHd, v_PBSHd = k_PBTKd.repeat_interleave(group, 3), v_PBTKd.repeat_interleave(group, 3)
+        return self.o_proj(attend(q_PBTHd, k_PBSHd, v_PBSHd, seen))
 
 
 class LlamaMLP(nn.Module):
@@ -300,9 +321,8 @@ class RobertaSelfAttention(nn.Module):
         self.query, self.key, self.value = (Linear(c.hidden_size, c.hidden_size) for _ in range(3))
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
-        B, T, D = x.shape
-        q, k, v = (p(x).view(B, T, self.heads, self.d).transpose(1, 2) for p in (self.query, self.key, self.value))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).reshape(B, T, D)
+        P, B, T, _ = x.shape
+        return attend(*(p(x).view(P, B, T, self.heads, self.d) for p in (self.query, self.key, self.value)), seen)
 
 
 class RobertaOutput(nn.Module):
@@ -451,13 +471,10 @@ class LanguageModel:
         used, place = tokens.unique(return_inverse=True)  # a row is drawn and dequantised once
         return view.rows(self.embedding, used)[:, place]
 
-    def apply(self, part: nn.Module, prefix: str, view: View, xs: list[Tensor], *context) -> list[Tensor]:
-        """Run one weightless module on each probe's input, with the weights that the view gives that probe."""
+    def apply(self, part: nn.Module, prefix: str, view: View, x: Tensor, *context) -> Tensor:
+        """Run one weightless module on x [P, B, T, D], each probe with the weights that the view gives it."""
         weights = {name: view.read(prefix + name) for name, _ in part.named_parameters()}
-        return [
-            functional_call(part, {name: w[p] for name, w in weights.items()}, (x, *context))
-            for p, x in enumerate(xs)
-        ]
+        return functional_call(part, weights, (x, *context))
 
     def generate(self, tokens: Tensor, max_new_tokens: int, mask: Tensor | None = None) -> Tensor:
         raise ValueError(f"{type(self).__name__} is a masked language model and does not generate")
@@ -508,11 +525,11 @@ class Llama(LanguageModel):
         angles = positions[..., None] * rope_frequencies(self.config.rope, self.config.head_dim, tokens.device)
         angles = torch.cat((angles, angles), -1)
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-        xs = list(self.words(view, tokens))
-        seen = causal(mask, T)
+        x = self.words(view, tokens)
+        seen = causal(mask, T).repeat(len(x), 1, 1, 1)
         for i in range(self.config.num_hidden_layers):
-            xs = self.apply(self.block, f"model.layers.{i}.", view, xs, cos, sin, seen, cache, i)
-        return torch.stack(self.apply(self.norm, "model.norm.", view, xs))
+            x = self.apply(self.block, f"model.layers.{i}.", view, x, cos, sin, seen, cache, i)
+        return self.apply(self.norm, "model.norm.", view, x)
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, max_new_tokens: int, mask: Tensor | None = None) -> Tensor:
@@ -569,11 +586,11 @@ class Roberta(LanguageModel):
         used, place = positions.unique(return_inverse=True)
         x = self.words(view, tokens) + view.rows("roberta.embeddings.position_embeddings.weight", used)[:, place]
         x = x + view.rows("roberta.embeddings.token_type_embeddings.weight", used[:1] * 0)[:, :, None]
-        xs = self.apply(self.embed, "roberta.embeddings.", view, list(x))
-        seen = (mask.bool() | ~mask.any(1, keepdim=True))[:, None, None]  # [B, 1, 1, T]
+        x = self.apply(self.embed, "roberta.embeddings.", view, x)
+        seen = (mask.bool() | ~mask.any(1, keepdim=True))[:, None, None].repeat(len(x), 1, 1, 1)  # [P * B, 1, 1, T]
         for i in range(self.config.num_hidden_layers):
-            xs = self.apply(self.block, f"roberta.encoder.layer.{i}.", view, xs, seen)
-        return torch.stack(self.apply(self.head, "lm_head.", view, xs))
+            x = self.apply(self.block, f"roberta.encoder.layer.{i}.", view, x, seen)
+        return self.apply(self.head, "lm_head.", view, x)
 
     def output_bias(self, view: View, words: Tensor | None) -> Tensor:
         bias = view.read(self.bias)  # [P, V]
