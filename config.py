@@ -86,12 +86,15 @@ DEFAULTS = {
 }  # fmt: skip
 TINY_DEFAULTS = {
     "mezo": dict(weights="fp32", steps=500, lr=3e-4, eval_every=25, batch_size=32),
-    "quzo": dict(steps=500, lr=6e-4, eval_every=25, batch_size=32),
+    "quzo": dict(steps=500, lr=6e-4, eps=1e-3, eval_every=25, batch_size=32),
     "fo": dict(steps=100, lr=1e-3, eval_every=25, batch_size=32),
     "fo-ste": dict(steps=100, lr=1e-3, eval_every=25, batch_size=32),
 }
 COARSE = ("int4", "fp8", "fp8-e5m2")  # on these grids a step in every weight drowns in its rounding (README)
-GRID_DEFAULTS = {"quzo on int4 and fp8": dict(direction_bits="grid", eps=1e-4)}  # the eps, on any weights
+# The finer the eps, the finer the grid acts, as long as the losses' difference is above its own noise: measured, on any
+# weights, in bf16 and in fp32; rounded activations are some ten times as loud (README).
+GRID_DEFAULTS = {"quzo on int4 and fp8": dict(direction_bits="grid", eps=2e-4)}
+NOISY_DEFAULTS = {"on the grid with rounded activations": dict(eps=1e-3)}
 
 FILE_DEFAULTS = {  # of tasks that are read from files: which few-shot split, or how MeZO draws from the full ones
     "k-shot files": dict(data_dir="datasets", data_seed=42),
@@ -123,16 +126,18 @@ def told_defaults(f: dataclasses.Field) -> str:
     if f.default is not None:
         return f" [{f.default}]"
     tiny = {case: f" ({table[name]})" for case, table in TINY_DEFAULTS.items() if name in table}
-    tables = DEFAULTS | GRID_DEFAULTS | FILE_DEFAULTS
+    tables = DEFAULTS | GRID_DEFAULTS | NOISY_DEFAULTS | FILE_DEFAULTS
     told = [f"{case} {table[name]}{tiny.get(case, '')}" for case, table in tables.items() if name in table]
     return f" [{', '.join(told)}]" if told else ""
 
 
 def resolve_defaults(c: Config) -> Config:
     """Fill what was not given.  Everything that the run depends on is then in the config; the rest stays None."""
-    table = DEFAULTS[c.method] | (TINY_DEFAULTS[c.method] if c.model == "tiny" else {})
+    table = dict(DEFAULTS[c.method])
     if c.method == "quzo" and (c.direction_bits or ("grid" if c.weights in COARSE else "4")) == "grid":
         table |= GRID_DEFAULTS["quzo on int4 and fp8"]
+        table |= NOISY_DEFAULTS["on the grid with rounded activations"] if c.activations != "none" else {}
+    table |= TINY_DEFAULTS[c.method] if c.model == "tiny" else {}
     table["task"] = c.task or ("tiny" if c.model == "tiny" else "sst2")
     if not get_task(table["task"]).embedded:
         table |= FILE_DEFAULTS["k-shot files" if c.k else "full files"]
@@ -174,6 +179,7 @@ def validate(c: Config) -> None:
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {c.device!r}")
     if c.device != "cpu" and not c.dry_run and int(c.device.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {c.device}: torch sees {torch.cuda.device_count()} CUDA devices here")
+
 
 ONLY = {  # flags that mean something for some methods only
     "zeroth order": ("direction_bits", "eps", "queries", "estimator", "probe", "rounding", "residual", "oracle"),

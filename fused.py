@@ -107,7 +107,7 @@ def _stochastic_round(x, words):
     whole = tl.floor(size)
     threshold = ((size - whole) * 2147483648.0).to(tl.int32)
     size = whole + ((words & 0x7FFFFFFF).to(tl.int32) < threshold).to(tl.float32)
-    return tl.where(x.to(tl.int32, bitcast=True) < 0, -size, size)  # the sign bit: -0 stays -0
+    return (size.to(tl.int32, bitcast=True) | x.to(tl.int32, bitcast=True) & -(2**31)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -273,7 +273,8 @@ def _pair_kernel(
     )  # fmt: skip
     if CODES:
         words = _bits32(group, per_row8, per_row4, step, tensor, query, PROBE_LANDING, k0, k1)
-        plus, minus = _land(code, unit, d, words, KIND, TOP) * unit, _land(code, unit, -d, words, KIND, TOP) * unit
+        plus = _land(code, unit, d, words, KIND, TOP) * unit
+        minus = _land(code, unit, d * -1.0, words, KIND, TOP) * unit  # Triton's -d is 0 - d: no -0
     else:
         plus, minus = code * unit + d, code * unit - d
     at = row * C + column
@@ -308,7 +309,8 @@ def _update_kernel(
         unit = unit * (1.0 / (1 << RESIDUAL))
     if KIND == "int8" or KIND == "int4":
         wanted = _stochastic_round(tl.div_rn(delta, unit), words) + old
-        new = tl.minimum(tl.maximum(wanted, -TOP), TOP)
+        bottom = -TOP - 1 if RESIDUAL else -TOP  # Integers.lowest
+        new = tl.minimum(tl.maximum(wanted, bottom), TOP)
         held = new != wanted
     else:
         new = _land(old, unit, delta, words, KIND, TOP)

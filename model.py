@@ -206,7 +206,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32; x [P, ..., D], weight [P, D]."""
+    """x / rms(x) * weight in float32; x [P, ..., D], weight [P, D]."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -214,13 +214,15 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return (F.rms_norm(x.float(), x.shape[-1:], None, self.eps) * along(self.weight, x)).to(x.dtype)
+        return F.rms_norm(x.float(), x.shape[-1:], None, self.eps) * along(self.weight, x)
 
 
 class LayerNorm(nn.LayerNorm):
+    """In float32, as RMSNorm."""
+
     def forward(self, x: Tensor) -> Tensor:
         normal = F.layer_norm(x.float(), x.shape[-1:], None, None, self.eps)
-        return torch.addcmul(along(self.bias, x), normal, along(self.weight, x)).to(x.dtype)
+        return torch.addcmul(along(self.bias, x), normal, along(self.weight, x))
 
 
 def along(vector: Tensor, x: Tensor) -> Tensor:
@@ -310,8 +312,11 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, x: Tensor, *context) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        """x, the residual stream, is float32 whatever the products are computed in: sums in bf16 put more noise into a
+        small probe's slope than all products together."""
+        dtype = self.mlp.gate_proj.weight.dtype
+        x = x + self.self_attn(self.input_layernorm(x).to(dtype), *context)
+        return x + self.mlp(self.post_attention_layernorm(x).to(dtype))
 
 
 class RobertaSelfAttention(nn.Module):
@@ -346,8 +351,10 @@ class RobertaBlock(nn.Module):
         self.output = RobertaOutput(c.intermediate_size, c)
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
-        x = self.attention["output"](self.attention["self"](x, seen), x)
-        return self.output(F.gelu(self.intermediate["dense"](x)), x)
+        """x is float32, as in LlamaBlock."""
+        dtype = self.output.dense.weight.dtype
+        x = self.attention["output"](self.attention["self"](x.to(dtype), seen), x)
+        return self.output(F.gelu(self.intermediate["dense"](x.to(dtype))), x)
 
 
 class RobertaEmbedding(nn.Module):
@@ -370,7 +377,7 @@ class RobertaHead(nn.Module):
         self.layer_norm = LayerNorm(c.hidden_size, c.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer_norm(F.gelu(self.dense(x)))
+        return self.layer_norm(F.gelu(self.dense(x.to(self.dense.weight.dtype))))
 
 
 # ---------------------------------------------------------------- whole models
@@ -383,7 +390,7 @@ class View(Protocol):
         """[P, *shape]; matrices in the compute dtype, vectors in float32."""
 
     def rows(self, name: str, index: Tensor) -> Tensor:
-        """Rows of a matrix: index [n] int64 -> [P, n, C] in the compute dtype."""
+        """Rows of a matrix: index [n] int64 -> [P, n, C] float32."""
 
 
 class StoredView:
@@ -398,7 +405,7 @@ class StoredView:
         return (weight if weight.ndim == 1 else weight.to(self.dtype))[None]
 
     def rows(self, name: str, index: Tensor) -> Tensor:
-        return self.store[name].read(index).to(self.dtype)[None]
+        return self.store[name].read(index).float()[None]
 
 
 class LanguageModel:
@@ -448,18 +455,17 @@ class LanguageModel:
         return self.score(self.hidden(tokens, mask, view), view)
 
     def hidden(self, tokens: Tensor, mask: Tensor | None, view: View) -> Tensor:
-        """The last hidden states, after the final norm or head transform: -> [P, B, T, D]."""
+        """The last hidden states, after the final norm or head transform: -> [P, B, T, D] float32."""
         raise NotImplementedError
 
     def score(self, hidden: Tensor, view: View, words: Tensor | None = None) -> Tensor:
         """Hidden states [P, ..., D] -> float32 logits [P, ..., V], or [P, ..., n] for n chosen words.
 
-        Chosen words read only their own rows of the output matrix.
+        Chosen words read only their own rows of the output matrix, in float32: they are few, and bf16 would round
+        logits near 10 to 1/16.
         """
         matrix = view.read(self.decoder) if words is None else view.rows(self.decoder, words)
-        flat = quantise_tokens(hidden.flatten(1, -2), self.activations)  # [P, N, D]
-        if words is not None:  # a few words cost nothing in float32, and bf16 would round logits near 10 to 1/16
-            flat, matrix = flat.float(), matrix.float()
+        flat = quantise_tokens(hidden.flatten(1, -2), self.activations).to(matrix.dtype)  # [P, N, D]
         logits = torch.bmm(flat, matrix.mT).float() + self.output_bias(view, words)
         return logits.view(*hidden.shape[:-1], -1)
 
@@ -467,7 +473,7 @@ class LanguageModel:
         return 0.0
 
     def words(self, view: View, tokens: Tensor) -> Tensor:
-        """Word embeddings: tokens [B, T] -> [P, B, T, D]."""
+        """Word embeddings: tokens [B, T] -> [P, B, T, D] float32."""
         used, place = tokens.unique(return_inverse=True)  # a row is drawn and dequantised once
         return view.rows(self.embedding, used)[:, place]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -178,9 +178,12 @@ class Integers:
     alike.  Scales never change after encoding, so a group's grid is the same throughout training.
 
     With a residual of b bits the store is finer by 2^b: fine = code * 2^b + residual, with the residual in
-    [-2^(b-1), 2^(b-1)) packed beside the code.  Steps land on the fine grid, a forward reads the code alone.
+    [-2^(b-1), 2^(b-1)) packed beside the code.  Steps land on the fine grid, a forward reads the code alone.  The
+    fine number stands for fine + 1/2 fine steps, so that none is halfway between two codes: sending halves to one
+    side would shift every read by 2^-(b+1) of a code.  The variance of landing a step d is d (s / 2^b - d) a weight.
     """
 
+    rounds: ClassVar[bool] = True
     codes: Tensor
     scale: Tensor
     columns: int
@@ -198,8 +201,7 @@ class Integers:
             scale = _positive(largest, 2 ** (bits - 1) - 1)
         stored = cls.empty(R, C, bits, residual_bits, scale)
         for rows in chunks:
-            fine = (matrix[rows].float() / stored.fine_step(rows)).round_()
-            stored.write(rows, fine.clamp_(-stored.limit, stored.limit))
+            stored.write(rows, _fine(matrix[rows].float() / stored.fine_step(rows), stored.limit, residual_bits))
         return stored
 
     @classmethod
@@ -219,10 +221,6 @@ class Integers:
         return self.codes.device
 
     @property
-    def rounds(self) -> bool:
-        return True
-
-    @property
     def top(self) -> int:
         """The largest code."""
         return 2 ** (self.bits - 1) - 1
@@ -231,6 +229,11 @@ class Integers:
     def limit(self) -> int:
         """The largest fine number whose code is top."""
         return self.top * 2**self.residual_bits + (2**self.residual_bits - 1) // 2
+
+    @property
+    def lowest(self) -> int:
+        """The smallest fine number whose code is -top."""
+        return -self.limit - (self.residual_bits > 0)
 
     def parts(self) -> dict[str, Tensor]:
         parts = {"": self.codes, ".scale": self.scale}
@@ -252,7 +255,7 @@ class Integers:
         code = fine
         if self.residual is not None:
             unit = 2**self.residual_bits
-            code = ((fine + unit // 2) / unit).floor_()  # the nearest code, ties up; exact, a power of two
+            code = ((fine + unit // 2) / unit).floor_()  # the nearest code; exact, a power of two
             self.residual[rows] = pack(fine - code * unit, self.residual_bits)
         self.codes[rows] = code.to(torch.int8) if self.bits == 8 else pack(code, self.bits)
 
@@ -277,10 +280,18 @@ class Integers:
         """fine += SR(delta / fine step), held inside the range (QuZO's Algorithm 1).  delta [r, C] float32."""
         old = self.fine(rows)
         wanted = stochastic_round(delta / self.fine_step(rows), words).add_(old)
-        new = wanted.clamp(-self.limit, self.limit)
+        new = wanted.clamp(self.lowest, self.limit)
         counts = torch.stack(((new != old).sum(), (new != wanted).sum()))
         self.write(rows, new)
         return counts
+
+
+def _fine(x: Tensor, limit: int, residual_bits: int) -> Tensor:
+    """Fine steps, float32 -> the number of the nearest fine point, as Integers counts them."""
+    if not residual_bits:
+        return x.round().clamp_(-limit, limit)
+    size = x.abs().floor_().clamp_(max=limit)
+    return torch.where(x < 0, -1 - size, size)  # points are at 1/2, 3/2, ... and -1/2, -3/2, ...
 
 
 def _largest(rows: Tensor, bits: int) -> Tensor:
@@ -290,15 +301,18 @@ def _largest(rows: Tensor, bits: int) -> Tensor:
     return torch.stack([group.abs().amax(1) for group in rows.split(GROUP, 1)], 1)
 
 
+SMALLEST = 2.0**-100  # of scales: 1e-30, far from where float32 loses bits, also for the fine steps and fp8's spacing
+
+
 def _positive(largest: Tensor, top: float) -> Tensor:
     """Scales that take the largest sizes to top.
 
     A group of zeros is exact under any scale.  It gets the largest scale of the matrix rather than 0, because a step
-    divides by it.  Sizes under 1e-43 also count as zero here.
+    divides by it.  So does a group whose scale would be under SMALLEST.
     """
     scale = largest / torch.full_like(largest, top)  # by a number, CUDA would multiply by a rounded reciprocal
-    scale = torch.where(scale > 0, scale, scale.amax())
-    return torch.where(scale > 0, scale, 1.0)
+    scale = torch.where(scale >= SMALLEST, scale, scale.amax())
+    return torch.where(scale >= SMALLEST, scale, 1.0)
 
 
 @dataclass
@@ -308,6 +322,7 @@ class Fp8:
     The grid is uneven: its spacing is a 16th to an 8th of the weight for e4m3, a 8th to a 4th for e5m2.
     """
 
+    rounds: ClassVar[bool] = True
     codes: Tensor
     scale: Tensor
     grid: Grid8
@@ -331,10 +346,6 @@ class Fp8:
     @property
     def device(self) -> torch.device:
         return self.codes.device
-
-    @property
-    def rounds(self) -> bool:
-        return True
 
     def parts(self) -> dict[str, Tensor]:
         return {"": self.codes, ".scale": self.scale}
@@ -374,10 +385,11 @@ class Fp8:
 class Oracle:
     """What Integers does, as fake quantisation in fp32: the reference to audit, with nothing packed.
 
-    The weight is an fp32 number that is always a multiple of its fine step, scale / 2^residual_bits.  Same codes as
-    Integers, bit for bit, after any number of steps (tests/test_oracle.py; `--oracle`).
+    The weight is an fp32 number: code * scale, or with a residual (fine + 1/2) * scale / 2^residual_bits.  Same codes
+    as Integers, bit for bit, after any number of steps (tests/test_oracle.py; `--oracle`).
     """
 
+    rounds: ClassVar[bool] = True
     value: Tensor  # [R, C] fp32
     scale: Tensor  # [R, C] fp32: each element's own
     bits: int
@@ -391,15 +403,16 @@ class Oracle:
         largest = torch.stack([columns.abs().amax(1) for columns in matrix.split(group, 1)], 1)
         groups = _positive(largest, 2 ** (bits - 1) - 1)
         oracle = cls(matrix, groups.repeat_interleave(group, 1)[:, : matrix.shape[1]], bits, residual_bits, groups)
-        fine = (matrix / oracle.fine_step()).round()
-        oracle.value = fine.clamp(-oracle.limit, oracle.limit) * oracle.fine_step()
+        oracle.value = oracle.weight(_fine(matrix / oracle.fine_step(), oracle.limit, residual_bits))
         return oracle
 
     @classmethod
     def of(cls, stored: Integers) -> Oracle:
         every = slice(None)
         scale = stored.spacing(every).expand(stored.shape)
-        return cls(stored.fine(every) * stored.fine_step(every), scale, stored.bits, stored.residual_bits, stored.scale)
+        oracle = cls(scale, scale, stored.bits, stored.residual_bits, stored.scale)
+        oracle.value = oracle.weight(stored.fine(every))
+        return oracle
 
     @property
     def shape(self) -> torch.Size:
@@ -410,21 +423,25 @@ class Oracle:
         return self.value.device
 
     @property
-    def rounds(self) -> bool:
-        return True
-
-    @property
     def limit(self) -> float:
         return (2 ** (self.bits - 1) - 1) * 2**self.residual_bits + (2**self.residual_bits - 1) // 2
+
+    @property
+    def half(self) -> float:
+        """How far a fine point is from the multiples of the fine step."""
+        return 0.5 if self.residual_bits else 0.0
+
+    def weight(self, fine: Tensor, rows: slice | Tensor = slice(None)) -> Tensor:
+        return (fine + self.half) * self.fine_step(rows)
 
     def fine_step(self, rows: slice | Tensor = slice(None)) -> Tensor:
         return self.scale[rows] / 2**self.residual_bits
 
     def fine(self, rows: slice | Tensor = slice(None)) -> Tensor:
-        return (self.value[rows] / self.fine_step(rows)).round()
+        return (self.value[rows] / self.fine_step(rows) - self.half).round()
 
     def code(self, rows: slice | Tensor) -> Tensor:
-        return (self.fine(rows) / 2**self.residual_bits + (0.5 if self.residual_bits else 0)).floor()
+        return (self.value[rows] / self.scale[rows]).round()
 
     def parts(self) -> dict[str, Tensor]:
         """As Integers would save them."""
@@ -446,8 +463,8 @@ class Oracle:
     def add_(self, rows: slice, delta: Tensor, words: Tensor | None) -> Tensor:
         old, step = self.fine(rows), self.fine_step(rows)
         wanted = old + stochastic_round(delta / step, words)
-        new = wanted.clamp(-self.limit, self.limit)
-        self.value[rows] = new * step
+        new = wanted.clamp(-self.limit - 2 * self.half, self.limit)
+        self.value[rows] = self.weight(new, rows)
         return torch.stack(((new != old).sum(), (new != wanted).sum()))
 
 
@@ -466,7 +483,7 @@ def quantise_tokens(x: Tensor, kind: str) -> Tensor:
         return x
     top = 127.0 if kind == "int8" else E4M3.top
     largest = x.detach().float().abs().amax(-1, keepdim=True)
-    scale = torch.where(largest > 0, largest, 1.0) / torch.full_like(largest, top)
+    scale = (largest / torch.full_like(largest, top)).clamp_(min=SMALLEST)  # of a token of zeros
     codes = x.detach().float() / scale
     codes = codes.round() if kind == "int8" else E4M3.round(codes, None).float()
     return straight_through(x, (codes * scale).to(x.dtype))
@@ -555,15 +572,15 @@ def from_parts(
     if len(shape) != 2 or weights in FLOATS:
         return Float(parts[""])
     codes, scale = parts[""], parts[".scale"]
-    if not (scale.isfinite() & (scale > 0)).all():
-        raise ValueError(".scale must hold finite numbers above 0")
+    if not (scale.isfinite() & (scale >= SMALLEST)).all():
+        raise ValueError(f".scale must hold finite numbers of at least {SMALLEST:.1g}")
     stored = Fp8(codes, scale, FP8[weights]) if weights in FP8 else Integers(
         codes, scale, shape[1], INTEGERS[weights], parts.get(".residual"), residual_bits
     )  # fmt: skip
     for rows in row_chunks(shape, codes.device):
-        numbers, limit = (stored.code(rows), stored.grid.top) if weights in FP8 else (stored.fine(rows), stored.limit)
-        if not (numbers.abs() <= limit).all():  # NaN fails too
-            raise ValueError(f" holds codes outside [-{limit}, {limit}]")
+        code, top = stored.code(rows).float(), stored.grid.top if weights in FP8 else stored.top
+        if not (code.abs() <= top).all():  # NaN fails too
+            raise ValueError(f" holds codes outside [-{top}, {top}]")
     return Oracle.of(stored) if oracle else stored
 
 

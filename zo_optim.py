@@ -89,6 +89,7 @@ def grid_step(key: Key, rows: Tensor, spacing: Tensor, columns: int, eps: float)
     |slope| / eps of one spacing at the few weights that it touches, and landing it has the variance
     (eps / s)^2 * s^2 p (1 - p) <= eps * lr * |slope| a weight, where a step in every weight has s * lr * |slope| *
     E|u|: the grid acts as if its spacing were eps, however coarse it is.  At p = 1 nothing is rounded at all.
+    How small eps may be: (s / eps)^2 has to stay well below d, and the losses' difference above their own rounding.
     """
     t = spacing.clamp(min=eps)
     ratio = torch.full_like(t, eps) / t  # a number over a tensor would be a product with a rounded reciprocal
@@ -168,8 +169,8 @@ class Pair:
         return pair.view(2, *stored.shape)
 
     def rows(self, name: str, index: Tensor) -> Tensor:
-        """index [n] int64 -> [2, n, C] in the compute dtype.  Draws those rows only."""
-        return self._both(name, index).to(self.dtype)
+        """index [n] int64 -> [2, n, C] float32.  Draws those rows only."""
+        return self._both(name, index)
 
     def _both(self, name: str, rows: slice | Tensor) -> Tensor:
         stored, key = self.store[name], Key(*self.place, tensor_id(name))

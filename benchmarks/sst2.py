@@ -2,11 +2,11 @@
 
     python benchmarks/sst2.py --model DIR --data-dir DIR --out runs/sst2 --jobs 15
 
-First every arm's learning rates are run with the tuning seed, and the one with the lowest dev loss is kept; then that
-rate is run with the reported seeds, which tuning never saw.  Each run is tested with the weights of its lowest dev
-loss.  Test never chooses anything.  Each run is `python train.py ...` in a process of its own, `jobs` of them at a
-time, spread over the machine's GPUs.  Finished runs are kept in OUT/results.jsonl and are not run again; --minutes
-stops starting new ones, so that a table can be made in several sittings.  Last line JSON.
+First every arm's choices (rates, and where it matters probe sizes) are run with the tuning seed, and the one with the
+lowest dev loss is kept; then that one is run with the reported seeds, which tuning never saw.  Each run is tested with
+the weights of its lowest dev loss.  Test never chooses anything.  Each run is `python train.py ...` in a process of
+its own, `jobs` of them at a time, spread over the machine's GPUs.  Finished runs are kept in OUT/results.jsonl and are
+not run again; --minutes stops starting new ones, so that a table can be made in several sittings.  Last line JSON.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Lock
 
 import torch
@@ -28,37 +29,48 @@ import torch
 TRAIN = Path(__file__).parent.parent / "train.py"
 COMMON = "--task sst2 --k 512 --data-seed 42 --batch-size 32 --lr-schedule linear"
 ZO = "--steps 2000 --eval-every 200"
-QUZO = f"{ZO} --method quzo --compute fp32"  # matrices are multiplied in fp32, so that formats alone differ
+QUZO = f"{ZO} --method quzo"
+FP32 = "--compute fp32"  # matrices are multiplied in fp32, so that formats alone differ
 FO = "--steps 600 --eval-every 60"
-FINE, COARSE, GRID = ("1e-5", "2e-5", "4e-5"), ("3e-7", "2e-6", "1e-5"), ("2e-5", "4e-5", "8e-5")
-ADAM = ("1e-5", "3e-5", "1e-4")
-FORMATS = {  # name: (flags, learning rates of directions in every weight)
-    "FP8": ("--weights fp8 --activations fp8", ("2e-6", "5e-6", "2e-5")),
-    "W8A8": ("--weights int8 --activations int8", FINE),
-    "W8": ("--weights int8", FINE),
-    "W4": ("--weights int4", COARSE),
-    "W4 + 4 bits": ("--weights int4 --residual 4", FINE),
-    "W4 + 8 bits": ("--weights int4 --residual 8", FINE),
+
+
+def rates(*lrs: str, eps: tuple[str, ...] = ()) -> list[str]:
+    """What an arm is tuned over."""
+    return [f"--lr {lr} --eps {e}" for e in eps for lr in lrs] if eps else [f"--lr {lr}" for lr in lrs]
+
+
+FINE, COARSE, GRID = rates("1e-5", "2e-5", "4e-5"), rates("3e-7", "2e-6", "1e-5"), rates("2e-5", "4e-5", "8e-5")
+# rounded activations put so much noise into a small probe's slope that the probe's size counts as well
+NOISY = rates("1e-5", "2e-5", eps=("1e-3", "2e-3"))
+ADAM = rates("1e-5", "3e-5", "1e-4")
+FORMATS = {  # name: (flags, rates of directions in every weight, rates of directions on the grid)
+    "FP8, activations too": ("--weights fp8 --activations fp8", rates("5e-6", "2e-5", eps=("1e-3", "2e-3")), NOISY),
+    "W8A8": ("--weights int8 --activations int8", NOISY, NOISY),
+    "W8": ("--weights int8", FINE, GRID),
+    "W4": ("--weights int4", COARSE, GRID),
+    "W4 + 4 bits": ("--weights int4 --residual 4", FINE, GRID),
 }
 WAYS = {
     "q-rge1": "--direction-bits 4 --eps 1e-3 --estimator q-rge1",
     "q-rge2": "--direction-bits 4 --eps 1e-3 --estimator q-rge2",
     "grid": "--direction-bits grid --eps 1e-4",
 }
-ARMS = {  # name: (flags, learning rates to choose from)
+ARMS = {  # name: (flags, what to choose from; of two flags the later one counts)
     "MeZO, fp32": (f"{ZO} --method mezo --weights fp32", FINE),
     "MeZO, bf16": (f"{ZO} --method mezo --weights bf16", FINE),
     **{
-        f"QuZO {name}, {way}": (f"{QUZO} {flags} {how}", GRID if way == "grid" else rates)
-        for (name, (flags, rates)), (way, how) in itertools.product(FORMATS.items(), WAYS.items())
+        f"QuZO {name}, {way}": (f"{QUZO} {FP32} {flags} {how}", grid if way == "grid" else dense)
+        for (name, (flags, dense, grid)), (way, how) in itertools.product(FORMATS.items(), WAYS.items())
     },
-    "QuZO W4A8, grid": (f"{QUZO} --weights int4 --activations int8 {WAYS['grid']}", GRID),
-    "QuZO W4, grid, codes": (f"{QUZO} --weights int4 {WAYS['grid']} --probe codes", GRID),
-    "QuZO W4, nearest": (f"{QUZO} --weights int4 {WAYS['q-rge2']} --rounding nearest", FINE),
-    "random, W8, grid": (f"{QUZO} --weights int8 {WAYS['grid']} --estimator random", GRID),
+    "QuZO FP8, grid": (f"{QUZO} {FP32} --weights fp8 {WAYS['grid']}", GRID),
+    "QuZO W4A8, grid": (f"{QUZO} {FP32} --weights int4 --activations int8 {WAYS['grid']}", NOISY),
+    "QuZO W4, grid, products in bf16": (f"{QUZO} --weights int4", GRID),
+    "QuZO W8, q-rge2, codes": (f"{QUZO} {FP32} --weights int8 {WAYS['q-rge2']} --probe codes", FINE),
+    "QuZO W4, q-rge2, nearest": (f"{QUZO} {FP32} --weights int4 {WAYS['q-rge2']} --rounding nearest", FINE),
+    "random, W8, grid": (f"{QUZO} {FP32} --weights int8 {WAYS['grid']} --estimator random", GRID),
     "fo, fp32": (f"{FO} --method fo --weights fp32", ADAM),
-    "fo-ste, W8A8": (f"{FO} --method fo-ste --compute fp32 --weights int8 --activations int8", ADAM),
-    "fo-ste, W4A8": (f"{FO} --method fo-ste --compute fp32 --weights int4 --activations int8", ADAM),
+    "fo-ste, W8A8": (f"{FO} --method fo-ste {FP32} --weights int8 --activations int8", ADAM),
+    "fo-ste, W4A8": (f"{FO} --method fo-ste {FP32} --weights int4 --activations int8", ADAM),
 }
 
 
@@ -71,76 +83,82 @@ class Runs:
         self.path = Path(args.out) / "results.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.done = {(r["arm"], r["lr"], r["seed"]): r for r in map(json.loads, lines)}
+        self.done = {(r["arm"], r["choice"], r["seed"]): r for r in map(json.loads, lines)}
+        self.slots = SimpleQueue()  # which GPU a run is on: as many on each
+        for job in range(args.jobs):
+            self.slots.put(job % max(1, torch.cuda.device_count()))
 
     def __call__(self, jobs: list[tuple[str, str, int]]) -> None:
         todo = [job for job in jobs if job not in self.done]
-        gpus = itertools.cycle(range(max(1, torch.cuda.device_count())))
+        todo.sort(key=lambda job: "--activations" not in ARMS[job[0]][0])  # the longest runs first
         with ThreadPoolExecutor(self.args.jobs) as pool:
-            list(pool.map(self._one, todo, gpus))
+            list(pool.map(self._one, todo))
 
-    def _one(self, job: tuple[str, str, int], gpu: int) -> None:
+    def _one(self, job: tuple[str, str, int]) -> None:
         if time.monotonic() > self.ends:
             return
+        gpu = self.slots.get()
         result = run(self.args, gpu, *job)
+        self.slots.put(gpu)
         with self.lock:
             self.done[job] = result
             with self.path.open("a") as file:
                 file.write(json.dumps(result) + "\n")
 
 
-def run(args: argparse.Namespace, gpu: int, arm: str, lr: str, seed: int) -> dict:
+def run(args: argparse.Namespace, gpu: int, arm: str, choice: str, seed: int) -> dict:
     """One training run -> its result; a run that diverged counts as chance.
 
     Any other failure raises: it must not pass for a measurement.
     """
-    out = Path(args.out) / f"{arm}-{lr}-{seed}-{time.time_ns()}".replace(" ", "").lower()
-    flags = f"{COMMON} {ARMS[arm][0]} --lr {lr} --seed {seed}".split()
+    out = Path(args.out) / f"{arm}-{choice}-{seed}-{time.time_ns()}".replace(" ", "").lower()
+    flags = f"{COMMON} {ARMS[arm][0]} {choice} --seed {seed}".split()
     paths = ["--model", args.model, "--data-dir", args.data_dir, "--out", str(out)]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)} if torch.cuda.device_count() > 1 else None
     done = subprocess.run([sys.executable, TRAIN, *flags, *paths], capture_output=True, text=True, env=env)
     if done.returncode and "the loss is not finite" not in done.stderr:
-        raise RuntimeError(f"{arm} lr {lr} seed {seed}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{arm} {choice} seed {seed}: {done.stderr[-2000:]}")
     result = {"dev": 0.5, "dev_loss": 0.6931, "test": 0.5, "seconds": 0.0, "best_step": 0}
     if done.returncode:
-        print(f"{arm} lr {lr} seed {seed}: {done.stderr.splitlines()[-1]}", file=sys.stderr, flush=True)
+        print(f"{arm} {choice} seed {seed}: {done.stderr.splitlines()[-1]}", file=sys.stderr, flush=True)
     else:
         result = json.loads(done.stdout)
     kept = ("dev", "dev_loss", "best_step", "test", "seconds", "zero_shot", "forwards", "peak_memory_bytes")
-    row = {"arm": arm, "lr": lr, "seed": seed} | {name: result.get(name) for name in kept}
+    row = {"arm": arm, "choice": choice, "seed": seed} | {name: result.get(name) for name in kept}
     # no test accuracy here: whoever watches must not tune by it
-    print(f"{arm} lr {lr} seed {seed}: dev loss {row['dev_loss']:.4f}", file=sys.stderr, flush=True)
+    print(f"{arm} {choice} seed {seed}: dev loss {row['dev_loss']:.4f}", file=sys.stderr, flush=True)
     return row
 
 
-def best_rate(runs: Runs, arm: str, seed: int) -> str | None:
-    """The tuning seed's rate of lowest dev loss, once all have run."""
-    rates = ARMS[arm][1]
-    if any((arm, lr, seed) not in runs.done for lr in rates):
+def best_choice(runs: Runs, arm: str, seed: int) -> str | None:
+    """The tuning seed's choice of lowest dev loss, once all have run."""
+    choices = ARMS[arm][1]
+    if any((arm, choice, seed) not in runs.done for choice in choices):
         return None
-    return min(rates, key=lambda lr: runs.done[arm, lr, seed]["dev_loss"])
+    return min(choices, key=lambda choice: runs.done[arm, choice, seed]["dev_loss"])
 
 
-def row(runs: Runs, arm: str, lr: str, seeds: list[int]) -> str:
-    found = [runs.done[arm, lr, seed] for seed in seeds if (arm, lr, seed) in runs.done]
+def row(runs: Runs, arm: str, choice: str, seeds: list[int]) -> str:
+    found = [runs.done[arm, choice, seed] for seed in seeds if (arm, choice, seed) in runs.done]
+    told = choice.replace("--lr ", "").replace("--eps", "eps")
     if not found:
-        return f"| {arm} | {lr} | | | |"
+        return f"| {arm} | {told} | | | |"
     tests = [100 * r["test"] for r in found]
     spread = f" ({statistics.stdev(tests):.1f})" if len(tests) > 1 else ""
     loss, dev = (statistics.mean(r[name] for r in found) for name in ("dev_loss", "dev"))
     each = ", ".join(f"{t:.1f}" for t in tests)
-    return f"| {arm} | {lr} | {loss:.4f}, {100 * dev:.1f} | {statistics.mean(tests):.1f}{spread} | {each} |"
+    return f"| {arm} | {told} | {loss:.4f}, {100 * dev:.1f} | {statistics.mean(tests):.1f}{spread} | {each} |"
 
 
 def main(args: argparse.Namespace) -> None:
     runs, arms = Runs(args), args.arms or list(ARMS)
-    runs([(arm, lr, args.tune_seed) for arm in arms for lr in ARMS[arm][1]])
-    rates = {arm: best_rate(runs, arm, args.tune_seed) for arm in arms}
-    runs([(arm, lr, seed) for seed in args.seeds for arm, lr in rates.items() if lr])
+    runs([(arm, choice, args.tune_seed) for arm in arms for choice in ARMS[arm][1]])
+    best = {arm: best_choice(runs, arm, args.tune_seed) for arm in arms}
+    runs([(arm, choice, seed) for seed in args.seeds for arm, choice in best.items() if choice])
     print("| method | lr | dev loss, accuracy | test: mean (std) | each seed |\n" + "|---" * 5 + "|")
-    for arm, lr in rates.items():
-        print(row(runs, arm, lr, args.seeds) if lr else f"| {arm} | not tuned yet | | | |")
-    print(json.dumps({"model": args.model, "rates": rates, "runs": list(runs.done.values())}))
+    for arm, choice in best.items():
+        print(row(runs, arm, choice, args.seeds) if choice else f"| {arm} | not tuned yet | | | |")
+    print(json.dumps({"model": args.model, "choices": best, "runs": list(runs.done.values())}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Directions: the table of normal numbers, and its rounding to a few bits, against exact sums and derived bounds.
+"""Directions: the table of normal numbers, its rounding to a few bits, and directions on the weights' own grid, against
+exact sums and derived bounds.
 
 Statistical bounds are 5 standard deviations, computed from the table itself.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import zo_optim
 from random_bits import Key, Use
-from zo_optim import CLIP, direction, normal, normal_table
+from zo_optim import CLIP, direction, grid_step, normal, normal_table
 
 TABLE = normal_table(torch.device("cpu")).to(torch.int64)
 KEY = Key(seed=11, step=5, query=2, tensor=0x12345678)
@@ -191,6 +192,92 @@ def test_the_two_roundings_share_u_and_nothing_else(bits):
     assert abs((a != b).double().mean() - share) < 5 * (share * (1 - share) / u.numel()).sqrt()
 
 
+# ---------------------------------------------------------------- directions on the weights' own grid
+
+EPS = 1e-3
+SPACINGS = [0.0, 1e-9, 9e-4, EPS, 1.1e-3, 4e-3, 0.05]
+every_spacing = pytest.mark.parametrize("spacing", SPACINGS)
+
+
+def size_and_chance(spacing: float) -> tuple[Fraction, Fraction]:
+    """t = max(s, eps) as float32 has it, and the exact chance (eps / t)^2 of a step."""
+    s, eps = (Fraction(torch.tensor(x).item()) for x in (spacing, EPS))
+    return max(s, eps), (eps / max(s, eps)) ** 2
+
+
+@every_spacing
+def test_a_grid_step_is_the_docstrings(spacing, monkeypatch):
+    """Which words step, and which way: the 31 lower bits below chance * 2^31, and the top one.
+
+    The chance has three roundings in float32, 2^-22 of itself at most, and a step of 1 in 2^31.  The variance of a
+    step, t^2 * chance, is then eps^2 to as much.
+    """
+    t, chance = size_and_chance(spacing)
+    edge = chance * 2**31
+    slack = edge / 2**22 + 1
+    words = torch.tensor([0, int(edge - slack), min(int(edge + slack) + 1, 2**31 - 1), 2**31 - 1])
+    monkeypatch.setattr(zo_optim, "bits32", lambda key, use, rows, columns: both)
+    beyond = float(t) if spacing <= EPS else 0.0
+    for sign in (1, -1):
+        both = (words if sign > 0 else words - 2**31).to(torch.int32)[None]
+        got = grid_step(KEY, torch.arange(1), torch.tensor([[spacing]]), 4, EPS)[0].tolist()
+        assert got == [sign * float(t), sign * float(t), sign * beyond, sign * beyond]
+
+
+def steps(spacing: Tensor) -> Tensor:
+    """[N, COLUMNS]: N draws of eps * u for 8 elements, over eps."""
+    return grid_step(KEY, torch.arange(N), spacing, COLUMNS, EPS).double() / EPS
+
+
+@every_spacing
+def test_grid_directions_are_fair_and_uncorrelated(spacing):
+    """P(+) = P(-) = chance / 2, and E[u u^T] = I, where E[u^4] = 1 / chance.
+
+    A mean of N numbers that are mostly 0 gets 3 / N times their size more, the standard deviation being that of rare
+    events.  EPS, t and u are rounded to float32.
+    """
+    t, chance = map(float, size_and_chance(spacing))
+    u = steps(torch.tensor([[spacing]]))
+    assert set(u.unique().tolist()) <= {-t / EPS, 0.0, t / EPS}
+    for sign in (1, -1):
+        share, n = (u * sign > 0).double().mean(), u.numel()
+        assert abs(share - chance / 2) < 5 * (chance / 2 * (1 - chance / 2) / n) ** 0.5 + 3 / n
+    product, one = u.T @ u / N, torch.eye(COLUMNS)
+    std = torch.where(one.bool(), 1 / chance - 1, 1.0).div(N).sqrt()
+    assert ((product - one).abs() < 5 * std + 3 / chance / N + 2**-21).all()
+    assert abs(product.diagonal().mean() - 1) < 5 * ((1 / chance - 1) / N / COLUMNS) ** 0.5 + 3 / chance / N + 2**-21
+
+
+def test_each_weight_has_its_own_size_and_chance():
+    """A spacing for each element, as fp8 and int4 have it, or one for each row."""
+    spacing = torch.tensor([0.0, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 8e-3, 0.01])
+    u = steps(spacing.expand(N, COLUMNS))
+    t = spacing.clamp(min=EPS).double() / EPS
+    assert (u.abs().amax(0) - t).abs().max() < 1e-6
+    assert ((u.square().mean(0) - 1).abs() < 5 * ((t**2 - 1) / N).sqrt() + 3 * t**2 / N + 2**-21).all()
+    rows = torch.linspace(0, 0.01, N)[:, None]
+    assert torch.equal(grid_step(KEY, torch.arange(N), rows, 8, EPS),
+                       grid_step(KEY, torch.arange(N), rows.expand(N, 8), 8, EPS))  # fmt: skip
+
+
+@pytest.mark.parametrize("spacing", [0.0, 1e-9, 9.99e-4, EPS])
+def test_a_grid_finer_than_eps_gives_a_coin(spacing):
+    """Every element is exactly eps or -eps, so the two-point slope is along signs alone."""
+    step = grid_step(KEY, torch.arange(50), torch.tensor([[spacing]]), 33, EPS)
+    assert torch.equal(step.abs(), torch.full((50, 33), EPS))
+
+
+@pytest.mark.parametrize("spacing", [0.0, 4e-3])
+def test_an_estimates_size_is_the_docstrings(spacing):
+    """E|(g . u) u|^2 = (d - 1 + E[u^4]) |g|^2.  The standard deviation is the sample's own."""
+    _, chance = map(float, size_and_chance(spacing))
+    u = steps(torch.tensor([[spacing]]))
+    g = torch.linspace(-1, 2, COLUMNS).double()
+    size = (u @ g).square() * u.square().sum(1)
+    want = (COLUMNS - 1 + 1 / chance) * g.square().sum()
+    assert abs(size.mean() - want) < 5 * size.std() / N**0.5
+
+
 # ---------------------------------------------------------------- keys
 
 
@@ -201,10 +288,19 @@ def test_any_rows_in_any_order_are_the_same_rows(bits, columns, rows):
     assert torch.equal(direction(KEY, torch.tensor(rows), columns, bits, u1), whole[rows])
 
 
+@given(columns=st.integers(1, 20), rows=st.lists(st.integers(0, 29), min_size=1, max_size=30))
+def test_any_rows_of_a_grid_direction_are_the_same_rows(columns, rows):
+    spacing = torch.linspace(0, 3e-3, 30)[:, None]
+    whole = grid_step(KEY, torch.arange(30), spacing, columns, EPS)
+    assert torch.equal(grid_step(KEY, torch.tensor(rows), spacing[rows], columns, EPS), whole[rows])
+
+
 @pytest.mark.parametrize("other", [KEY._replace(seed=12), KEY._replace(step=6), KEY._replace(query=3),
                                    KEY._replace(tensor=1)])  # fmt: skip
 def test_another_key_is_another_direction(other):
-    """Uncorrelated with this one: a product of independent standard normals has variance 1."""
+    """Uncorrelated with this one: a product of independent standard normals, or coins, has variance 1."""
     rows = torch.arange(1000)
     a, b = (direction(key, rows, 64, None, u1).double() for key in (KEY, other))
+    assert abs((a * b).mean()) < 5 / a.numel() ** 0.5
+    a, b = (grid_step(key, rows, torch.zeros(1, 1), 64, 1.0).double() for key in (KEY, other))
     assert abs((a * b).mean()) < 5 / a.numel() ** 0.5

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor
 
-from quant import encode
+from quant import Stored, encode
 from random_bits import Key, Use, bits16, bits32, random_words, tensor_id
-from zo_optim import ZO, Pair, direction, update
+from zo_optim import ZO, Pair, direction, estimate, grid_step, update
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -27,51 +28,112 @@ def test_draws_are_the_same_integers(columns):
     for bits in (None, 2, 4, 8):
         cpu, gpu = (direction(KEY, r, columns, bits, Use.PROBE_ROUNDING) for r in (rows, rows.cuda()))
         assert torch.equal(cpu, gpu.cpu())
+    spacing = torch.rand(3, columns, generator=torch.Generator().manual_seed(0)) * 4e-3
+    cpu, gpu = (grid_step(KEY, s.new_tensor([5, 0, 300], dtype=torch.int64), s, columns, 1e-3)
+                for s in (spacing, spacing.cuda()))  # fmt: skip
+    assert torch.equal(cpu, gpu.cpu())
 
 
-FORMATS = [("int8", 4), ("int8", None), ("bf16", None), ("fp32", None), ("fp32", 8)]
+FORMATS = [("fp32", 0), ("bf16", 0), *((f"int{bits}", residual) for bits in (8, 4) for residual in (0, 4, 8)),
+           ("fp8", 0), ("fp8-e5m2", 0)]  # fmt: skip
+WAYS = {
+    "full": ZO(eps=0.02, queries=2),
+    "4 bits, one rounding": ZO(eps=0.02, queries=3, bits=4, estimator="q-rge1"),
+    "8 bits, codes": ZO(eps=0.01, queries=2, bits=8, probe="codes"),
+    "grid": ZO(eps=1e-3, queries=2, grid=True),
+    "grid, codes": ZO(eps=5e-3, queries=1, grid=True, probe="codes", estimator="q-rge1"),
+}
+SHAPES = [(65, 131), (3, 1003), (300,), (1, 4), (7, 12), (9, 1), (5, 260)]  # 260: two int4 groups and a short one
+every_format = pytest.mark.parametrize("weights, residual", FORMATS)
+every_way = pytest.mark.parametrize("zo", WAYS.values(), ids=WAYS)
 
 
-def matrices(shape=(65, 131)):
+def matrices(shape=(65, 131)) -> list[Tensor]:
+    """For the CPU, for the definition on the GPU, and for the kernels."""
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.05
-    return matrix, matrix.cuda()
+    matrix.view(-1)[:3] = torch.tensor([0.0, 1e-9, -1e-9])[: matrix.numel()]
+    return [matrix, matrix.cuda(), matrix.cuda().clone()]
 
 
-@pytest.mark.parametrize(("weights", "bits"), FORMATS)
-@pytest.mark.parametrize("shape", [(65, 131), (3, 1003), (300,), (1, 4), (7, 12)])
-def test_fifty_updates_land_on_the_same_bits(weights, bits, shape):
-    """CPU, the same definition on the GPU, and the fused kernel: equal bits and equal counts, floats included."""
-    cpu, gpu = matrices(shape)
-    stores = [{"w": encode(m, weights)} for m in (cpu, gpu, gpu.clone())]
-    zo = ZO(queries=2, bits=bits)
-    for step in range(50):
-        counts = [
-            update(store, [3.0, -7.5], seed=2**40 + 1, step=step, zo=zo, lr=1e-5 * step, plain=plain)
-            for store, plain in zip(stores, (True, True, False), strict=True)
+def bits_of(stored: Stored) -> list[Tensor]:
+    """Every stored bit, as bytes on the CPU: torch compares no fp8 on a GPU, and would take -0 for 0."""
+    return [part.contiguous().view(torch.uint8).cpu() for part in stored.parts().values()]
+
+
+def same(a: Stored, b: Stored) -> bool:
+    return all(torch.equal(*parts) for parts in zip(bits_of(a), bits_of(b), strict=True))
+
+
+@every_format
+def test_encoding_is_the_same_on_both(weights, residual):
+    for shape in SHAPES:
+        cpu, gpu, _ = (encode(matrix, weights, residual) for matrix in matrices(shape))
+        assert same(cpu, gpu)
+
+
+@every_way
+@every_format
+def test_fifty_updates_land_on_the_same_bits(weights, residual, zo):
+    """CPU, the same definition on the GPU, and the fused kernel: equal bits and equal counts, floats included.
+
+    The steps grow until most codes are at the ends of the range.
+    """
+    for shape in SHAPES:
+        stores = [{"w": encode(m, weights, residual)} for m in matrices(shape)]
+        slopes = [3.0, -7.5, 0.1][: zo.queries]
+        for step in range(50 if shape == SHAPES[0] else 8):
+            counts = [
+                update(store, slopes, seed=2**40 + 1, step=step, zo=zo, lr=1e-5 * 1.2**step, plain=plain)
+                for store, plain in zip(stores, (True, True, False), strict=True)
+            ]
+            assert counts[0].tolist() == counts[1].tolist() == counts[2].tolist()
+        assert same(stores[0]["w"], stores[1]["w"])
+        assert same(stores[0]["w"], stores[2]["w"])
+
+
+@every_format
+def test_steps_to_nearest_and_the_oracle_have_no_kernel(weights, residual):
+    """They take the definition's way on a GPU too."""
+    stores = [{"w": encode(m, weights, residual)} for m in matrices()[:2]]
+    if weights in ("int8", "int4"):
+        stores.append({"w": encode(matrices()[1], weights, residual, oracle=True)})
+    for nearest in (True, False):
+        zo = ZO(bits=4, nearest=nearest)
+        pairs = [Pair(store, 5, 6, 7, zo, torch.float32).read("w").cpu() for store in stores]
+        counts = [update(store, [2.0], seed=1, step=2, zo=zo, lr=0.01).tolist() for store in stores]
+        for store, pair, count in zip(stores[1:], pairs[1:], counts[1:], strict=True):
+            assert torch.equal(pairs[0], pair) and counts[0] == count and same(stores[0]["w"], store["w"])
+
+
+@every_way
+@every_format
+def test_fused_pair_equals_plain_pair(weights, residual, zo):
+    for shape, dtype in zip(SHAPES, (torch.float32, torch.bfloat16) * 4, strict=False):
+        pairs = [
+            Pair({"w": encode(m, weights, residual)}, 5, 6, 7, zo, dtype, plain).read("w").cpu()
+            for m, plain in zip(matrices(shape), (True, True, False), strict=True)
         ]
-        assert counts[0].tolist() == counts[1].tolist() == counts[2].tolist()
-    for parts in zip(*(store["w"].parts().values() for store in stores), strict=True):
-        assert torch.equal(parts[0], parts[1].cpu())
-        assert torch.equal(parts[0], parts[2].cpu())
+        assert torch.equal(pairs[0], pairs[1])
+        assert torch.equal(pairs[0], pairs[2])
 
 
-@pytest.mark.parametrize(("weights", "bits"), FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_pair_equals_plain_pair(weights, bits, dtype):
-    cpu, gpu = matrices()
-    pairs = [
-        Pair({"w": encode(m, weights)}, 5, 6, 7, ZO(eps=1e-3, bits=bits), dtype, plain).read("w").cpu()
-        for m, plain in ((cpu, True), (gpu, True), (gpu, False))
-    ]
-    assert torch.equal(pairs[0], pairs[1])
-    assert torch.equal(pairs[0], pairs[2])
+@every_way
+@every_format
+def test_rows_are_rows_of_read(weights, residual, zo, dtype):
+    """The embedding's way, which draws a few rows by the definition, beside the kernel's."""
+    pair = Pair({"w": encode(matrices()[1], weights, residual)}, 5, 6, 7, zo, dtype)
+    index = torch.tensor([64, 3, 3, 0]).cuda()
+    assert torch.equal(pair.rows("w", index).to(dtype), pair.read("w")[:, index])
 
 
-def test_lr_zero_changes_no_bit():
-    for weights, bits in FORMATS:
-        store = {"w": encode(matrices()[1], weights)}
-        before = [part.clone() for part in store["w"].parts().values()]
-        for step in range(200):
-            counts = update(store, [1e3], seed=0, step=step, zo=ZO(bits=bits), lr=0.0)
-            assert counts.tolist() == [0, 0]
-        assert all(torch.equal(a, b) for a, b in zip(before, store["w"].parts().values(), strict=True))
+@every_way
+@every_format
+def test_lr_zero_changes_no_bit(weights, residual, zo):
+    store = {"w": encode(matrices((12, 131))[1], weights, residual)}
+    before = bits_of(store["w"])
+    for step in range(200):
+        queries = estimate(store, lambda view: view.read("w").float().sum((1, 2)), 0, step, zo, torch.float32)
+        counts = update(store, [query.slope or 1e3 for query in queries], seed=0, step=step, zo=zo, lr=0.0)
+        assert counts.tolist() == [0, 0]
+    assert all(torch.equal(a, b) for a, b in zip(before, bits_of(store["w"]), strict=True))

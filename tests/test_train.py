@@ -62,12 +62,14 @@ def test_a_run_folder_redoes_the_run_without_a_forward(quick, tmp_path, flags):
 
 
 @pytest.mark.parametrize("flags, told", [
-    ("--weights int8", ("4", 1e-3)), ("--weights int4", ("grid", 1e-4)), ("--weights fp8", ("grid", 1e-4)),
-    ("--weights int8 --direction-bits grid", ("grid", 1e-4)), ("--weights int4 --direction-bits 3", ("3", 1e-3)),
-    ("--weights int4 --eps 0.5", ("grid", 0.5)), ("--method mezo", ("full", 1e-3)), ("--method fo", (None, None)),
+    ("--weights int8", ("4", 1e-3)), ("--weights int4", ("grid", 2e-4)), ("--weights fp8", ("grid", 2e-4)),
+    ("--weights int8 --direction-bits grid", ("grid", 2e-4)), ("--weights int4 --direction-bits 3", ("3", 1e-3)),
+    ("--weights int4 --eps 0.5", ("grid", 0.5)), ("--weights int4 --activations int8", ("grid", 1e-3)),
+    ("--weights int8 --activations int8", ("4", 1e-3)), ("--method mezo", ("full", 1e-3)),
+    ("--method fo", (None, None)),
 ])  # fmt: skip
 def test_direction_and_eps_go_by_weights(flags, told):
-    c = train.parse(flags.split())
+    c = train.parse(["--model", "roberta-base", *flags.split()])
     assert (c.direction_bits, c.eps) == told
 
 

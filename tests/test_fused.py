@@ -1,0 +1,153 @@
+"""The fused kernels against the plain definitions, on a CPU through Triton's interpreter: equal bits, equal counts.
+
+tests/test_gpu.py demands the same of the compiled kernels.  The interpreter is chosen when Triton is imported, so the
+tests run in a process of their own.  It cuts float32 to bfloat16 where a GPU rounds: pairs are compared in float32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import random_bits
+from quant import Fp8, Integers, Stored, encode
+from random_bits import Key, Use, random_words, tensor_id
+from zo_optim import ZO, Pair, normal_table, update
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+inside = pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs these")
+
+if INTERPRETED:
+    import fused
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of casts whose results are not selected
+
+SEED = 2**63 + 2**40 + 1  # both halves have their top bit, or bits of their own
+TABLE = normal_table(torch.device("cpu"))
+FORMATS = [("fp32", 0), ("bf16", 0), ("int8", 0), ("int8", 4), ("int8", 8), ("int4", 0), ("int4", 1), ("int4", 2),
+           ("int4", 4), ("int4", 8), ("fp8", 0), ("fp8-e5m2", 0)]  # fmt: skip
+CASES = [  # every direction, estimator, probe; widths that are odd, of several groups, and of less than a byte
+    ((9, 131), ZO(bits=4, queries=2, eps=0.02)),
+    ((8, 130), ZO(grid=True, estimator="q-rge1", probe="codes", eps=1e-3)),
+    ((3, 260), ZO(grid=True, queries=3, eps=5e-3)),
+    ((150, 7), ZO(bits=None, estimator="q-rge1", probe="codes", eps=0.02)),
+    ((4, 1), ZO(bits=2, estimator="q-rge1", eps=0.3)),
+]
+# the first two with every format, the others in turn, for the time they take
+RUNS = [(*form, *CASES[i]) for f, form in enumerate(FORMATS) for i in (0, 1, 2 + f % 3)]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-1000:]
+
+
+def stores(shape: tuple[int, ...], weights: str, residual: int) -> list[dict[str, Stored]]:
+    """Two equal ones.  Signed zeros, tiny numbers and the ends of the range are among the weights."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.05
+    x.view(-1)[: min(4, x.numel() - 1)] = torch.tensor([-0.0, 1e-9, -1e-9, 0.3])[: min(4, x.numel() - 1)]
+    return [{"w": encode(x, weights, residual)} for _ in range(2)]
+
+
+def fused_update(store: dict[str, Stored], slopes: list[float], step: int, zo: ZO, lr: float) -> Tensor:
+    """zo_optim.update, as it calls the kernel on a GPU."""
+    coefficients = [-lr * slope / len(slopes) / (zo.eps if zo.grid else 1) for slope in slopes]
+    counts = torch.zeros(2, dtype=torch.int64)
+    fused.update_(store["w"], Key(SEED, step, 0, tensor_id("w")), torch.tensor(coefficients), zo, TABLE, counts)
+    return counts
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, signs of zeros too."""
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@inside
+@pytest.mark.parametrize("weights, residual, shape, zo", RUNS)
+def test_matrices(weights, residual, shape, zo):
+    """An update, a pair, and an update so large that most weights go to the ends of the range."""
+    plain, quick = stores(shape, weights, residual)
+    total = torch.zeros(2, dtype=torch.int64)
+    for step, lr in enumerate((0.02, 3.0)):
+        slopes = [0.7, -1.3, 2.0][: zo.queries]
+        counts = update(plain, slopes, SEED, step, zo, lr)
+        assert fused_update(quick, slopes, step, zo, lr).tolist() == counts.tolist()
+        total += counts
+        for a, b in zip(plain["w"].parts().values(), quick["w"].parts().values(), strict=True):
+            assert same(a, b)
+        if step == 0:
+            want = Pair(plain, SEED, step, 5, zo, torch.float32).read("w")
+            got = fused.read_pair(quick["w"], Key(SEED, step, 5, tensor_id("w")), zo, TABLE, torch.float32)
+            assert torch.equal(got, want)
+    assert total[0] > 0 and (total[1] > 0) == (weights not in ("fp32", "bf16"))
+
+
+@inside
+@pytest.mark.parametrize("weights", ["fp8", "fp8-e5m2"])
+def test_minus_zero(weights):
+    """By the bits of the codes, which are what is hashed.  Weights of a thousandth of the smallest fp8 number."""
+    x = torch.full((8, 40), -1e-12)
+    x[:, 0] = 1.0
+    plain, quick = ({"w": encode(x, weights)} for _ in range(2))
+    update(plain, [1.0], SEED, 0, ZO(bits=4), 1e-12)
+    fused_update(quick, [1.0], 0, ZO(bits=4), 1e-12)
+    assert torch.equal(*(store["w"].codes.view(torch.uint8) for store in (plain, quick)))
+
+
+@inside
+@pytest.mark.parametrize("zo", [ZO(bits=4), ZO(grid=True, probe="codes", queries=2)], ids=["4 bits", "grid"])
+def test_vectors(zo):
+    plain, quick = stores((1003,), "bf16", 0)
+    want = Pair(plain, SEED, 7, 5, zo, torch.bfloat16).read("w")
+    got = fused.read_pair(quick["w"], Key(SEED, 7, 5, tensor_id("w")), zo, TABLE, torch.float32)
+    assert torch.equal(got.view(2, 1003), want)
+    counts = update(plain, [0.5] * zo.queries, SEED, 7, zo, 0.01)
+    assert fused_update(quick, [0.5] * zo.queries, 7, zo, 0.01).tolist() == counts.tolist()
+    assert same(plain["w"].value, quick["w"].value)
+
+
+@inside
+@pytest.mark.parametrize("weights", ["fp8", "fp8-e5m2"])
+def test_fp8_bytes_are_taken_apart_by_hand(weights):
+    """All finite bytes: read as a pair with a probe of next to nothing, and stored again by a step of nothing."""
+    kind = encode(torch.ones(1, 1), weights).grid
+    byte = torch.arange(256, dtype=torch.uint8)
+    code = byte[byte.view(kind.dtype).float().abs() <= kind.top].view(1, -1)
+    plain, quick = ({"w": Fp8(code.clone().view(kind.dtype), torch.full((1, 1), 0.5), kind)} for _ in range(2))
+    zo, key = ZO(bits=4, eps=1e-30), Key(SEED, 0, 0, tensor_id("w"))
+    read = fused.read_pair(quick["w"], key, zo, TABLE, torch.float32)
+    assert torch.equal(read, Pair(plain, SEED, 0, 0, zo, torch.float32).read("w"))
+    assert ((read[0] - code.view(kind.dtype).float() * 0.5).abs() < 1e-20).all()
+    assert fused_update(quick, [1.0], 0, zo, 1e-30).tolist()[0] == 0
+    number = code.view(kind.dtype).float() != 0
+    assert torch.equal(quick["w"].codes.view(torch.uint8)[number], code[number])
+
+
+@inside
+def test_packed_codes_keep_their_padding_at_zero():
+    """What a last byte has left stays 0, whatever lies beside it in the next row."""
+    stored = Integers.encode(torch.randn(9, 131, generator=torch.Generator().manual_seed(0)), 4, 1)
+    fused_update({"w": stored}, [3.0], 0, ZO(bits=4), 0.5)
+    assert not (stored.codes[:, -1] >> 4).any() and not (stored.residual[:, -1] >> 3).any()
+
+
+@inside
+def test_words():
+    """random_bits has a kernel of its own."""
+    blocks = torch.tensor([0, 1, 511, 512, 2**31 - 1, 2**31, 2**32 - 1])
+    key = Key(SEED, 2**31 + 7, 3, 2**31 + 5)
+    counter, seed = (key.step, key.tensor, key.query << 4 | Use.COIN), (key.seed & 0xFFFFFFFF, key.seed >> 32)
+    assert torch.equal(random_bits._random_words_triton(counter, seed, blocks), random_words(key, Use.COIN, blocks))
