@@ -2,11 +2,12 @@
 
     python benchmarks/sst2.py --model DIR --data-dir DIR --out runs/sst2 --jobs 15
 
-First every arm's choices (rates, and where it matters probe sizes) are run with the tuning seed, and the one with the
-lowest dev loss is kept; then that one is run with the reported seeds, which tuning never saw.  Each run is tested with
-the weights of its lowest dev loss.  Test never chooses anything.  Each run is `python train.py ...` in a process of
-its own, `jobs` of them at a time, spread over the machine's GPUs.  Finished runs are kept in OUT/results.jsonl and are
-not run again; --minutes stops starting new ones, so that a table can be made in several sittings.  Last line JSON.
+First every arm's choices (rates, and where it matters probe sizes) are run with the first tuning seed; those within
+0.01 of the lowest dev loss are run with the other tuning seeds too, and the lowest mean is kept.  Then that choice is
+run with the reported seeds, which tuning never saw.  Each run is tested with the weights of its lowest dev loss.  Test
+never chooses anything.  Each run is `python train.py ...` in a process of its own, `jobs` of them at a time, spread
+over the machine's GPUs.  Finished runs are kept in OUT/results.jsonl and are not run again; --minutes stops starting
+new ones, so that a table can be made in several sittings.  Last line JSON.
 """
 
 from __future__ import annotations
@@ -41,11 +42,12 @@ def rates(*lrs: str, eps: tuple[str, ...] = ()) -> list[str]:
 
 FINE, COARSE, GRID = rates("1e-5", "2e-5", "4e-5"), rates("3e-7", "2e-6", "1e-5"), rates("2e-5", "4e-5", "8e-5")
 # rounded activations put so much noise into a small probe's slope that the probe's size counts as well
-NOISY = rates("1e-5", "2e-5", eps=("1e-3", "2e-3"))
+NOISY, NOISY_GRID = rates("2e-5", "4e-5", eps=("1e-3", "2e-3")), rates("2e-5", "4e-5", eps=("5e-4", "1e-3"))
+NOISY_COARSE = rates("5e-6", "2e-5", eps=("1e-3", "2e-3"))
 ADAM = rates("1e-5", "3e-5", "1e-4")
 FORMATS = {  # name: (flags, rates of directions in every weight, rates of directions on the grid)
-    "FP8, activations too": ("--weights fp8 --activations fp8", rates("5e-6", "2e-5", eps=("1e-3", "2e-3")), NOISY),
-    "W8A8": ("--weights int8 --activations int8", NOISY, NOISY),
+    "FP8": ("--weights fp8 --activations fp8", NOISY_COARSE, NOISY_GRID),
+    "W8A8": ("--weights int8 --activations int8", NOISY, NOISY_GRID),
     "W8": ("--weights int8", FINE, GRID),
     "W4": ("--weights int4", COARSE, GRID),
     "W4 + 4 bits": ("--weights int4 --residual 4", FINE, GRID),
@@ -62,8 +64,8 @@ ARMS = {  # name: (flags, what to choose from; of two flags the later one counts
         f"QuZO {name}, {way}": (f"{QUZO} {FP32} {flags} {how}", grid if way == "grid" else dense)
         for (name, (flags, dense, grid)), (way, how) in itertools.product(FORMATS.items(), WAYS.items())
     },
-    "QuZO FP8, grid": (f"{QUZO} {FP32} --weights fp8 {WAYS['grid']}", GRID),
-    "QuZO W4A8, grid": (f"{QUZO} {FP32} --weights int4 --activations int8 {WAYS['grid']}", NOISY),
+    "QuZO FP8 weights only, grid": (f"{QUZO} {FP32} --weights fp8 {WAYS['grid']}", GRID),
+    "QuZO W4A8, grid": (f"{QUZO} {FP32} --weights int4 --activations int8 {WAYS['grid']}", NOISY_GRID),
     "QuZO W4, grid, products in bf16": (f"{QUZO} --weights int4", GRID),
     "QuZO W8, q-rge2, codes": (f"{QUZO} {FP32} --weights int8 {WAYS['q-rge2']} --probe codes", FINE),
     "QuZO W4, q-rge2, nearest": (f"{QUZO} {FP32} --weights int4 {WAYS['q-rge2']} --rounding nearest", FINE),
@@ -98,8 +100,10 @@ class Runs:
         if time.monotonic() > self.ends:
             return
         gpu = self.slots.get()
-        result = run(self.args, gpu, *job)
-        self.slots.put(gpu)
+        try:
+            result = run(self.args, gpu, *job)
+        finally:
+            self.slots.put(gpu)
         with self.lock:
             self.done[job] = result
             with self.path.open("a") as file:
@@ -114,7 +118,8 @@ def run(args: argparse.Namespace, gpu: int, arm: str, choice: str, seed: int) ->
     out = Path(args.out) / f"{arm}-{choice}-{seed}-{time.time_ns()}".replace(" ", "").lower()
     flags = f"{COMMON} {ARMS[arm][0]} {choice} --seed {seed}".split()
     paths = ["--model", args.model, "--data-dir", args.data_dir, "--out", str(out)]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)} if torch.cuda.device_count() > 1 else None
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
+    env |= {"CUDA_VISIBLE_DEVICES": str(gpu)} if torch.cuda.device_count() > 1 else {}
     done = subprocess.run([sys.executable, TRAIN, *flags, *paths], capture_output=True, text=True, env=env)
     if done.returncode and "the loss is not finite" not in done.stderr:
         raise RuntimeError(f"{arm} {choice} seed {seed}: {done.stderr[-2000:]}")
@@ -130,12 +135,34 @@ def run(args: argparse.Namespace, gpu: int, arm: str, choice: str, seed: int) ->
     return row
 
 
-def best_choice(runs: Runs, arm: str, seed: int) -> str | None:
-    """The tuning seed's choice of lowest dev loss, once all have run."""
-    choices = ARMS[arm][1]
-    if any((arm, choice, seed) not in runs.done for choice in choices):
+TIE = 0.01  # of dev loss: about what another seed changes
+
+
+def tune(runs: Runs, arms: list[str], seeds: list[int]) -> dict[str, str | None]:
+    """The choice of each arm; None where time was up."""
+    first, *others = seeds
+    runs([(arm, choice, first) for arm in arms for choice in ARMS[arm][1]])
+    close = {arm: contenders(runs, arm, first) for arm in arms}
+    runs([(arm, choice, seed) for arm in arms if len(close[arm]) > 1 for choice in close[arm] for seed in others])
+    return {arm: winner(runs, arm, choices, seeds) for arm, choices in close.items()}
+
+
+def contenders(runs: Runs, arm: str, seed: int) -> list[str]:
+    """The choices that tie at the first seed."""
+    losses = {c: runs.done[arm, c, seed]["dev_loss"] for c in ARMS[arm][1] if (arm, c, seed) in runs.done}
+    if len(losses) < len(ARMS[arm][1]):
+        return []
+    return [choice for choice, loss in losses.items() if loss <= min(losses.values()) + TIE]
+
+
+def winner(runs: Runs, arm: str, close: list[str], seeds: list[int]) -> str | None:
+    """The lowest mean dev loss over all tuning seeds."""
+    if len(close) == 1:
+        return close[0]
+    if any((arm, choice, seed) not in runs.done for choice in close for seed in seeds):
         return None
-    return min(choices, key=lambda choice: runs.done[arm, choice, seed]["dev_loss"])
+    mean = {c: statistics.mean(runs.done[arm, c, seed]["dev_loss"] for seed in seeds) for c in close}
+    return min(mean, key=mean.get, default=None)
 
 
 def row(runs: Runs, arm: str, choice: str, seeds: list[int]) -> str:
@@ -152,8 +179,7 @@ def row(runs: Runs, arm: str, choice: str, seeds: list[int]) -> str:
 
 def main(args: argparse.Namespace) -> None:
     runs, arms = Runs(args), args.arms or list(ARMS)
-    runs([(arm, choice, args.tune_seed) for arm in arms for choice in ARMS[arm][1]])
-    best = {arm: best_choice(runs, arm, args.tune_seed) for arm in arms}
+    best = tune(runs, arms, args.tune_seeds)
     runs([(arm, choice, seed) for seed in args.seeds for arm, choice in best.items() if choice])
     print("| method | lr | dev loss, accuracy | test: mean (std) | each seed |\n" + "|---" * 5 + "|")
     for arm, choice in best.items():
@@ -167,7 +193,7 @@ if __name__ == "__main__":
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--out", default="runs/sst2")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--tune-seed", type=int, default=0)
+    parser.add_argument("--tune-seeds", type=int, nargs="+", default=[0, 10, 11])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="all of them where not given")
     parser.add_argument("--minutes", type=float, default=1e6, help="start no run after this long")
