@@ -260,7 +260,8 @@ VARYING = ["R", "C", "eps", "step", "tensor", "query", "k0", "k1"]  # never comp
 @triton.jit(do_not_specialize=VARYING)
 def _pair_kernel(
     pair, value, scale, table, R, C, eps, step, tensor, query, k0, k1,
-    KIND: tl.constexpr, TOP: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, TOP: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr, PLUS: tl.constexpr,
+    MINUS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, column, live = _place(R, C, BLOCK, 1)
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -278,8 +279,11 @@ def _pair_kernel(
     else:
         plus, minus = code * unit + d, code * unit - d
     at = row * C + column
-    tl.store(pair + at, plus.to(pair.dtype.element_ty), mask=live)
-    tl.store(pair + R.to(tl.int64) * C + at, minus.to(pair.dtype.element_ty), mask=live)
+    if PLUS:
+        tl.store(pair + at, plus.to(pair.dtype.element_ty), mask=live)
+        at += R.to(tl.int64) * C
+    if MINUS:
+        tl.store(pair + at, minus.to(pair.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -347,14 +351,17 @@ def _programs(R: int, C: int) -> tuple[int]:
     return (triton.cdiv(R * triton.cdiv(C, 8), BLOCK),)
 
 
-def read_pair(stored: Stored, key: Key, zo: ZO, table: Tensor, dtype: torch.dtype) -> Tensor:
-    """[2, R, C] in dtype: w + eps u1 and w - eps u1.  The definition is zo_optim.Pair.read."""
+def read_pair(
+    stored: Stored, key: Key, zo: ZO, table: Tensor, dtype: torch.dtype, signs: tuple[int, ...] = (1, -1)
+) -> Tensor:
+    """[P, R, C] in dtype: w + eps u1 and w - eps u1, or one of them.  The definition is zo_optim.Pair.read."""
     value, scale, R, C, words = _arguments(stored, key)
     kind, top = _kind(stored)
-    pair = torch.empty(2, R, C, dtype=dtype, device=value.device)
+    pair = torch.empty(len(signs), R, C, dtype=dtype, device=value.device)
     _pair_kernel[_programs(R, C)](
         pair, value, scale, table, R, C, zo.eps, *words,
-        KIND=kind, TOP=top, LEVELS=zo.levels, CODES=zo.probe == "codes", BLOCK=BLOCK, **EXACT,
+        KIND=kind, TOP=top, LEVELS=zo.levels, CODES=zo.probe == "codes", PLUS=1 in signs, MINUS=-1 in signs,
+        BLOCK=BLOCK, **EXACT,
     )  # fmt: skip
     return pair
 

@@ -18,7 +18,7 @@ import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from torch.func import functional_call
 from checkpoint import COMPANIONS, check_names, find_tensors, read_tensors, write_directory
 from quant import FLOATS, Stored, check_format, encode, from_parts, quantise_tokens, stored_parts
 from random_bits import tensor_id
+
+if TYPE_CHECKING:  # what may be put around a model; this file only hands it the view
+    from tensor_train import Adapters
 
 # ---------------------------------------------------------------- configs: config.json and nothing else
 
@@ -189,7 +192,7 @@ def read_config(directory: str | Path) -> tuple[LlamaConfig | RobertaConfig, dic
 
 
 class Linear(nn.Linear):
-    """x [P, ..., D] times each probe's own weight [P, O, D] -> [P, ..., O], in one product of all probes.
+    """x [P, ..., D] times each probe's own weight [P, O, D], or a shared one [1, O, D], -> [P, ..., O] in one product.
 
     The bias [P, O] stays float32 in its store and takes the activation's dtype here.
     """
@@ -198,7 +201,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = quantise_tokens(x.flatten(1, -2), self.activations)  # [P, N, D]
-        if self.bias is None:
+        if len(self.weight) < len(flat):  # a frozen weight, which all probes share: one large product
+            y = F.linear(flat, self.weight[0], None if self.bias is None else self.bias[0].to(x.dtype))
+        elif self.bias is None:
             y = torch.bmm(flat, self.weight.mT)
         else:
             y = torch.baddbmm(self.bias.to(x.dtype)[:, None], flat, self.weight.mT)
@@ -384,10 +389,12 @@ class RobertaHead(nn.Module):
 
 
 class View(Protocol):
-    """A way of reading the weights.  The leading axis P has one entry for each probe."""
+    """A way of reading the weights.  The leading axis P has one entry for each probe, or 1 where a tensor is frozen."""
+
+    probes: int  # P
 
     def read(self, name: str) -> Tensor:
-        """[P, *shape]; matrices in the compute dtype, vectors in float32."""
+        """[P, *shape]; matrices in the compute dtype, all else in float32."""
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         """Rows of a matrix: index [n] int64 -> [P, n, C] float32."""
@@ -396,13 +403,15 @@ class View(Protocol):
 class StoredView:
     """The weights as they are stored: P = 1."""
 
+    probes = 1
+
     def __init__(self, store: dict[str, Stored], dtype: torch.dtype):
         self.store, self.dtype = store, dtype
 
     def read(self, name: str) -> Tensor:
         stored = self.store[name]
         weight = stored.read().view(stored.shape)
-        return (weight if weight.ndim == 1 else weight.to(self.dtype))[None]
+        return (weight.to(self.dtype) if weight.ndim == 2 else weight)[None]
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         return self.store[name].read(index).float()[None]
@@ -415,6 +424,7 @@ class LanguageModel:
     no more: `hidden` runs the blocks, `score` turns chosen hidden states into logits, `logits` does all of it.
     """
 
+    layers: str  # what the names of a block's tensors begin with, before its number
     embedding: str  # name of the word embedding
     decoder: str  # name of the output matrix, which is the embedding where they are tied
 
@@ -424,6 +434,7 @@ class LanguageModel:
         self.config, self.raw_config, self.store, self.dtype = config, raw_config, store, dtype
         self.weights, self.residual = weights, residual
         self.activations = "none"
+        self.adapters: Adapters | None = None  # tensor_train.attach
         self.other_files: list[Path] = []  # tokenizer and such, copied along by `save`
 
     def round_activations(self, kind: str) -> None:
@@ -466,7 +477,7 @@ class LanguageModel:
         """
         matrix = view.read(self.decoder) if words is None else view.rows(self.decoder, words)
         flat = quantise_tokens(hidden.flatten(1, -2), self.activations).to(matrix.dtype)  # [P, N, D]
-        logits = torch.bmm(flat, matrix.mT).float() + self.output_bias(view, words)
+        logits = (flat @ matrix.mT).float() + self.output_bias(view, words)
         return logits.view(*hidden.shape[:-1], -1)
 
     def output_bias(self, view: View, words: Tensor | None) -> Tensor | float:
@@ -475,7 +486,7 @@ class LanguageModel:
     def words(self, view: View, tokens: Tensor) -> Tensor:
         """Word embeddings: tokens [B, T] -> [P, B, T, D] float32."""
         used, place = tokens.unique(return_inverse=True)  # a row is drawn and dequantised once
-        return view.rows(self.embedding, used)[:, place]
+        return view.rows(self.embedding, used)[:, place].expand(view.probes, -1, -1, -1)
 
     def apply(self, part: nn.Module, prefix: str, view: View, x: Tensor, *context) -> Tensor:
         """Run one weightless module on x [P, B, T, D], each probe with the weights that the view gives it."""
@@ -486,7 +497,12 @@ class LanguageModel:
         raise ValueError(f"{type(self).__name__} is a masked language model and does not generate")
 
     def save(self, directory: str | Path) -> None:
-        """Write a directory that transformers.from_pretrained loads; codes as the fp32 that they stand for."""
+        """Write a directory that transformers.from_pretrained loads; codes as the fp32 that they stand for.
+
+        Raises ValueError where adapters have not been merged.
+        """
+        if self.adapters is not None:
+            raise ValueError("a plain checkpoint has no adapters: merge them first, or save them alone")
         tensors = ((name, stored.read().view(stored.shape)) for name, stored in self.store.items())
         write_directory(Path(directory), self._config_to_save(), self.other_files, tensors)
 
@@ -513,6 +529,7 @@ class LanguageModel:
 
 
 class Llama(LanguageModel):
+    layers = "model.layers."
     embedding = "model.embed_tokens.weight"
 
     def __init__(self, config: LlamaConfig, *rest):
@@ -526,6 +543,7 @@ class Llama(LanguageModel):
     def hidden(self, tokens: Tensor, mask: Tensor | None, view: View, cache: KVCache | None = None) -> Tensor:
         """mask covers cached and new tokens, [B, S]."""
         mask = torch.ones_like(tokens) if mask is None else mask
+        view = view if self.adapters is None else self.adapters.view(view)
         T = tokens.shape[1]
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -T:]
         angles = positions[..., None] * rope_frequencies(self.config.rope, self.config.head_dim, tokens.device)
@@ -572,6 +590,7 @@ def causal(mask: Tensor, T: int) -> Tensor:
 
 
 class Roberta(LanguageModel):
+    layers = "roberta.encoder.layer."
     embedding = "roberta.embeddings.word_embeddings.weight"
 
     def __init__(self, config: RobertaConfig, *rest):
@@ -586,6 +605,7 @@ class Roberta(LanguageModel):
 
     def hidden(self, tokens: Tensor, mask: Tensor | None, view: View) -> Tensor:
         mask = torch.ones_like(tokens) if mask is None else mask
+        view = view if self.adapters is None else self.adapters.view(view)
         positions = mask.cumsum(1) * mask + self.config.pad_token_id  # the first real token is at padding index + 1
         if positions.max() >= self.config.max_position_embeddings:
             raise ValueError(f"{tokens.shape[1]} tokens exceed {self.config.max_position_embeddings} positions")

@@ -586,7 +586,7 @@ def from_parts(
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
     """(R, C) of a matrix; a vector is one row."""
-    return (1, shape[0]) if len(shape) == 1 else tuple(shape)
+    return tuple(shape) if len(shape) == 2 else (1, math.prod(shape))
 
 
 def row_chunks(shape: torch.Size, device: torch.device) -> Iterator[slice]:

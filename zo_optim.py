@@ -13,16 +13,20 @@ Shape key: P probes, R rows, C columns, r some of the rows, n queries.  Imports 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, reduce
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quant import Oracle, Stored, matrix_shape, row_chunks
 from random_bits import Key, Use, bits16, bits32, random_words, tensor_id
+
+if TYPE_CHECKING:
+    from model import StoredView
 
 try:  # Triton comes with CUDA builds of torch
     import fused
@@ -146,40 +150,64 @@ def has_kernels(stored: Stored) -> bool:
 
 
 class Pair:
-    """The view of the two probes W + eps d and W - eps d, made from one draw.  Writes nothing."""
+    """The view of one query's probes W + eps d and W - eps d, made from one draw.  Writes nothing."""
 
     def __init__(
-        self, store: Store, seed: int, step: int, query: int, zo: ZO, dtype: torch.dtype, plain: bool = False
-    ):
-        """plain: the definition in torch, also where a fused kernel could stand in for it."""
-        self.store, self.zo, self.dtype, self.plain = store, zo, dtype, plain
-        self.place = (seed, step, query)
+        self, store: Store, seed: int, step: int, query: int, zo: ZO, dtype: torch.dtype, plain: bool = False,
+        signs: tuple[int, ...] = (1, -1),
+    ):  # fmt: skip
+        """plain: the definition in torch, also where a fused kernel could stand in for it.
+        signs: which of the two, to hold no more than is asked for."""
+        self.store, self.zo, self.dtype, self.plain, self.signs = store, zo, dtype, plain, signs
+        self.place, self.probes = (seed, step, query), len(signs)
 
     def read(self, name: str) -> Tensor:
-        """[2, *shape]; matrices in the compute dtype, vectors in float32."""
+        """[P, *shape]; matrices in the compute dtype, all else in float32."""
         stored = self.store[name]
         dtype = self.dtype if len(stored.shape) == 2 else torch.float32
         if has_kernels(stored) and not self.plain:
             key = Key(*self.place, tensor_id(name))
-            pair = fused.read_pair(stored, key, self.zo, normal_table(stored.device), dtype)
-            return pair.view(2, *stored.shape)
-        pair = torch.empty(2, *matrix_shape(stored.shape), dtype=dtype, device=stored.device)
+            pair = fused.read_pair(stored, key, self.zo, normal_table(stored.device), dtype, self.signs)
+            return pair.view(-1, *stored.shape)
+        pair = torch.empty(self.probes, *matrix_shape(stored.shape), dtype=dtype, device=stored.device)
         for rows in row_chunks(stored.shape, stored.device):
-            pair[:, rows] = self._both(name, rows)
-        return pair.view(2, *stored.shape)
+            pair[:, rows] = self._signed(name, rows)
+        return pair.view(-1, *stored.shape)
 
     def rows(self, name: str, index: Tensor) -> Tensor:
-        """index [n] int64 -> [2, n, C] float32.  Draws those rows only."""
-        return self._both(name, index)
+        """index [n] int64 -> [P, n, C] float32.  Draws those rows only."""
+        return self._signed(name, index)
 
-    def _both(self, name: str, rows: slice | Tensor) -> Tensor:
+    def _signed(self, name: str, rows: slice | Tensor) -> Tensor:
         stored, key = self.store[name], Key(*self.place, tensor_id(name))
         d = self.zo.along(self.zo.eps, stored, key, rows, Use.PROBE_ROUNDING)
         if self.zo.probe == "float":
             weight = stored.read(rows)
-            return torch.stack((weight + d, weight - d))
+            return torch.stack([weight + d if sign > 0 else weight - d for sign in self.signs])
         words = words_for(stored, key, Use.PROBE_LANDING, rows)  # the same for both: integers then move symmetrically
-        return torch.stack((stored.land(rows, d, words), stored.land(rows, -d, words)))
+        return torch.stack([stored.land(rows, d if sign > 0 else -d, words) for sign in self.signs])
+
+
+class Probes:
+    """The view of several queries' probes at once; tensors that are not trained are read once for all, [1, *shape]."""
+
+    def __init__(self, pairs: list[Pair], frozen: StoredView):
+        self.pairs, self.frozen = pairs, frozen
+        self.probes = sum(pair.probes for pair in pairs)
+
+    def read(self, name: str) -> Tensor:
+        if name not in self.pairs[0].store:
+            return self.frozen.read(name)
+        return _joined([pair.read(name) for pair in self.pairs])
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        if name not in self.pairs[0].store:
+            return self.frozen.rows(name, index)
+        return _joined([pair.rows(name, index) for pair in self.pairs])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def words_for(stored: Stored, key: Key, use: Use, rows: slice | Tensor) -> Tensor | None:
@@ -202,18 +230,33 @@ class Query:
     slope: float
 
 
-LossFn = Callable[[Pair], Tensor]  # a view of P = 2 probes -> [2] losses
+LossFn = Callable[[Probes], Tensor]  # a view of P probes -> [P] losses
 
 
 @torch.no_grad()
-def estimate(store: Store, loss_fn: LossFn, seed: int, step: int, zo: ZO, dtype: torch.dtype) -> list[Query]:
-    """The n queries of one step, all at the same weights.  Reads the store and never writes it."""
+def estimate(
+    store: Store, loss_fn: LossFn, seed: int, step: int, zo: ZO, dtype: torch.dtype, frozen: StoredView | None = None,
+    at_once: int = 2,
+) -> list[Query]:
+    """The n queries of one step, all at the same weights.  Reads the store and never writes it.
+
+    store: what is trained; frozen: a view of everything else.  at_once: how many of the 2n probes a forward takes, to
+    bound its memory; the losses change by rounding only.
+    """
+    losses = []
+    for probes in chunks([(q, sign) for q in range(zo.queries) for sign in (1, -1)], at_once):
+        signs = {q: tuple(sign for p, sign in probes if p == q) for q, _ in probes}
+        pairs = [Pair(store, seed, step, q, zo, dtype, signs=both) for q, both in signs.items()]
+        losses += loss_fn(Probes(pairs, frozen)).tolist()
     queries = []
-    for q in range(zo.queries):
-        plus, minus = loss_fn(Pair(store, seed, step, q, zo, dtype)).tolist()
+    for q, (plus, minus) in enumerate(chunks(losses, 2)):
         slope = (plus - minus) / (2 * zo.eps)
         queries.append(Query(plus, minus, slope * coin(seed, step, q) if zo.estimator == "random" else slope))
     return queries
+
+
+def chunks(items: list, size: int) -> Iterator[list]:
+    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 def coin(seed: int, step: int, query: int) -> int:

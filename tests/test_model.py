@@ -164,6 +164,7 @@ class Probes:
 
     def __init__(self, *lms):
         self.views = [lm.stored_view() for lm in lms]
+        self.probes = len(lms)
 
     def read(self, name):
         return torch.cat([view.read(name) for view in self.views])

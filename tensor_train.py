@@ -1,0 +1,449 @@
+"""Tensor-train layers, and the adapters that LoRETTA, AdaZeta and LoRA put around a frozen model.
+
+A matrix W [I, O] is read as a d-way tensor k_1 x ... x k_d with k_1 ... k_d = I O and kept as a chain of small cores
+(LoRETTA, NAACL 2024, section 3; Oseledets, 2011):
+
+    W[i_1 ... i_d] = G_1[:, i_1, :] G_2[:, i_2, :] ... G_d[:, i_d, :],    G_j [r_{j-1}, k_j, r_j],    r_0 = r_d = 1
+
+Every module here takes weights with a leading axis of probes, as those of model.py do, so that the 2Q small adapters
+of a step run beside one large batch of the frozen model.  Adapters compute in float32 whatever the model computes in.
+
+Shape key: P probes, N tokens, I in, O out, k factors, r ranks, d cores.  Imports checkpoint, quant,
+random_bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from checkpoint import check_names, find_tensors, read_tensors, write_directory
+from quant import Float, Stored
+from random_bits import tensor_id
+
+if TYPE_CHECKING:
+    from model import LanguageModel, View
+
+# ---------------------------------------------------------------- factorisations
+
+MOST = 16  # of a factor, where the number has one so small
+TABLE = {  # (I, O): the factors that the papers' code uses, where their product is I O; (O, I) is the reverse
+    (768, 64): (8, 8, 12, 8, 8), (1024, 64): (4, 8, 8, 8, 8, 4), (4096, 64): (16, 16, 16, 4, 4, 4),
+    (5120, 64): (5, 8, 8, 16, 8, 8), (8192, 64): (4, 16, 16, 16, 8, 4),
+    (768, 8): (8, 8, 12, 8), (1024, 8): (4, 8, 8, 8, 4), (4096, 8): (16, 16, 8, 4, 4), (5120, 8): (8, 8, 10, 8, 8),
+    (8192, 8): (4, 16, 16, 16, 4), (4096, 16): (16, 16, 16, 4, 4),
+}  # fmt: skip
+
+
+def factors_of(inputs: int, outputs: int) -> tuple[int, ...]:
+    """k_1 ... k_d for a matrix [I, O]: the papers' where they have one, else balanced ones of I, then of O."""
+    if (inputs, outputs) in TABLE:
+        return TABLE[inputs, outputs]
+    if (outputs, inputs) in TABLE:
+        return TABLE[outputs, inputs][::-1]
+    return balanced(inputs) + balanced(outputs)[::-1]
+
+
+def balanced(n: int) -> tuple[int, ...]:
+    """Ascending factors of n: as few as keep each at most 16, then as equal as can be.  A larger prime stays whole.
+
+    512 -> 8 8 8, 768 -> 8 8 12, 3584 -> 14 16 16, 50 -> 5 10.
+    """
+    primes = _primes(n)
+    small = math.prod(p for p in primes if p <= MOST)
+    for count in range(1, len(primes) + 1):
+        found = [f for f in _splits(small, count, 2) if f[-1] <= MOST]
+        if found:
+            return tuple(sorted([*min(found, key=lambda f: (f[-1] - f[0], f)), *(p for p in primes if p > MOST)]))
+    return tuple(sorted(p for p in primes if p > MOST)) or (1,)
+
+
+def _primes(n: int) -> list[int]:
+    found, p = [], 2
+    while p * p <= n:
+        while n % p == 0:
+            found.append(p)
+            n //= p
+        p += 1
+    return found + [n] * (n > 1)
+
+
+def _splits(n: int, count: int, least: int) -> Iterable[tuple[int, ...]]:
+    """All ascending factorisations of n into `count` factors of at least `least`."""
+    if count == 1:
+        if n >= least:
+            yield (n,)
+        return
+    for first in range(least, min(MOST, round(n ** (1 / count))) + 1):
+        if n % first == 0:
+            yield from ((first, *rest) for rest in _splits(n // first, count - 1, first))
+
+
+# ---------------------------------------------------------------- the algebra of cores
+
+
+def chain(cores: list[Tensor]) -> Tensor:
+    """Neighbouring cores [P, r, k, s] multiplied together: -> [P, r_first, k ... k, s_last]."""
+    P, first = cores[0].shape[:2]
+    whole = cores[0]
+    for core in cores[1:]:
+        _, r, k, s = core.shape
+        whole = torch.bmm(whole.reshape(P, -1, r), core.reshape(P, r, k * s)).view(P, first, -1, s)
+    return whole
+
+
+def to_dense(cores: list[Tensor], inputs: int) -> Tensor:
+    """All cores [P, r, k, s] -> W [P, I, O]."""
+    return chain(cores).reshape(len(cores[0]), inputs, -1)
+
+
+def from_dense(
+    matrix: Tensor, factors: tuple[int, ...], rank: int | None = None, tolerance: float = 0.0
+) -> list[Tensor]:
+    """TT-SVD (Oseledets 2011, algorithm 1): W [I, O] -> cores [r, k, s] float64, by one SVD a bond.
+
+    Each bond keeps at most `rank` directions, and drops what is below tolerance / sqrt(d - 1) of the norm, so that
+    without a rank |W - result| <= tolerance |W| (Frobenius).  With neither it is exact to rounding.
+    Raises ValueError where the factors do not multiply to I O.
+    """
+    if math.prod(factors) != matrix.numel():
+        raise ValueError(f"factors {factors} multiply to {math.prod(factors)}, not to {tuple(matrix.shape)}")
+    rest, cores, r = matrix.double(), [], 1
+    allowed = tolerance * rest.norm() / math.sqrt(max(1, len(factors) - 1))
+    for k in factors[:-1]:
+        U, S, V = torch.linalg.svd(rest.reshape(r * k, -1), full_matrices=False)
+        dropped = S.flip(0).square().cumsum(0).sqrt().flip(0)  # the norm of S[i:]
+        keep = max(1, int((dropped > allowed).sum()) if tolerance else len(S))
+        keep = min(keep, rank or keep)
+        cores.append(U[:, :keep].reshape(r, k, keep))
+        rest, r = S[:keep, None] * V[:keep], keep
+    return [*cores, rest.reshape(r, factors[-1], 1)]
+
+
+def product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x [P, N, I] times each probe's matrix [P, I, O], or one that all probes share, [1, I, O]: -> [P, N, O]."""
+    return x @ matrix[0] if len(matrix) == 1 else torch.bmm(x, matrix)
+
+
+class TensorTrain(nn.Module):
+    """y = x W + b with W in cores.  Parameters cores.0 ... cores.{d-1} [r, k, s], and bias [O] if there is one.
+
+    AdaZeta's fast forward: where some factors multiply to I, the cores up to there make Left [I, r], the others
+    Right [r, O], and y = (x Left) Right: r (I + O) products a token instead of I O.  Where none do, W is built.
+    """
+
+    def __init__(self, inputs: int, outputs: int, rank: int | list[int], bias: bool, factors: tuple[int, ...] = ()):
+        super().__init__()
+        self.inputs, self.outputs = inputs, outputs
+        self.factors = factors or factors_of(inputs, outputs)
+        if math.prod(self.factors) != inputs * outputs:
+            raise ValueError(f"factors {self.factors} do not multiply to {inputs} x {outputs}")
+        d = len(self.factors)
+        ranks = [1, *([rank] * (d - 1) if isinstance(rank, int) else rank), 1]
+        if len(ranks) != d + 1 or min(ranks) < 1:
+            raise ValueError(f"{d} factors need {d - 1} ranks of at least 1, got {rank}")
+        self.cores = nn.ParameterList(
+            torch.empty(r, k, s) for r, k, s in zip(ranks, self.factors, ranks[1:], strict=False)
+        )
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        products = list(accumulate(self.factors, int.__mul__))
+        self.split = products.index(inputs) + 1 if inputs in products[:-1] else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [P, N, I] -> [P, N, O]."""
+        cores = list(self.cores)
+        if self.split is None:
+            y = product(x, to_dense(cores, self.inputs))
+        else:
+            left = chain(cores[: self.split])[:, 0]  # [P, I, r]
+            right = chain(cores[self.split :])[..., 0]  # [P, r, O]
+            y = product(product(x, left), right)
+        return y if self.bias is None else y + self.bias[:, None]
+
+
+# ---------------------------------------------------------------- adapters
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is put around a model.
+
+    kind adp: LoRETTA_adp, AdaZeta: h <- h + up(relu(down(h))) with tensor-train down and up, biases too.
+    kind rep: LoRETTA_rep: W0 x + alpha / bottleneck * (up(down(x)) - what that was at the start).
+    kind lora: W0 x + alpha / rank * B A x, which is a tensor train of two cores.
+    """
+
+    kind: str
+    placement: str  # mlp, sublayers; qv
+    bottleneck: int  # not of lora
+    rank: int
+    alpha: float = 16.0  # not of adp
+    norms: bool = False  # train the model's own norms too
+    identity: bool = True  # start as the model without adapters; else as the released code does
+
+
+TARGETS = {  # model type, placement: which linear layers of a block, and what the adapter changes there
+    ("llama", "mlp"): {"mlp.gate_proj": "input", "mlp.up_proj": "input", "mlp.down_proj": "output"},
+    ("llama", "sublayers"): {"self_attn.o_proj": "output", "mlp.down_proj": "output"},
+    ("llama", "qv"): {"self_attn.q_proj": "beside", "self_attn.v_proj": "beside"},
+    ("roberta", "mlp"): {"intermediate.dense": "input", "output.dense": "output"},
+    ("roberta", "sublayers"): {"attention.output.dense": "output", "output.dense": "output"},
+    ("roberta", "qv"): {"attention.self.query": "beside", "attention.self.value": "beside"},
+}
+
+
+class Bottleneck(nn.Module):
+    """LoRETTA_adp: h + up(relu(down(h))), h [P, ..., D]."""
+
+    def __init__(self, width: int, spec: Spec):
+        super().__init__()
+        self.down = TensorTrain(width, spec.bottleneck, spec.rank, bias=True)
+        self.up = TensorTrain(spec.bottleneck, width, spec.rank, bias=True)
+
+    def forward(self, h: Tensor) -> Tensor:
+        flat = h.flatten(1, -2).float()
+        y = flat + self.up(F.relu(self.down(flat)))
+        return y.to(h.dtype).view(len(y), *h.shape[1:])
+
+
+class Branch(nn.Module):
+    """LoRETTA_rep and LoRA: what is added to a linear layer's output, [P, ..., I] -> [P, ..., O]."""
+
+    def __init__(self, inputs: int, outputs: int, spec: Spec):
+        super().__init__()
+        self.kind = spec.kind
+        if spec.kind == "lora":
+            self.scale = spec.alpha / spec.rank
+            self.low = TensorTrain(inputs, outputs, spec.rank, bias=False, factors=(inputs, outputs))
+            return
+        self.scale = spec.alpha / spec.bottleneck
+        parts = {"down": (inputs, spec.bottleneck), "up": (spec.bottleneck, outputs)}
+        for name, (i, o) in parts.items():
+            setattr(self, name, TensorTrain(i, o, spec.rank, bias=False))
+        if spec.identity:  # the paper takes the start away from W0, which codes cannot hold: a frozen copy does the same
+            for name, (i, o) in parts.items():
+                setattr(self, f"first_{name}", TensorTrain(i, o, spec.rank, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(1, -2).float()
+        if self.kind == "lora":
+            y = self.low(flat)
+        else:
+            y = self.up(self.down(flat))
+            if hasattr(self, "first_up"):
+                y = y - self.first_up(self.first_down(flat))
+        return (self.scale * y).to(x.dtype).view(len(y), *x.shape[1:-1], -1)
+
+
+# ---------------------------------------------------------------- around a model
+
+TRAINED, FIRST = "adapters", "adapters.first"  # the two vectors in the model's store that hold all adapter weights
+
+
+class Place(NamedTuple):
+    vector: str  # TRAINED or FIRST
+    start: int
+    shape: torch.Size
+
+
+@dataclass
+class Adapters:
+    """Where each adapter tensor is in the model's store.
+
+    All that is trained is one vector: one draw a query instead of thousands, one update, and one tensor for AdamW.
+    """
+
+    spec: Spec
+    places: dict[str, Place]
+
+    def view(self, view: View) -> AdaptedView:
+        return AdaptedView(view, self.places)
+
+    def named(self, store: dict[str, Float]) -> dict[str, Tensor]:
+        """Each tensor by its name, sharing the store's memory."""
+        return {name: _cut_out(store[p.vector].value[None], p)[0] for name, p in self.places.items()}
+
+
+def _cut_out(vector: Tensor, place: Place) -> Tensor:
+    """[P, n] -> [P, *shape]."""
+    return vector[:, place.start : place.start + math.prod(place.shape)].view(len(vector), *place.shape)
+
+
+class AdaptedView:
+    """A view of the model and of its adapters.  Their vectors are read once, when the first part is asked for."""
+
+    def __init__(self, view: View, places: dict[str, Place]):
+        self.view_of_model, self.places, self.vectors = view, places, {}
+        self.probes, self.rows = view.probes, view.rows
+
+    def read(self, name: str) -> Tensor:
+        place = self.places.get(name)
+        if place is None:
+            return self.view_of_model.read(name)
+        if place.vector not in self.vectors:
+            self.vectors[place.vector] = self.view_of_model.read(place.vector)
+        return _cut_out(self.vectors[place.vector], place)
+
+
+def attach(lm: LanguageModel, spec: Spec, seed: int) -> None:
+    """Put adapters on the targets of every block, and their weights into the store; all else is then frozen.
+
+    Raises ValueError for a placement that the model or the kind has not.
+    """
+    lm.adapters = Adapters(spec, places := {})
+    parts = {TRAINED: [], FIRST: []}
+
+    def add(name: str, value: Tensor, vector: str) -> None:
+        places[name] = Place(vector, sum(map(torch.numel, parts[vector])), value.shape)
+        parts[vector].append(value.flatten())
+
+    modules = install(lm.block, targets_of(lm.raw_config["model_type"], spec), spec)
+    for i in range(lm.config.num_hidden_layers):
+        for path, module in modules.items():
+            prefix = f"{lm.layers}{i}.{path}.adapter."
+            values = initial(module, spec, lambda name, prefix=prefix: tensor_id(f"{seed} {prefix}{name}"))
+            for name, value in values.items():
+                add(prefix + name, value, FIRST if name.startswith("first_") else TRAINED)
+    for name in [name for name in lm.store if spec.norms and is_norm(name)]:
+        add(name, lm.store.pop(name).value.cpu(), TRAINED)
+    for vector, values in parts.items():
+        if values:
+            lm.store[vector] = Float(torch.cat(values).to(lm.device))
+
+
+def is_norm(name: str) -> bool:
+    """LoRETTA trains the norms of the model's body, and leaves its head alone."""
+    return "norm" in name.lower() and not name.startswith("lm_head.")
+
+
+def targets_of(model_type: str, spec: Spec) -> dict[str, str]:
+    fitting = [p for t, p in TARGETS if t == model_type and (p == "qv") == (spec.kind != "adp")]
+    if spec.placement not in fitting:
+        raise ValueError(f"placement must be one of {', '.join(fitting)} for {spec.kind}, got {spec.placement!r}")
+    return TARGETS[model_type, spec.placement]
+
+
+def install(block: nn.Module, targets: dict[str, str], spec: Spec) -> dict[str, nn.Module]:
+    """Give each target layer of a block its adapter, as a submodule that a hook runs: -> the adapters by path.
+
+    Hooks, so that the model's own code knows of no adapters.
+    """
+    modules = {}
+    with torch.device("meta"):
+        for path, where in targets.items():
+            linear = block.get_submodule(path)
+            O, I = linear.weight.shape  # noqa: E741
+            linear.adapter = Branch(I, O, spec) if where == "beside" else Bottleneck(I if where == "input" else O, spec)
+            if where == "input":
+                linear.register_forward_pre_hook(lambda layer, args: (layer.adapter(args[0]),))
+            elif where == "output":
+                linear.register_forward_hook(lambda layer, args, y: layer.adapter(y))
+            else:
+                linear.register_forward_hook(lambda layer, args, y: y + layer.adapter(args[0]))
+            modules[path] = linear.adapter
+    return modules
+
+
+def initial(module: nn.Module, spec: Spec, key: Callable[[str], int]) -> dict[str, Tensor]:
+    """Starting values by name.
+
+    Cores as in the papers' code: normal, such that W has the variance 1 / (I + O); biases uniform in +-1 / sqrt(O).
+    LoRA's A: uniform in +-1 / sqrt(I), its B 0.  To start as the identity, adp's last core and bias are 0, and rep's
+    start is taken away from it (`first_`); the papers' code does neither.
+    """
+    values = {}
+    for path, train in module.named_modules():
+        if not isinstance(train, TensorTrain):
+            continue
+        d, path = len(train.factors), f"{path}."
+        deviation = (1 / (train.inputs + train.outputs)) ** (1 / (2 * d))
+        for i, core in enumerate(train.cores):
+            value = torch.empty(core.shape, device="cpu")
+            generator = torch.Generator("cpu").manual_seed(key(f"{path.removeprefix('first_')}cores.{i}"))
+            if spec.kind == "lora":
+                value.uniform_(-(train.inputs**-0.5), train.inputs**-0.5, generator=generator)
+            else:
+                value.normal_(0.0, deviation / math.sqrt(core.shape[2]), generator=generator)
+            silent = spec.kind == "lora" or (spec.kind == "adp" and spec.identity and path == "up.")
+            values[f"{path}cores.{i}"] = value.zero_() if silent and i == d - 1 else value
+        if train.bias is not None:
+            bound, generator = train.outputs**-0.5, torch.Generator("cpu").manual_seed(key(f"{path}bias"))
+            value = torch.empty(train.outputs, device="cpu").uniform_(-bound, bound, generator=generator)
+            values[f"{path}bias"] = value.zero_() if spec.identity and path == "up." else value
+    return values
+
+
+# ---------------------------------------------------------------- adapters alone on disk, and merged
+
+
+def trained(lm: LanguageModel) -> dict[str, Stored]:
+    """The part of the store that is trained: the adapters' vector where there are adapters, else everything."""
+    return lm.store if lm.adapters is None else {TRAINED: lm.store[TRAINED]}
+
+
+STEM = "adapters"
+
+
+def save(lm: LanguageModel, directory: str | Path) -> None:
+    """Write the adapters alone: adapters.safetensors, each tensor by its name, and config.json with their Spec."""
+    config = {"model_type": lm.raw_config["model_type"], "adapters": asdict(lm.adapters.spec)}
+    write_directory(Path(directory), config, [], lm.adapters.named(lm.store).items(), STEM)
+
+
+def load(lm: LanguageModel, directory: str | Path) -> None:
+    """Put saved adapters around a model that has none, or in place of those that it has.
+
+    Raises ValueError for anything missing, unexpected, wrongly shaped, not finite, or made for another kind of model.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+        spec = Spec(**raw["adapters"])
+        if raw["model_type"] != lm.raw_config["model_type"]:
+            raise ValueError(f"the adapters are of a {raw['model_type']}, the model is a {lm.raw_config['model_type']}")
+    except (OSError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} does not describe adapters for this model: {error}") from None
+    if lm.adapters is None:
+        attach(lm, spec, seed=0)
+    if lm.adapters.spec != spec:
+        raise ValueError(f"{path} describes {spec}, the model has {lm.adapters.spec}")
+    files, here = find_tensors(Path(directory), STEM), lm.adapters.named(lm.store)
+    check_names(Path(directory), set(files), set(here), lambda name: False)
+    with torch.no_grad():
+        for name, tensor in read_tensors(files, {name: tensor.shape for name, tensor in here.items()}):
+            if not tensor.isfinite().all():
+                raise ValueError(f"{files[name]}: {name} holds NaN or infinity")
+            here[name].copy_(tensor)
+
+
+@torch.no_grad()
+def merge(lm: LanguageModel) -> LanguageModel:
+    """A plain fp32 model with the adapters' products added to the weights, for rep and LoRA; `save` writes it.
+
+    Raises ValueError for adp: a relu between two products is no matrix.
+    """
+    if lm.adapters is None or lm.adapters.spec.kind == "adp":
+        raise ValueError("only rep and lora adapters can be merged into a matrix")
+    tensors = lm.adapters.named(lm.store)
+    frozen = [(name, stored) for name, stored in lm.store.items() if name not in (TRAINED, FIRST)]
+    store = {name: Float(stored.read().float().clone().view(stored.shape)) for name, stored in frozen}
+    store |= {name: Float(tensor.clone()) for name, tensor in tensors.items() if is_norm(name)}
+    for i in range(lm.config.num_hidden_layers):
+        for path in targets_of(lm.raw_config["model_type"], lm.adapters.spec):
+            prefix = f"{lm.layers}{i}.{path}."
+            branch = lm.block.get_submodule(path).adapter
+            weights = {name: tensors[f"{prefix}adapter.{name}"][None] for name, _ in branch.named_parameters()}
+            weight = store[f"{prefix}weight"].value
+            every = torch.eye(weight.shape[1], device=weight.device)[None]  # [1, I, I]
+            weight += functional_call(branch, weights, (every,))[0].T
+    return type(lm)(lm.config, lm.raw_config, store, lm.dtype, "fp32")
