@@ -1,6 +1,6 @@
 """The command line: one dataclass with every flag, each method's defaults, and the checks that need no file.
 
-A flag that is not given takes its method's default.  Imports data, quant.
+A flag that is not given takes its method's default.  Imports data, quant, tensor_train.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 from data.hub import PRESETS, check_known
 from data.tasks import TASKS, get_task
 from quant import ACTIVATIONS, FLOATS, FORMATS, RESIDUALS, check_format
+from tensor_train import Spec
 
-FIRST_ORDER = ("fo", "fo-ste")
+ADAPTERS = {"loretta-adp": "adp", "adazeta": "adp", "loretta-rep": "rep", "lora": "lora"}  # method: kind
+METHODS = ("quzo", "mezo", "fo", "fo-ste", *ADAPTERS)
 DIRECTION_BITS = ("full", "grid", *map(str, range(2, 9)))
 
 
@@ -32,7 +34,9 @@ class Config:
 
     model: str = flag("tiny", f"a checkpoint directory, or one of {', '.join(PRESETS)}")
     method: str = flag("quzo", "quzo: low-bit directions and weights; mezo: Gaussian directions; fo: AdamW; fo-ste: "
-                               "AdamW through fake-quantised weights", ("quzo", "mezo", "fo", "fo-ste"))  # fmt: skip
+                               "AdamW through fake-quantised weights; the others train adapters around frozen weights",
+                       METHODS)  # fmt: skip
+    optimizer: str | None = flag(None, "zo: forward passes only; adamw: back-propagation", ("zo", "adamw"))
     task: str | None = flag(None, "what to learn; tiny for the tiny model, else sst2", tuple(TASKS))
     data_dir: str | None = flag(None, "folder of the official files, SST-2/train.tsv and so on")
     k: int | None = flag(None, "examples a class, from the k-shot files, k-shot/SST-2/512-42/train.tsv and so on")
@@ -59,7 +63,21 @@ class Config:
     eps: float | None = flag(None, "size of a probe, in weight units")
     weight_decay: float | None = flag(None, "AdamW's, on matrices")
     master: str | None = flag(None, "what fo-ste keeps weights and AdamW's moments in", FLOATS)
-    queries: int = flag(1, "directions a step, averaged")
+    queries: int | None = flag(None, "directions a step, averaged; of adazeta: instead of its growing number")
+    alpha: float | None = flag(None, "adazeta: min(max(floor(alpha * epoch^beta), 1), max-queries) directions a step")
+    beta: float | None = flag(None, "see alpha; the released command comes to 0.622 and 15 queries")
+    max_queries: int | None = flag(None, "see alpha")
+    probes_per_forward: int | None = flag(None, "of the two a direction, to bound memory (2; all of them where only "
+                                                "adapters are trained)")  # fmt: skip
+    placement: str | None = flag(None, "where tensor-train adapters are: around gate, up and down, or after attention "
+                                       "and feed-forward (mlp on llama, sublayers on roberta)",
+                                 ("mlp", "sublayers"))  # fmt: skip
+    bottleneck: int | None = flag(None, "width between a tensor-train adapter's two layers")
+    tt_rank: int | None = flag(None, "of all bonds between cores")
+    lora_rank: int | None = flag(None, "of LoRA")
+    lora_alpha: float | None = flag(None, "lora and loretta-rep scale their branch by this over rank or bottleneck")
+    init: str | None = flag(None, "identity: training starts from the model as it is; released: as in the papers' code",
+                            ("identity", "released"))  # fmt: skip
     batch_size: int | None = flag(None, "examples a step")
     micro_batch_size: int | None = flag(None, "examples a forward, to bound memory (batch-size); the losses change by "
                                               "rounding only")  # fmt: skip
@@ -83,6 +101,18 @@ DEFAULTS = {
                eval_every=125),
     "fo-ste": dict(weights="int8", master="fp32", steps=625, lr=1e-5, lr_schedule="linear", weight_decay=0.0,
                    batch_size=8, eval_every=125),
+    "adazeta": dict(weights="bf16", steps=10000, lr=1e-4, lr_schedule="constant", eps=1e-3, batch_size=16,
+                    eval_every=200, direction_bits="full", alpha=0.85, beta=0.45, max_queries=20, bottleneck=64,
+                    tt_rank=5, init="identity"),
+    "loretta-adp": dict(weights="bf16", bottleneck=64, tt_rank=5, init="identity"),
+    "loretta-rep": dict(weights="bf16", bottleneck=8, tt_rank=8, lora_alpha=16.0, init="identity"),
+    "lora": dict(weights="bf16", lora_rank=8, lora_alpha=16.0, init="identity"),
+}  # fmt: skip
+OPTIMIZERS = {"quzo": "zo", "mezo": "zo", "adazeta": "zo"}  # of the others AdamW, as in the papers
+ADAPTER_DEFAULTS = {  # LoRETTA's large-model script; MeZO's recipe for LoRA
+    "adapters by adamw": dict(steps=375, lr=1e-4, lr_schedule="constant", batch_size=8, eval_every=125),
+    "adapters by zo": dict(steps=20000, lr=1e-4, lr_schedule="constant", eps=1e-3, batch_size=16, eval_every=4000,
+                           direction_bits="full"),
 }  # fmt: skip
 TINY_DEFAULTS = {
     "mezo": dict(weights="fp32", steps=500, lr=3e-4, eval_every=25, batch_size=32),
@@ -126,18 +156,24 @@ def told_defaults(f: dataclasses.Field) -> str:
     if f.default is not None:
         return f" [{f.default}]"
     tiny = {case: f" ({table[name]})" for case, table in TINY_DEFAULTS.items() if name in table}
-    tables = DEFAULTS | GRID_DEFAULTS | NOISY_DEFAULTS | FILE_DEFAULTS
+    tables = DEFAULTS | ADAPTER_DEFAULTS | GRID_DEFAULTS | NOISY_DEFAULTS | FILE_DEFAULTS
     told = [f"{case} {table[name]}{tiny.get(case, '')}" for case, table in tables.items() if name in table]
     return f" [{', '.join(told)}]" if told else ""
 
 
 def resolve_defaults(c: Config) -> Config:
     """Fill what was not given.  Everything that the run depends on is then in the config; the rest stays None."""
-    table = dict(DEFAULTS[c.method])
+    table = {"optimizer": OPTIMIZERS.get(c.method, "adamw")} | DEFAULTS[c.method]
+    if c.method in ADAPTERS and c.method != "adazeta":
+        table |= ADAPTER_DEFAULTS[f"adapters by {c.optimizer or table['optimizer']}"]
     if c.method == "quzo" and (c.direction_bits or ("grid" if c.weights in COARSE else "4")) == "grid":
         table |= GRID_DEFAULTS["quzo on int4 and fp8"]
         table |= NOISY_DEFAULTS["on the grid with rounded activations"] if c.activations != "none" else {}
-    table |= TINY_DEFAULTS[c.method] if c.model == "tiny" else {}
+    table |= TINY_DEFAULTS.get(c.method, {}) if c.model == "tiny" else {}
+    if c.method == "adazeta" and c.queries is not None:  # a fixed number instead of the schedule
+        table = {name: value for name, value in table.items() if name not in ("alpha", "beta", "max_queries")}
+    elif c.method != "adazeta" and (c.optimizer or table["optimizer"]) == "zo":
+        table["queries"] = 1
     table["task"] = c.task or ("tiny" if c.model == "tiny" else "sst2")
     if not get_task(table["task"]).embedded:
         table |= FILE_DEFAULTS["k-shot files" if c.k else "full files"]
@@ -156,6 +192,8 @@ COUNT = (1, 2**31 - 1)
 RANGES = {
     "steps": COUNT, "batch_size": COUNT, "micro_batch_size": COUNT, "eval_every": COUNT, "num_train": COUNT,
     "num_dev": COUNT, "num_eval": COUNT, "k": COUNT, "max_length": COUNT, "queries": (1, 2**28 - 1),
+    "probes_per_forward": COUNT, "max_queries": (1, 2**28 - 1), "alpha": (0, 1e6), "beta": (0, 10),
+    "bottleneck": (1, 2**16), "tt_rank": (1, 2**16), "lora_rank": (1, 2**16), "lora_alpha": (1e-6, 1e6),
     "lr": (0, 1e6), "eps": (1e-8, 1e3), "weight_decay": (0, 1e3), "seed": (0, 2**64 - 1), "data_seed": (0, 2**32 - 1),
 }  # fmt: skip
 
@@ -181,19 +219,48 @@ def validate(c: Config) -> None:
         raise ValueError(f"--device {c.device}: torch sees {torch.cuda.device_count()} CUDA devices here")
 
 
-ONLY = {  # flags that mean something for some methods only
-    "zeroth order": ("direction_bits", "eps", "queries", "estimator", "probe", "rounding", "residual", "oracle"),
-    "first order": ("weight_decay",),
-}
+def spec_of(c: Config, model_type: str) -> Spec | None:
+    """The adapters of a run on this type of model, if it trains any."""
+    if c.method not in ADAPTERS:
+        return None
+    placement = c.placement or ("mlp" if model_type == "llama" else "sublayers")  # as the papers' code has them
+    placement = placement if ADAPTERS[c.method] == "adp" else "qv"
+    return Spec(
+        ADAPTERS[c.method], placement, c.bottleneck or 0, c.tt_rank or c.lora_rank, c.lora_alpha or 1.0,
+        norms=c.method.startswith("loretta"), identity=c.init == "identity",
+    )  # fmt: skip
+
+
+def _meaningless(c: Config) -> list[str]:
+    """Flags that mean nothing beside the method."""
+    zo, kind = c.optimizer == "zo", ADAPTERS.get(c.method)
+    groups = {
+        ("direction_bits", "eps", "queries", "estimator", "probe", "rounding", "probes_per_forward"): zo,
+        ("residual", "oracle"): zo and not kind,
+        ("weight_decay",): c.method in ("fo", "fo-ste"),
+        ("master",): c.method == "fo-ste",
+        ("alpha", "beta", "max_queries"): c.method == "adazeta" and c.queries is None,
+        ("placement",): kind == "adp",
+        ("bottleneck", "tt_rank"): kind in ("adp", "rep"),
+        ("lora_rank",): kind == "lora",
+        ("lora_alpha",): kind in ("rep", "lora"),
+        ("init",): kind,
+    }
+    return [name for names, meant in groups.items() if not meant for name in names]
 
 
 def check_method(c: Config) -> None:
     """Flags that contradict the method."""
-    first_order = c.method in FIRST_ORDER
-    for name in ONLY["zeroth order" if first_order else "first order"] + (() if c.method == "fo-ste" else ("master",)):
-        default = next(f.default for f in dataclasses.fields(Config) if f.name == name)
-        if getattr(c, name) != default:
-            raise ValueError(f"--{name.replace('_', '-')} means nothing beside --method {c.method}")
+    fixed = OPTIMIZERS.get(c.method) or ("adamw" if c.method in ("fo", "fo-ste") else c.optimizer)
+    if c.optimizer != fixed:
+        raise ValueError(f"--method {c.method} means --optimizer {fixed}, got {c.optimizer}")
+    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
+    for name in _meaningless(c):
+        if getattr(c, name) != defaults[name]:
+            beside = f"--method {c.method}" + (f" --optimizer {c.optimizer}" if c.method in ADAPTERS else "")
+            raise ValueError(f"--{name.replace('_', '-')} means nothing beside {beside}")
+    if c.method in ADAPTERS and c.direction_bits == "grid":
+        raise ValueError("--direction-bits grid is for codes; adapters are floats: use full or 2 to 8")
     if c.method in ("mezo", "fo") and c.weights not in FLOATS:
         instead = "quzo" if c.method == "mezo" else "fo-ste"
         raise ValueError(f"--method {c.method} keeps weights in fp32 or bf16; use {instead} for {c.weights}")

@@ -15,9 +15,10 @@ import math
 
 import torch
 
-from config import FIRST_ORDER, Config
+from config import Config, spec_of
 from model import LlamaConfig, config_of, expected_shapes, llama_parts, roberta_parts
 from quant import stored_parts
+from tensor_train import Spec, install, is_norm, targets_of
 
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -29,23 +30,37 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
     """
     config = config_of(raw)
     shapes = expected_shapes(config)
-    first_order = c.method in FIRST_ORDER
+    total = sum(math.prod(shape) for shape in shapes.values())
+    spec = spec_of(c, raw["model_type"])
+    trainable = {"weights": total} if spec is None else adapters(config, raw["model_type"], spec, shapes)
     N = min(c.micro_batch_size, c.batch_size) * tokens
-    parts = stored(shapes, c)
-    if first_order:
+    parts = stored(shapes, c) | ({} if spec is None else {"adapters": 4 * sum(trainable.values())})
+    if c.optimizer == "adamw":
+        trained = masters(shapes, c) if spec is None else parts["adapters"]
         activations = N * config.num_hidden_layers * kept(config, c) + copies(shapes, c)
-        parts |= {"moments": 2 * masters(shapes, c), "gradients": masters(shapes, c), "activations": activations}
+        parts |= {"moments": 2 * trained, "gradients": trained, "activations": activations}
         at_once = sum(parts.values()) - min(parts["gradients"], parts["activations"])
     else:
-        parts |= {"scratch": pair(config, c), "activations": N * passing(config, c)}
+        P = c.probes_per_forward or (2 if spec is None else 2 * (c.queries or c.max_queries))
+        scratch = pair(config, c) * P // 2 if spec is None else pair(config, c) // 2 + P * parts["adapters"]
+        parts |= {"scratch": scratch, "activations": N * P * passing(config, c)}
         at_once = sum(parts.values())
-    total = sum(math.prod(shape) for shape in shapes.values())
     return {
         "model": c.model, "method": c.method, "weights": c.weights, "device": c.device,
-        "total_parameters": total, "trainable_parameters": total,
-        "batch_size": c.batch_size, "sequences_a_forward": N // tokens, "tokens_a_sequence": tokens,
-        "bytes": parts, "expected_peak_bytes": at_once,
+        "total_parameters": total + trainable.get("adapters", 0), "trainable_parameters": sum(trainable.values()),
+        "trainable": trainable, "batch_size": c.batch_size, "sequences_a_forward": N // tokens,
+        "tokens_a_sequence": tokens, "bytes": parts, "expected_peak_bytes": at_once,
     }  # fmt: skip
+
+
+def adapters(config, model_type: str, spec: Spec, shapes: dict[str, torch.Size]) -> dict[str, int]:
+    """Numbers of trained parameters: of the adapters of all blocks, and of the model's own norms."""
+    block = llama_parts(config)[0] if isinstance(config, LlamaConfig) else roberta_parts(config)[1]
+    modules = install(block, targets_of(model_type, spec), spec)
+    named = [(name, p) for module in modules.values() for name, p in module.named_parameters()]
+    a_block = sum(p.numel() for name, p in named if not name.startswith("first_"))
+    norms = sum(math.prod(shape) for name, shape in shapes.items() if spec.norms and is_norm(name))
+    return {"adapters": config.num_hidden_layers * a_block, "norms": norms}
 
 
 def stored(shapes: dict[str, torch.Size], c: Config) -> dict[str, int]:
@@ -78,11 +93,11 @@ def copies(shapes: dict[str, torch.Size], c: Config) -> int:
 
 
 def passing(config, c: Config) -> int:
-    """Bytes a token, of one forward of both probes that keeps nothing, at its widest: a block's input and its norm,
+    """Bytes a token and a probe, of a forward that keeps nothing, at its widest: a block's float32 input and its norm,
     with that norm in float32 or the feed-forward's three wide tensors."""
     b, D, F = BYTES[c.compute], config.hidden_size, config.intermediate_size
     rounding = 0 if c.activations == "none" else 8 * F  # of the widest layer's input, in float32
-    return 2 * (2 * b * D + max(3 * b * F, 12 * D) + rounding)
+    return (4 + b) * D + max(3 * b * F, 12 * D) + rounding
 
 
 def kept(config, c: Config) -> int:
@@ -97,6 +112,8 @@ def table(predicted: dict) -> str:
     """For people: parameters, and bytes by part."""
     rows = [(part, size) for part, size in predicted["bytes"].items() if size]
     rows.append(("expected peak", predicted["expected_peak_bytes"]))
-    head = f"{predicted['trainable_parameters']:,} trainable of {predicted['total_parameters']:,} parameters; "
+    of_which = ", ".join(f"{name} {n:,}" for name, n in predicted["trainable"].items() if n)
+    head = f"{predicted['trainable_parameters']:,} trainable ({of_which}) of {predicted['total_parameters']:,}"
+    head += " parameters; "
     head += f"{predicted['sequences_a_forward']} x {predicted['tokens_a_sequence']} tokens a forward"
     return "\n".join([head, *(f"{name:16}{size / 2**20:12,.1f} MiB" for name, size in rows)])

@@ -230,7 +230,7 @@ class Branch(nn.Module):
         parts = {"down": (inputs, spec.bottleneck), "up": (spec.bottleneck, outputs)}
         for name, (i, o) in parts.items():
             setattr(self, name, TensorTrain(i, o, spec.rank, bias=False))
-        if spec.identity:  # the paper takes the start away from W0, which codes cannot hold: a frozen copy does the same
+        if spec.identity:  # the paper takes the start away from W0, which codes cannot; a frozen copy does the same
             for name, (i, o) in parts.items():
                 setattr(self, f"first_{name}", TensorTrain(i, o, spec.rank, bias=False))
 
@@ -271,7 +271,7 @@ class Adapters:
 
     def named(self, store: dict[str, Float]) -> dict[str, Tensor]:
         """Each tensor by its name, sharing the store's memory."""
-        return {name: _cut_out(store[p.vector].value[None], p)[0] for name, p in self.places.items()}
+        return {name: _cut_out(store[p.vector].value.detach()[None], p)[0] for name, p in self.places.items()}
 
 
 def _cut_out(vector: Tensor, place: Place) -> Tensor:

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import FIRST_ORDER, Config, parse, validate
+import tensor_train
+from config import Config, parse, spec_of, validate
 from data.hub import raw_config, resolve
 from data.scoring import Encoded, Encoder, Quality, collate, evaluate, losses
 from data.tasks import Splits, get_task, load_splits
@@ -32,9 +33,11 @@ from data.tokenizer import Tokenizer
 from dry_run import predict, table
 from first_order import adamw_step, make_trainable, optimizer
 from model import LanguageModel, load, read_config
+from quant import Stored
 from random_bits import permutation
 from run_folder import RunFolder, check_free
-from zo_optim import ZO, estimate, learning_rate, update
+from tensor_train import trained
+from zo_optim import ZO, estimate, learning_rate, queries_of, update
 
 # ---------------------------------------------------------------- the loop
 
@@ -77,14 +80,24 @@ def load_weights(c: Config, directory: Path) -> LanguageModel:
 
 
 def load_base(c: Config, directory: Path) -> LanguageModel:
-    """To train: first-order methods need floats that take a gradient."""
-    if c.method not in FIRST_ORDER:
-        return load_weights(c, directory)
+    """To train: with adapters around it, or as floats that take a gradient."""
+    if c.method not in ("fo", "fo-ste"):
+        lm = load_weights(c, directory)
+        spec = spec_of(c, lm.raw_config["model_type"])
+        if spec is not None:
+            tensor_train.attach(lm, spec, c.seed)
+            lm.store[tensor_train.TRAINED].value.requires_grad_(c.optimizer == "adamw")
+        return lm
     lm = load(directory, c.device, DTYPES[c.compute], c.master or c.weights)
     lm.round_activations(c.activations)
     lm.weights = c.weights
     lm.store = make_trainable(lm.store, c.weights if c.method == "fo-ste" else None, DTYPES[c.master or c.weights])
     return lm
+
+
+def epoch(c: Config, step: int, n: int) -> int:
+    """The pass over n examples that a step (from 0) is in, as AdaZeta counts: floor(step / ceil(n / batch))."""
+    return step // -(-n // c.batch_size)
 
 
 _order = lru_cache(maxsize=2)(permutation)  # a batch may span two epochs
@@ -128,6 +141,7 @@ class Progress:
     than accuracy, which moves in steps of one example."""
 
     steps: int = 0
+    forwards: int = 0  # of one batch by one probe; a backward pass is not counted
     best_step: int = 0
     best: Quality | None = None
 
@@ -135,7 +149,7 @@ class Progress:
 def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop) -> Progress:
     """Run the loop.  The folder's model/ holds the best weights, or the last ones where none were evaluated."""
     lm, progress = problem.lm, Progress()
-    take_step = (first_order if c.method in FIRST_ORDER else zeroth_order)(c, problem)
+    take_step = (first_order if c.optimizer == "adamw" else zeroth_order)(c, problem)
     bar = tqdm(range(c.steps), unit="step", file=sys.stderr, dynamic_ncols=True)
     for step in bar:
         if stop.number:
@@ -146,18 +160,27 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop) -> Progres
         tokens = sum(len(sequence) for example in examples for sequence in example.sequences)
         folder.step(step + 1, slopes, loss, metrics | {"lr": lr, "tokens": tokens})
         progress.steps = step + 1
+        progress.forwards += 2 * len(slopes) or 1
         if progress.steps % c.eval_every == 0 or progress.steps == c.steps:
             dev = problem.quality(problem.dev)
             check_finite(dev.loss, step, c)
             folder.dev(progress.steps, dev.accuracy, dev.loss, peak_memory(c.device))
             if progress.best is None or dev.loss < progress.best.loss:
                 progress.best, progress.best_step = dev, progress.steps
-                lm.save_stored(folder.model)
+                save(lm, folder.model)
         bar.set_postfix(loss=f"{loss:.3f}", dev=f"{folder.devs[-1][1]:.1%}" if folder.devs else "-")
     if progress.best is None:
-        lm.save_stored(folder.model)
+        save(lm, folder.model)
         progress.best_step = progress.steps
     return progress
+
+
+def save(lm: LanguageModel, directory: Path) -> None:
+    """What was trained: the weights as they are stored, or the adapters alone."""
+    if lm.adapters is None:
+        lm.save_stored(directory)
+    else:
+        tensor_train.save(lm, directory)
 
 
 class Step(NamedTuple):
@@ -171,19 +194,22 @@ StepFn = Callable[[int, list[Encoded], float], Step]  # step from 0, its example
 
 def zeroth_order(c: Config, problem: Problem) -> StepFn:
     """Estimate and update: two forwards a query."""
-    lm = problem.lm
+    lm, n = problem.lm, len(problem.train)
+    store, frozen = trained(lm), None if lm.adapters is None else lm.stored_view()
     bits = int(c.direction_bits) if c.direction_bits.isdigit() else None
-    zo = ZO(c.eps, c.queries, bits, c.direction_bits == "grid", c.estimator, c.probe, c.rounding == "nearest")
+    fixed = ZO(c.eps, c.queries or 1, bits, c.direction_bits == "grid", c.estimator, c.probe, c.rounding == "nearest")
 
     def step(at: int, examples: list[Encoded], lr: float) -> Step:
+        zo = fixed if c.queries else replace(fixed, queries=queries_of(epoch(c, at, n), c.alpha, c.beta, c.max_queries))
+        at_once = c.probes_per_forward or (2 if lm.adapters is None else 2 * zo.queries)
         loss_fn = partial(loss_of, problem, examples, c.micro_batch_size)
-        queries = estimate(lm.store, loss_fn, c.seed, at, zo, lm.dtype)
+        queries = estimate(store, loss_fn, c.seed, at, zo, lm.dtype, frozen, at_once)
         slopes = [query.slope for query in queries]
         check_finite(sum(slopes), at, c)
-        changed, clipped = update(lm.store, slopes, c.seed, at, zo, lr).tolist()
+        changed, clipped = update(store, slopes, c.seed, at, zo, lr).tolist()
         return Step(sum(query.plus + query.minus for query in queries) / (2 * len(queries)), slopes, {
             "plus": [query.plus for query in queries], "minus": [query.minus for query in queries],
-            "queries": len(queries), "changed": changed / parameters(lm), "clipped": clipped / parameters(lm),
+            "queries": len(queries), "changed": changed / parameters(store), "clipped": clipped / parameters(store),
         })  # fmt: skip
 
     return step
@@ -191,7 +217,7 @@ def zeroth_order(c: Config, problem: Problem) -> StepFn:
 
 def first_order(c: Config, problem: Problem) -> StepFn:
     """One forward, one backward, AdamW."""
-    adamw = optimizer(problem.lm.store, c.lr, c.weight_decay)
+    adamw = optimizer(trained(problem.lm), c.lr, c.weight_decay or 0.0)
 
     def step(at: int, examples: list[Encoded], lr: float) -> Step:
         view = problem.lm.stored_view()
@@ -208,8 +234,8 @@ def check_finite(loss: float, step: int, c: Config) -> None:
         raise ValueError(f"the loss is not finite at step {step + 1}: try a smaller --lr than {c.lr}")
 
 
-def parameters(lm: LanguageModel) -> int:
-    return sum(math.prod(stored.shape) for stored in lm.store.values())
+def parameters(store: dict[str, Stored]) -> int:
+    return sum(math.prod(stored.shape) for stored in store.values())
 
 
 def peak_memory(device: str) -> int:
@@ -235,13 +261,11 @@ def run(c: Config) -> dict:
     started = time.perf_counter()
     progress = train(c, problem, folder, stop)
     seconds, interrupted = time.perf_counter() - started, progress.steps < c.steps
-    del problem.lm  # before the best weights are read into its place
-    lm = problem.lm = load_weights(c, folder.model)
+    lm = restore_best(c, problem, folder.model)
     test = None if interrupted else problem.quality(problem.test).accuracy
     result = {
         "model": c.model, "task": c.task, "method": c.method, "weights": c.weights,
-        "steps": progress.steps, "forwards": progress.steps * (1 if c.method in FIRST_ORDER else 2 * c.queries),
-        "trainable_parameters": parameters(lm),
+        "steps": progress.steps, "forwards": progress.forwards, "trainable_parameters": parameters(trained(lm)),
         "zero_shot": zero_shot, "dev": progress.best.accuracy if progress.best else None,
         "dev_loss": progress.best.loss if progress.best else None, "best_step": progress.best_step, "test": test,
         "interrupted": interrupted, "seconds": round(seconds, 1), "peak_memory_bytes": peak_memory(c.device),
@@ -249,6 +273,16 @@ def run(c: Config) -> dict:
     }  # fmt: skip
     folder.result(result)
     return result
+
+
+def restore_best(c: Config, problem: Problem, directory: Path) -> LanguageModel:
+    """The weights of the lowest dev loss, in place of the last ones."""
+    if problem.lm.adapters is None:
+        del problem.lm  # before the best weights are read into its place
+        problem.lm = load_weights(c, directory)
+    else:
+        tensor_train.load(problem.lm, directory)
+    return problem.lm
 
 
 def dry_run(c: Config) -> dict:

@@ -306,3 +306,8 @@ def _update_tensor(stored: Stored, key: Key, coefficients: list[float], zo: ZO) 
 def learning_rate(lr: float, schedule: str, step: int, steps: int) -> float:
     """constant: lr.  linear: from lr down to 0 over the run (the released QuZO scripts' schedule)."""
     return lr if schedule == "constant" else lr * (1 - step / steps)
+
+
+def queries_of(epoch: int, alpha: float, beta: float, most: int) -> int:
+    """AdaZeta's schedule (section 3.3 and its code): Q = min(max(floor(alpha * epoch^beta), 1), most), epoch from 0."""
+    return min(max(int(alpha * epoch**beta), 1), most)

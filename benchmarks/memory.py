@@ -23,7 +23,7 @@ from data.scoring import Encoded
 from dry_run import predict
 from first_order import make_trainable
 from model import create
-from train import DTYPES, FIRST_ORDER, Problem, first_order, zeroth_order
+from train import DTYPES, Problem, first_order, zeroth_order
 
 CASES = {  # name: flags
     "fo-ste int8, fp32 masters": "--method fo-ste --weights int8 --master fp32",
@@ -40,7 +40,7 @@ CASES = {  # name: flags
 
 def build(c: Config, raw: dict) -> Problem:
     """A problem without files: random weights."""
-    fo = c.method in FIRST_ORDER
+    fo = c.optimizer == "adamw"
     weights = (c.master or c.weights) if fo else c.weights
     lm = create(raw, device=c.device, dtype=DTYPES[c.compute], weights=weights, residual=c.residual)
     if fo:
@@ -59,7 +59,7 @@ def measure(flags: str, model: str, batch_size: int, tokens: int) -> dict:
     raw = raw_config(model)
     problem = build(c, raw)
     batch = examples(c, tokens, raw["vocab_size"])
-    take_step = (first_order if c.method in FIRST_ORDER else zeroth_order)(c, problem)
+    take_step = (first_order if c.optimizer == "adamw" else zeroth_order)(c, problem)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

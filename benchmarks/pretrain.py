@@ -378,7 +378,7 @@ def pretrain(args: argparse.Namespace) -> dict:
     lm = create(raw, args.seed, args.device)
     training = time.perf_counter()
     tell(
-        f"{parameters(lm):,} parameters; {len(train.tokens):,} tokens of {len(sides[0]):,} documents to train on, "
+        f"{parameters(lm.store):,} parameters; {len(train.tokens):,} tokens of {len(sides[0]):,} documents to learn, "
         f"{len(held_out.tokens):,} of {len(sides[1]):,} held out; read in {training - started:.1f} s"
     )
     train_loss = fit(args, lm, train, masking)
@@ -389,7 +389,7 @@ def pretrain(args: argparse.Namespace) -> dict:
         "kind": raw["model_type"], "steps": args.steps, "tokens": args.steps * args.batch_size * args.length,
         "held_out_loss": loss, "train_loss": train_loss, "lr": args.lr, "batch": args.batch_size, "seq": args.length,
         "text": args.text.name, "text_sha256": text_sha256, "weights_sha256": lm.sha256(),
-        "parameters": parameters(lm), "train_documents": len(sides[0]), "train_tokens": len(train.tokens),
+        "parameters": parameters(lm.store), "train_documents": len(sides[0]), "train_tokens": len(train.tokens),
         "held_out_documents": len(sides[1]), "held_out_tokens": len(held_out.tokens),
         "peak_memory_bytes": peak_memory(args.device), "training_seconds": round(training_seconds, 1),
         "seconds": round(time.perf_counter() - started, 1),
