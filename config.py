@@ -119,6 +119,10 @@ TINY_DEFAULTS = {
     "quzo": dict(steps=500, lr=6e-4, eps=1e-3, eval_every=25, batch_size=32),
     "fo": dict(steps=100, lr=1e-3, eval_every=25, batch_size=32),
     "fo-ste": dict(steps=100, lr=1e-3, eval_every=25, batch_size=32),
+    "adazeta": dict(weights="fp32", steps=500, lr=1e-2, eval_every=50, batch_size=32),
+    "loretta-adp": dict(weights="fp32", steps=150, lr=1e-2, eval_every=25, batch_size=32),
+    "loretta-rep": dict(weights="fp32", steps=300, lr=1e-2, eval_every=25, batch_size=32),
+    "lora": dict(weights="fp32", steps=150, lr=3e-3, eval_every=25, batch_size=32),
 }
 COARSE = ("int4", "fp8", "fp8-e5m2")  # on these grids a step in every weight drowns in its rounding (README)
 # The finer the eps, the finer the grid acts, as long as the losses' difference is above its own noise: measured, on any
