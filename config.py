@@ -48,9 +48,10 @@ class Config:
     residual: int = flag(0, "extra bits a weight that steps land on and forwards do not read; int8 and int4", RESIDUALS)
     activations: str = flag("none", "how the input of every linear layer is rounded, one scale a token", ACTIVATIONS)
     direction_bits: str | None = flag(None, "bits of a direction's codes; full: Gaussian; grid: drawn on the weights' "
-                                            "own grid", DIRECTION_BITS)  # fmt: skip
-    estimator: str = flag("q-rge2", "q-rge2: probe and step round the direction apart; q-rge1: once; random: a control "
-                                    "that turns slopes over by coin", ("q-rge2", "q-rge1", "random"))  # fmt: skip
+                                            "own grid, quzo's default on int4 and fp8", DIRECTION_BITS)  # fmt: skip
+    estimator: str | None = flag(None, "of rounded directions, q-rge2: probe and step round apart; q-rge1: once; of "
+                                       "any, random: a control that turns slopes over by coin [q-rge2 for 2 to 8 bits]",
+                                 ("q-rge2", "q-rge1", "random"))  # fmt: skip
     probe: str = flag("float", "float: w + eps u; codes: that, landed on the weights' grid", ("float", "codes"))
     rounding: str = flag("stochastic", "how a step lands; nearest is there to show why it fails",
                          ("stochastic", "nearest"))  # fmt: skip
@@ -62,7 +63,8 @@ class Config:
     lr_schedule: str | None = flag(None, "constant, or linear down to 0", ("constant", "linear"))
     eps: float | None = flag(None, "size of a probe, in weight units")
     weight_decay: float | None = flag(None, "AdamW's, on matrices")
-    master: str | None = flag(None, "what fo-ste keeps weights and AdamW's moments in", FLOATS)
+    master: str | None = flag(None, "what fo-ste keeps weights and AdamW's moments in; bf16 rounds steps to nearest, "
+                                    "which loses small ones", FLOATS)  # fmt: skip
     queries: int | None = flag(None, "directions a step, averaged; of adazeta: instead of its growing number")
     alpha: float | None = flag(None, "adazeta: min(max(floor(alpha * epoch^beta), 1), max-queries) directions a step")
     beta: float | None = flag(None, "see alpha; the released command comes to 0.622 and 15 queries")
@@ -125,15 +127,19 @@ TINY_DEFAULTS = {
     "lora": dict(weights="fp32", steps=150, lr=3e-3, eval_every=25, batch_size=32),
 }
 COARSE = ("int4", "fp8", "fp8-e5m2")  # on these grids a step in every weight drowns in its rounding (README)
-# The finer the eps, the finer the grid acts, as long as the losses' difference is above its own noise: measured, on any
-# weights, in bf16 and in fp32; rounded activations are some ten times as loud (README).
-GRID_DEFAULTS = {"quzo on int4 and fp8": dict(direction_bits="grid", eps=2e-4)}
-NOISY_DEFAULTS = {"on the grid with rounded activations": dict(eps=1e-3)}
+# The finer the eps, the finer the grid acts, as long as a model's size is far above (spacing / eps)^2 and the losses'
+# difference above its own noise: measured in bf16 and in fp32; rounded activations are some ten times as loud (README).
+# The embedded model is too small for either, and has the eps of its own table.
+GRID_DEFAULTS = {"on the grid": dict(eps=2e-4), "on the grid with rounded activations": dict(eps=1e-3)}
 
 FILE_DEFAULTS = {  # of tasks that are read from files: which few-shot split, or how MeZO draws from the full ones
     "k-shot files": dict(data_dir="datasets", data_seed=42),
     "full files": dict(data_dir="datasets", data_seed=0, num_train=1000, num_dev=500),
 }
+
+
+TOLD = """Fine-tune a language model with forward passes only, and by back-propagation to compare.  What is not given
+takes its method's default, which each flag names in brackets; in round ones that of the embedded model."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -142,7 +148,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str]) -> Config:
-    parser = OneLineParser(prog="train.py", description=__doc__, allow_abbrev=False)
+    parser = OneLineParser(prog="train.py", description=TOLD, allow_abbrev=False)
     kinds = {"int": int, "float": float, "str": str}
     for f in dataclasses.fields(Config):
         told = f.metadata["help"] + told_defaults(f)
@@ -160,23 +166,27 @@ def told_defaults(f: dataclasses.Field) -> str:
     if f.default is not None:
         return f" [{f.default}]"
     tiny = {case: f" ({table[name]})" for case, table in TINY_DEFAULTS.items() if name in table}
-    tables = DEFAULTS | ADAPTER_DEFAULTS | GRID_DEFAULTS | NOISY_DEFAULTS | FILE_DEFAULTS
+    tables = DEFAULTS | ADAPTER_DEFAULTS | GRID_DEFAULTS | FILE_DEFAULTS
     told = [f"{case} {table[name]}{tiny.get(case, '')}" for case, table in tables.items() if name in table]
     return f" [{', '.join(told)}]" if told else ""
 
 
 def resolve_defaults(c: Config) -> Config:
     """Fill what was not given.  Everything that the run depends on is then in the config; the rest stays None."""
-    table = {"optimizer": OPTIMIZERS.get(c.method, "adamw")} | DEFAULTS[c.method]
+    optimizer = c.optimizer or OPTIMIZERS.get(c.method, "adamw")
+    table = {"optimizer": optimizer} | DEFAULTS[c.method]
     if c.method in ADAPTERS and c.method != "adazeta":
-        table |= ADAPTER_DEFAULTS[f"adapters by {c.optimizer or table['optimizer']}"]
-    if c.method == "quzo" and (c.direction_bits or ("grid" if c.weights in COARSE else "4")) == "grid":
-        table |= GRID_DEFAULTS["quzo on int4 and fp8"]
-        table |= NOISY_DEFAULTS["on the grid with rounded activations"] if c.activations != "none" else {}
-    table |= TINY_DEFAULTS.get(c.method, {}) if c.model == "tiny" else {}
+        table |= ADAPTER_DEFAULTS[f"adapters by {optimizer}"]
+    if c.method == "quzo" and c.weights in COARSE:
+        table["direction_bits"] = "grid"
+    bits = c.direction_bits or table.get("direction_bits")
+    if bits == "grid":
+        table |= GRID_DEFAULTS["on the grid" if c.activations == "none" else "on the grid with rounded activations"]
+    table["estimator"] = "q-rge2" if bits not in (None, "full", "grid") else None
+    table |= TINY_DEFAULTS[c.method] if c.model == "tiny" else {}
     if c.method == "adazeta" and c.queries is not None:  # a fixed number instead of the schedule
         table = {name: value for name, value in table.items() if name not in ("alpha", "beta", "max_queries")}
-    elif c.method != "adazeta" and (c.optimizer or table["optimizer"]) == "zo":
+    elif c.method != "adazeta" and optimizer == "zo":
         table["queries"] = 1
     table["task"] = c.task or ("tiny" if c.model == "tiny" else "sst2")
     if not get_task(table["task"]).embedded:
@@ -203,7 +213,7 @@ RANGES = {
 
 
 def validate(c: Config) -> None:
-    """Ranges and combinations; what files hold is checked where it is read."""
+    """Raises ValueError for bad ranges and combinations; what files hold is checked where it is read."""
     check_known(c.model)
     for name, (low, high) in RANGES.items():
         value = getattr(c, name)
@@ -254,7 +264,7 @@ def _meaningless(c: Config) -> list[str]:
 
 
 def check_method(c: Config) -> None:
-    """Flags that contradict the method."""
+    """Raises ValueError for flags that contradict the method or one another."""
     fixed = OPTIMIZERS.get(c.method) or ("adamw" if c.method in ("fo", "fo-ste") else c.optimizer)
     if c.optimizer != fixed:
         raise ValueError(f"--method {c.method} means --optimizer {fixed}, got {c.optimizer}")
@@ -270,5 +280,10 @@ def check_method(c: Config) -> None:
         raise ValueError(f"--method {c.method} keeps weights in fp32 or bf16; use {instead} for {c.weights}")
     if c.method == "fo-ste" and c.weights in FLOATS:
         raise ValueError(f"--method fo-ste fake-quantises its weights; use fo for {c.weights}")
+    if c.estimator in ("q-rge1", "q-rge2") and c.direction_bits in ("full", "grid"):
+        raise ValueError(f"--estimator {c.estimator} is about rounding directions, which --direction-bits "
+                         f"{c.direction_bits} does not: use 2 to 8")  # fmt: skip
+    if c.weights == "fp32" and (c.rounding == "nearest" or c.probe == "codes"):
+        raise ValueError("--rounding nearest and --probe codes mean nothing beside --weights fp32: nothing is rounded")
     if c.method == "mezo" and c.direction_bits != "full":
         raise ValueError(f"--method mezo means Gaussian directions; use quzo for --direction-bits {c.direction_bits}")

@@ -70,6 +70,9 @@ def stored(shapes: dict[str, torch.Size], c: Config) -> dict[str, int]:
     for shape in shapes.values():
         for suffix, (dtype, size) in stored_parts(shape, c.weights, c.residual).items():
             parts[names[suffix]] += math.prod(size) * dtype.itemsize
+    if c.oracle:  # each weight and its scale, in fp32
+        floats = sum(math.prod(shape) * (8 if len(shape) == 2 else 4) for shape in shapes.values())
+        return parts | {"weights": floats, "residuals": 0}
     return parts | {"weights": masters(shapes, c)} if c.method == "fo-ste" else parts
 
 
@@ -93,11 +96,13 @@ def copies(shapes: dict[str, torch.Size], c: Config) -> int:
 
 
 def passing(config, c: Config) -> int:
-    """Bytes a token and a probe, of a forward that keeps nothing, at its widest: a block's float32 input and its norm,
-    with that norm in float32 or the feed-forward's three wide tensors."""
+    """Bytes a token and a probe, of a forward that keeps nothing, at its widest: a block's float32 input beside its
+    norm in float32, attention's q, k and v with heads repeated, or the feed-forward's wide tensors."""
     b, D, F = BYTES[c.compute], config.hidden_size, config.intermediate_size
-    rounding = 0 if c.activations == "none" else 8 * F  # of the widest layer's input, in float32
-    return (4 + b) * D + max(3 * b * F, 12 * D) + rounding
+    wide = (3 if isinstance(config, LlamaConfig) else 2) * b * F
+    if c.activations != "none":
+        wide = max(wide, (b + 12) * F)  # rounding the last layer's input, in float32
+    return 4 * D + max(b * D + 8 * D, 7 * b * D, b * D + wide)
 
 
 def kept(config, c: Config) -> int:
@@ -116,4 +121,5 @@ def table(predicted: dict) -> str:
     head = f"{predicted['trainable_parameters']:,} trainable ({of_which}) of {predicted['total_parameters']:,}"
     head += " parameters; "
     head += f"{predicted['sequences_a_forward']} x {predicted['tokens_a_sequence']} tokens a forward"
+    head += "" if predicted["device"].startswith("cuda") else "; bytes without those of the process itself"
     return "\n".join([head, *(f"{name:16}{size / 2**20:12,.1f} MiB" for name, size in rows)])

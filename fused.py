@@ -81,7 +81,7 @@ def _grid_step(words, spacing, eps):
     """zo_optim.grid_step."""
     t = tl.maximum(spacing, eps)
     ratio = tl.div_rn(eps + t * 0, t)
-    threshold = (ratio * ratio * 2147483648.0).to(tl.int64)
+    threshold = (ratio * ratio * 2147483648.0 + 0.5).to(tl.int64)
     hit = (words & 0x7FFFFFFF).to(tl.int64) < threshold
     return tl.where(hit, tl.where((words >> 31) == 1, -t, t), 0.0)
 

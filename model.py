@@ -26,7 +26,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from checkpoint import COMPANIONS, check_names, find_tensors, read_tensors, write_directory
-from quant import FLOATS, Stored, check_format, encode, from_parts, quantise_tokens, stored_parts
+from quant import (
+    FLOATS,
+    Fp8,
+    Integers,
+    Oracle,
+    Stored,
+    check_format,
+    encode,
+    from_parts,
+    quantise_tokens,
+    row_chunks,
+    stored_parts,
+)
 from random_bits import tensor_id
 
 if TYPE_CHECKING:  # what may be put around a model; this file only hands it the view
@@ -91,6 +103,11 @@ class LlamaConfig:
     eos_token_id: int | list[int] | None = 2
     pad_token_id: int | None = None
 
+    @property
+    def longest(self) -> int:
+        """Tokens that a sequence may have."""
+        return self.max_position_embeddings
+
     @classmethod
     def from_raw(cls, raw: dict) -> LlamaConfig:
         known = _known(cls, raw)
@@ -124,6 +141,11 @@ class RobertaConfig:
     hidden_act: str = "gelu"
     position_embedding_type: str = "absolute"
     is_decoder: bool = False
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a sequence may have: positions count from the padding's index + 1."""
+        return self.max_position_embeddings - 1 - self.pad_token_id
 
     @classmethod
     def from_raw(cls, raw: dict) -> RobertaConfig:
@@ -410,8 +432,14 @@ class StoredView:
 
     def read(self, name: str) -> Tensor:
         stored = self.store[name]
-        weight = stored.read().view(stored.shape)
-        return (weight.to(self.dtype) if weight.ndim == 2 else weight)[None]
+        if len(stored.shape) != 2:
+            return stored.read().view(1, *stored.shape)
+        if not isinstance(stored, Integers | Fp8 | Oracle):
+            return stored.read().to(self.dtype)[None]
+        weight = torch.empty(1, *stored.shape, dtype=self.dtype, device=stored.device)
+        for rows in row_chunks(stored.shape, stored.device):  # codes are unpacked through numbers of 32 bits
+            weight[0, rows] = stored.read(rows)
+        return weight
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         return self.store[name].read(index).float()[None]

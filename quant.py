@@ -94,7 +94,7 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     padded = torch.nn.functional.pad(numbers.to(torch.int32), (0, -numbers.shape[1] % per_byte))
     fields = (padded & (1 << bits) - 1).view(len(numbers), -1, per_byte)
-    return (fields << _shifts(bits, numbers.device)).sum(-1).to(torch.uint8)
+    return (fields << _shifts(bits, numbers.device)).sum(-1, dtype=torch.int32).to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -115,9 +115,8 @@ def _shifts(bits: int, device: torch.device) -> Tensor:
 class Float:
     """A tensor kept as floating point, fp32 or bf16.
 
-    Every store has shape, device, rounds, parts, read, spacing, land and add_.  add_ returns [2] int64: the numbers
-    of elements whose stored bits changed and of elements that the edge of the grid held back.  A tensor, so that a
-    GPU need not wait.
+    Every store has shape, device, rounds, parts, read, spacing, land and add_.  add_ returns [2] int64: how many
+    elements changed (-0 is 0) and how many the edge of the grid held back.  A tensor, so that a GPU need not wait.
     """
 
     value: Tensor
@@ -537,6 +536,7 @@ def encode(
 
 
 def check_format(weights: str, residual_bits: int = 0, oracle: bool = False) -> None:
+    """Raises ValueError for an unknown format, or one that residual bits or the oracle do not go with."""
     if weights not in FORMATS:
         raise ValueError(f"weights must be one of {', '.join(FORMATS)}, got {weights!r}")
     if residual_bits not in RESIDUALS:
@@ -592,9 +592,9 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
 def row_chunks(shape: torch.Size, device: torch.device) -> Iterator[slice]:
     """Row slices of a matrix that bound the scratch of a pass over it (a vector counts as one row).
 
-    On a CPU 2^17 elements keep the temporaries in the second-level cache.
+    On a CPU 2^17 elements keep the temporaries in the second-level cache; on a GPU 2^23 keep them to some 0.1 GB.
     """
     rows, columns = matrix_shape(shape)
-    per_chunk = max(1, (2**25 if device.type == "cuda" else 2**17) // columns)
+    per_chunk = max(1, (2**23 if device.type == "cuda" else 2**17) // columns)
     for start in range(0, rows, per_chunk):
         yield slice(start, min(start + per_chunk, rows))

@@ -32,12 +32,12 @@ from data.tasks import Splits, get_task, load_splits
 from data.tokenizer import Tokenizer
 from dry_run import predict, table
 from first_order import adamw_step, make_trainable, optimizer
-from model import LanguageModel, load, read_config
+from model import LanguageModel, config_of, load, read_config
 from quant import Stored
 from random_bits import permutation
 from run_folder import RunFolder, check_free
 from tensor_train import trained
-from zo_optim import ZO, estimate, learning_rate, queries_of, update
+from zo_optim import ZO, check_grid, estimate, learning_rate, queries_of, update
 
 # ---------------------------------------------------------------- the loop
 
@@ -197,7 +197,10 @@ def zeroth_order(c: Config, problem: Problem) -> StepFn:
     lm, n = problem.lm, len(problem.train)
     store, frozen = trained(lm), None if lm.adapters is None else lm.stored_view()
     bits = int(c.direction_bits) if c.direction_bits.isdigit() else None
-    fixed = ZO(c.eps, c.queries or 1, bits, c.direction_bits == "grid", c.estimator, c.probe, c.rounding == "nearest")
+    grid, nearest = c.direction_bits == "grid", c.rounding == "nearest"
+    fixed = ZO(c.eps, c.queries or 1, bits, grid, c.estimator or "q-rge2", c.probe, nearest)
+    if grid:
+        check_grid(lm.store, c.eps)
 
     def step(at: int, examples: list[Encoded], lr: float) -> Step:
         zo = fixed if c.queries else replace(fixed, queries=queries_of(epoch(c, at, n), c.alpha, c.beta, c.max_queries))
@@ -288,22 +291,25 @@ def restore_best(c: Config, problem: Problem, directory: Path) -> LanguageModel:
 def dry_run(c: Config) -> dict:
     """Print what a run would hold in memory, from shapes alone."""
     validate(c)
-    predicted = predict(c, raw_config(c.model), longest_sequence(c))
+    raw = raw_config(c.model)
+    longest = longest_sequence(c)
+    predicted = predict(c, raw, longest or min(c.max_length, config_of(raw).longest))
+    if longest is None:
+        print("no data or no tokenizer is here: sequences are taken to be as long as --max-length and the model allow")
     print(table(predicted))
     return predicted
 
 
-def longest_sequence(c: Config) -> int:
-    """Tokens of the task's longest sequence, where its files and the tokenizer are at hand; else --max-length."""
-    if not Path(c.model).is_dir() and c.model != "tiny":
-        return c.max_length
-    try:
-        task, directory = get_task(c.task), resolve(c.model)
-        splits = load_splits(task, c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval)
-        encode = Encoder(Tokenizer(directory), task, read_config(directory)[0], c.max_length)
-        return max(len(s) for split in splits[:3] for example in split for s in encode(example).sequences)
-    except ValueError:
-        return c.max_length
+def longest_sequence(c: Config) -> int | None:
+    """Tokens of the task's longest sequence, where its files and the tokenizer are at hand."""
+    task = get_task(c.task)
+    here = Path(c.model).is_dir() or c.model == "tiny"
+    if not here or not (task.embedded or Path(c.data_dir).is_dir()):
+        return None
+    directory = resolve(c.model)
+    splits = load_splits(task, c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval)
+    encode = Encoder(Tokenizer(directory), task, read_config(directory)[0], c.max_length)
+    return max(len(s) for split in splits[:3] for example in split for s in encode(example).sequences)
 
 
 def main(argv: list[str]) -> int:

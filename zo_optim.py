@@ -28,10 +28,12 @@ from random_bits import Key, Use, bits16, bits32, random_words, tensor_id
 if TYPE_CHECKING:
     from model import StoredView
 
-try:  # Triton comes with CUDA builds of torch
-    import fused
+try:  # comes with CUDA builds of torch
+    import triton
 except ImportError:
-    fused = None
+    triton = None
+if triton is not None:
+    import fused
 
 # ---------------------------------------------------------------- directions
 
@@ -87,20 +89,30 @@ def grid_step(key: Key, rows: Tensor, spacing: Tensor, columns: int, eps: float)
 
         eps * u = +t or -t, with probability (eps / t)^2 / 2 each, else 0
 
-    so E[u] = 0 and E[u u^T] = I exactly, as for a Gaussian (to 2^-31 in the probability).  Most elements are 0; the
-    others are one code up or down.  The estimate slope * u has E|g_hat|^2 = (d - 1 + E u^4) |g|^2, where E u^4 =
-    (t / eps)^2 is nothing beside d, so it is as good as a Gaussian's.  But a step lr * slope * u is now p = lr *
-    |slope| / eps of one spacing at the few weights that it touches, and landing it has the variance
-    (eps / s)^2 * s^2 p (1 - p) <= eps * lr * |slope| a weight, where a step in every weight has s * lr * |slope| *
-    E|u|: the grid acts as if its spacing were eps, however coarse it is.  At p = 1 nothing is rounded at all.
-    How small eps may be: (s / eps)^2 has to stay well below d, and the losses' difference above their own rounding.
+    so E[u] = 0 and E[u u^T] = I, as for a Gaussian (the probability to 2^-32).  Most elements are 0; the others
+    are one code up or down.  The estimate slope * u has E|g_hat|^2 = (d - 1 + E u^4) |g|^2, where E u^4 =
+    (t / eps)^2 is nothing beside the d of a language model, so it is as good as a Gaussian's.  But a step
+    lr * slope * u is now p = lr * |slope| / eps spacings at the few weights that it touches.  Landing it has the
+    variance (eps / s)^2 s^2 {p} (1 - {p}) a weight, {p} = p - floor(p): at most eps * lr * |slope|, where a step in
+    every weight has up to s * lr * |slope| * |u|.  The grid acts as if its spacing were eps, however coarse it is,
+    and at whole p nothing is rounded at all.
+    How small eps may be: (s / eps)^2 has to stay well below d; p well below the number of codes, or the range (+-7
+    in int4) holds the largest steps back; and the losses' difference well above its own noise.
     """
     t = spacing.clamp(min=eps)
     ratio = torch.full_like(t, eps) / t  # a number over a tensor would be a product with a rounded reciprocal
-    threshold = (ratio.square() * 2.0**31).to(torch.int64)
+    threshold = (ratio.square() * 2.0**31 + 0.5).to(torch.int64)
     words = bits32(key, Use.DIRECTION, rows, columns)
     hit = (words & 0x7FFFFFFF) < threshold  # 31 bits say whether, the top one says which way
     return torch.where(hit, torch.where(words < 0, -t, t), 0.0)
+
+
+def check_grid(store: Store, eps: float) -> None:
+    """Raises ValueError where eps is so far below a grid's spacing that 31 bits cannot hold (eps / s)^2 to 1 %."""
+    for name, stored in store.items():
+        widest = max(float(stored.spacing(rows).amax()) for rows in row_chunks(stored.shape, stored.device))
+        if eps < widest / 4096:
+            raise ValueError(f"--eps {eps} is under a 4096th of the grid's widest spacing, {widest:.3g} in {name}")
 
 
 @dataclass(frozen=True)
@@ -143,7 +155,7 @@ Store = dict[str, Stored]
 
 def has_kernels(stored: Stored) -> bool:
     """Whether a fused kernel can stand in for the definitions below.  The oracle is there to check them."""
-    return fused is not None and stored.device.type == "cuda" and not isinstance(stored, Oracle)
+    return triton is not None and stored.device.type == "cuda" and not isinstance(stored, Oracle)
 
 
 # ---------------------------------------------------------------- probes: ways of reading the weights
@@ -223,7 +235,8 @@ def words_for(stored: Stored, key: Key, use: Use, rows: slice | Tensor) -> Tenso
 
 @dataclass(frozen=True)
 class Query:
-    """One estimate: both losses and slope = (plus - minus) / (2 eps), the projected gradient."""
+    """One estimate: both losses and slope = (plus - minus) / (2 eps), the projected gradient, or that turned over by a
+    coin (estimator random)."""
 
     plus: float
     minus: float

@@ -367,9 +367,8 @@ def pretrain(args: argparse.Namespace) -> dict:
     resolve(args)
     check_free(args.out)
     config, raw = read_config(args.like)
-    room = config.max_position_embeddings - (1 + config.pad_token_id if config.masked else 0)
-    if args.length > room:
-        raise ValueError(f"--length {args.length} is over the model's {room} positions")
+    if args.length > config.longest:
+        raise ValueError(f"--length {args.length} is over the model's {config.longest} positions")
     masking = masking_of(config, Tokenizer(args.like))
     documents, text_sha256 = read_documents(args.text)
     sides = hold_out(documents, args.held_out, args.seed)

@@ -1,13 +1,13 @@
 """SST-2 on a small real checkpoint: every format and estimator at equal forwards, beside MeZO and first order.
 
-    python benchmarks/sst2.py --model DIR --data-dir DIR --out runs/sst2 --jobs 15
+    python -m benchmarks.sst2 --model DIR --data-dir DIR --out runs/sst2 --jobs 15
 
 First every arm's choices (rates, and where it matters probe sizes) are run with the first tuning seed; those within
 0.01 of the lowest dev loss are run with the other tuning seeds too, and the lowest mean is kept.  Then that choice is
 run with the reported seeds, which tuning never saw.  Each run is tested with the weights of its lowest dev loss.  Test
 never chooses anything.  Each run is `python train.py ...` in a process of its own, `jobs` of them at a time, spread
-over the machine's GPUs.  Finished runs are kept in OUT/results.jsonl and are not run again; --minutes stops starting
-new ones, so that a table can be made in several sittings.  Last line JSON.
+over the machine's GPUs.  Finished runs are kept in OUT/results.jsonl and are not run again while model and flags are
+the same; --minutes stops starting new ones, so that a table can be made in several sittings.  Last line JSON.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from threading import Lock
 
 import torch
 
+from run_folder import git_commit
+
 TRAIN = Path(__file__).parent.parent / "train.py"
 COMMON = "--task sst2 --k 512 --data-seed 42 --batch-size 32 --lr-schedule linear"
 ZO = "--steps 2000 --eval-every 200"
 QUZO = f"{ZO} --method quzo"
 FP32 = "--compute fp32"  # matrices are multiplied in fp32, so that formats alone differ
-FO = "--steps 600 --eval-every 60"
+FO = "--steps 300 --eval-every 15"  # converged long before
 
 
 def rates(*lrs: str, eps: tuple[str, ...] = ()) -> list[str]:
@@ -40,11 +42,12 @@ def rates(*lrs: str, eps: tuple[str, ...] = ()) -> list[str]:
     return [f"--lr {lr} --eps {e}" for e in eps for lr in lrs] if eps else [f"--lr {lr}" for lr in lrs]
 
 
-FINE, COARSE, GRID = rates("1e-5", "2e-5", "4e-5"), rates("3e-7", "2e-6", "1e-5"), rates("2e-5", "4e-5", "8e-5")
+FINE, COARSE = rates("1e-5", "2e-5", "4e-5"), rates("3e-7", "2e-6", "1e-5")
+GRID = rates("2e-5", "4e-5", "8e-5", "1.6e-4")  # where nothing but the loss's shape limits the rate: MeZO too
 # rounded activations put so much noise into a small probe's slope that the probe's size counts as well
 NOISY, NOISY_GRID = rates("2e-5", "4e-5", eps=("1e-3", "2e-3")), rates("2e-5", "4e-5", eps=("5e-4", "1e-3"))
 NOISY_COARSE = rates("5e-6", "2e-5", eps=("1e-3", "2e-3"))
-ADAM = rates("1e-5", "3e-5", "1e-4")
+ADAM = rates("3e-6", "1e-5", "3e-5", "1e-4")
 FORMATS = {  # name: (flags, rates of directions in every weight, rates of directions on the grid)
     "FP8": ("--weights fp8 --activations fp8", NOISY_COARSE, NOISY_GRID),
     "W8A8": ("--weights int8 --activations int8", NOISY, NOISY_GRID),
@@ -58,18 +61,20 @@ WAYS = {
     "grid": "--direction-bits grid --eps 1e-4",
 }
 ARMS = {  # name: (flags, what to choose from; of two flags the later one counts)
-    "MeZO, fp32": (f"{ZO} --method mezo --weights fp32", FINE),
-    "MeZO, bf16": (f"{ZO} --method mezo --weights bf16", FINE),
+    "MeZO, fp32": (f"{ZO} --method mezo --weights fp32", GRID),
+    "MeZO, bf16": (f"{ZO} --method mezo --weights bf16 {FP32}", GRID),
+    "MeZO, bf16, products too": (f"{ZO} --method mezo --weights bf16", GRID),
     **{
         f"QuZO {name}, {way}": (f"{QUZO} {FP32} {flags} {how}", grid if way == "grid" else dense)
         for (name, (flags, dense, grid)), (way, how) in itertools.product(FORMATS.items(), WAYS.items())
     },
     "QuZO FP8 weights only, grid": (f"{QUZO} {FP32} --weights fp8 {WAYS['grid']}", GRID),
     "QuZO W4A8, grid": (f"{QUZO} {FP32} --weights int4 --activations int8 {WAYS['grid']}", NOISY_GRID),
-    "QuZO W4, grid, products in bf16": (f"{QUZO} --weights int4", GRID),
-    "QuZO W8, q-rge2, codes": (f"{QUZO} {FP32} --weights int8 {WAYS['q-rge2']} --probe codes", FINE),
+    "QuZO W4, grid, products in bf16": (f"{QUZO} --weights int4 --direction-bits grid --eps 2e-4", GRID),
+    "QuZO W8, q-rge2, codes": (f"{QUZO} {FP32} --weights int8 {WAYS['q-rge2']} --probe codes", GRID),
     "QuZO W4, q-rge2, nearest": (f"{QUZO} {FP32} --weights int4 {WAYS['q-rge2']} --rounding nearest", FINE),
-    "random, W8, grid": (f"{QUZO} {FP32} --weights int8 {WAYS['grid']} --estimator random", GRID),
+    # tested with its last weights: the best of ten evaluations of a random walk is above chance
+    "random, W8, grid": (f"{QUZO} {FP32} --weights int8 {WAYS['grid']} --estimator random --eval-every 2000", FINE),
     "fo, fp32": (f"{FO} --method fo --weights fp32", ADAM),
     "fo-ste, W8A8": (f"{FO} --method fo-ste {FP32} --weights int8 --activations int8", ADAM),
     "fo-ste, W4A8": (f"{FO} --method fo-ste {FP32} --weights int4 --activations int8", ADAM),
@@ -85,7 +90,8 @@ class Runs:
         self.path = Path(args.out) / "results.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.done = {(r["arm"], r["choice"], r["seed"]): r for r in map(json.loads, lines)}
+        found = [row for row in map(json.loads, lines) if row["model"] == args.model and row["flags"] == flags_of(row)]
+        self.done = {(row["arm"], row["choice"], row["seed"]): row for row in found}  # of the arms as they are now
         self.slots = SimpleQueue()  # which GPU a run is on: as many on each
         for job in range(args.jobs):
             self.slots.put(job % max(1, torch.cuda.device_count()))
@@ -110,17 +116,25 @@ class Runs:
                 file.write(json.dumps(result) + "\n")
 
 
+def flags_of(row: dict) -> str | None:
+    """What train.py is given; None for an arm or a choice that there is no more."""
+    flags, choices = ARMS.get(row["arm"], ("", ()))
+    return f"{COMMON} {flags} {row['choice']} --seed {row['seed']}" if row["choice"] in choices else None
+
+
 def run(args: argparse.Namespace, gpu: int, arm: str, choice: str, seed: int) -> dict:
     """One training run -> its result; a run that diverged counts as chance.
 
     Any other failure raises: it must not pass for a measurement.
     """
     out = Path(args.out) / f"{arm}-{choice}-{seed}-{time.time_ns()}".replace(" ", "").lower()
-    flags = f"{COMMON} {ARMS[arm][0]} {choice} --seed {seed}".split()
+    row = {"arm": arm, "choice": choice, "seed": seed, "model": args.model}
+    row |= {"flags": flags_of(row), "commit": git_commit()}
     paths = ["--model", args.model, "--data-dir", args.data_dir, "--out", str(out)]
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
     env |= {"CUDA_VISIBLE_DEVICES": str(gpu)} if torch.cuda.device_count() > 1 else {}
-    done = subprocess.run([sys.executable, TRAIN, *flags, *paths], capture_output=True, text=True, env=env)
+    command = [sys.executable, TRAIN, *row["flags"].split(), *paths]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode and "the loss is not finite" not in done.stderr:
         raise RuntimeError(f"{arm} {choice} seed {seed}: {done.stderr[-2000:]}")
     result = {"dev": 0.5, "dev_loss": 0.6931, "test": 0.5, "seconds": 0.0, "best_step": 0}
@@ -129,7 +143,7 @@ def run(args: argparse.Namespace, gpu: int, arm: str, choice: str, seed: int) ->
     else:
         result = json.loads(done.stdout)
     kept = ("dev", "dev_loss", "best_step", "test", "seconds", "zero_shot", "forwards", "peak_memory_bytes")
-    row = {"arm": arm, "choice": choice, "seed": seed} | {name: result.get(name) for name in kept}
+    row |= {name: result.get(name) for name in kept}
     # no test accuracy here: whoever watches must not tune by it
     print(f"{arm} {choice} seed {seed}: dev loss {row['dev_loss']:.4f}", file=sys.stderr, flush=True)
     return row

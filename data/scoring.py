@@ -51,8 +51,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, task: Task, config, max_length: int, share: bool = True):
         """share=False scores every option in a sequence of its own, which tests compare with the shared way."""
         self.tokenizer, self.task, self.config = tokenizer, task, config
-        room = config.max_position_embeddings - (1 + config.pad_token_id if config.masked else 0)
-        self.max_length, self.share = min(max_length, room), share
+        self.max_length, self.share = min(max_length, config.longest), share
         if config.masked:
             self.mask_id = tokenizer.id_of(MASK)
             self.label_words = [self._one_token(option) for option in task.options]

@@ -31,7 +31,7 @@ def ids(text: str) -> list[int]:
 
 
 def config(masked: bool = False, positions: int = 64):
-    special = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2, max_position_embeddings=positions)
+    special = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2, longest=positions - 3 * masked)
     return SimpleNamespace(**special, masked=masked, vocab_size=len(PIECES))
 
 

@@ -365,3 +365,15 @@ def test_cuda_and_cpu_take_the_same_first_steps(quick, tmp_path):
         quick("--device", device, "--compute", "fp32", "--lr", "0", out=device)
     runs = [read_trajectory(tmp_path / device / "trajectory") for device in ("cpu", "cuda")]
     assert [s for step in runs[0] for s in step] == pytest.approx([s for step in runs[1] for s in step], abs=5e-3)
+
+
+@pytest.mark.parametrize("flags, told", [
+    ("--weights int4 --estimator q-rge1", "--estimator q-rge1 is about rounding directions"),
+    ("--method mezo --estimator q-rge2", "--direction-bits full does not: use 2 to 8"),
+    ("--weights fp32 --rounding nearest", "mean nothing beside --weights fp32"),
+    ("--method mezo --weights fp32 --probe codes", "mean nothing beside --weights fp32"),
+    ("--weights int4 --eps 1e-6", "is under a 4096th of the grid's widest spacing"),
+])  # fmt: skip
+def test_flags_that_would_be_ignored_are_refused(tmp_path, capsys, flags, told):
+    assert train.main([*flags.split(), "--steps", "1", "--num-eval", "4", "--out", str(tmp_path / "run")]) == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
