@@ -88,6 +88,10 @@ class Config:
     eval_every: int | None = flag(None, "steps between dev evaluations")
     device: str = flag("auto", "cpu, cuda, cuda:N, or auto")
     out: str | None = flag(None, "run folder; must be new or empty (runs/DATE-TIME-...)")
+    resume: str | None = flag(None, "a run folder whose run was interrupted: finish it there, to the same bits, with "
+                                    "its own flags (zeroth order)")  # fmt: skip
+    replay: str | None = flag(None, "a run folder: redo its updates from the base weights without a forward, and say "
+                                    "whether the weights are those that it recorded")  # fmt: skip
     dry_run: bool = flag(False, "print what the run would hold in memory, from shapes alone, and stop")
 
 
@@ -157,7 +161,8 @@ def parse(argv: list[str]) -> Config:
         else:
             options = dict(f.metadata) | {"type": kinds[f.type.removesuffix(" | None")], "help": told}
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **options)
-    return resolve_defaults(Config(**vars(parser.parse_args(argv))))
+    c = Config(**vars(parser.parse_args(argv)))
+    return c if c.resume or c.replay else resolve_defaults(c)
 
 
 def told_defaults(f: dataclasses.Field) -> str:
@@ -200,6 +205,27 @@ def resolve_defaults(c: Config) -> Config:
         compute=("bf16" if bf16 else "fp32") if c.compute == "auto" else c.compute,
         micro_batch_size=c.batch_size if c.micro_batch_size is None else c.micro_batch_size,
     )
+
+
+MOVED = ("model", "data_dir", "device")  # what may be elsewhere when a run is taken up again
+
+
+def recorded(c: Config, flags: dict) -> Config:
+    """The flags of the run that --resume or --replay names, from its config.json.
+
+    Raises ValueError for other flags beside these two, for flags that are not ours, and for a run with AdamW.
+    """
+    run, fields = c.resume or c.replay, {f.name: f.default for f in dataclasses.fields(Config)}
+    given = {name for name, default in fields.items() if getattr(c, name) != default}
+    if given & {"resume", "replay"} == {"resume", "replay"} or given - {"resume", "replay", *MOVED}:
+        told = f"a run has its own flags: give --resume or --replay, and beside it at most {', '.join(MOVED)}"
+        raise ValueError(f"{told}; got {', '.join(sorted(given))}")
+    if set(flags) != set(fields):
+        raise ValueError(f"{run} was made by another version: flags differ in {', '.join(set(flags) ^ set(fields))}")
+    if flags["optimizer"] != "zo":
+        raise ValueError(f"{run} cannot be redone: AdamW's moments are not kept")
+    moved = {name: getattr(c, name) for name in given & set(MOVED)}
+    return Config(**flags | moved | {"out": run})
 
 
 COUNT = (1, 2**31 - 1)

@@ -17,6 +17,7 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 import safetensors
@@ -25,17 +26,30 @@ import tokenizers
 import torch
 
 
+class Past(NamedTuple):
+    """What a run folder says of its run."""
+
+    config: dict  # config.json
+    slopes: list[list[float]]  # of each whole step
+    rows: list[dict]  # of metrics.jsonl, up to that step
+
+
 class RunFolder:
     """Creates the folder; every line is flushed as it is written, so a killed run is readable to its last step."""
 
-    def __init__(self, path: Path):
-        check_free(path)
-        path.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, past: Past | None = None):
+        """past: continue that run, with what a killed process left of a step cut off."""
+        if past is None:
+            check_free(path)
+            path.mkdir(parents=True, exist_ok=True)
         self.path, self.model = path, path / "model"
-        self.losses: list[tuple[int, float]] = []
-        self.devs: list[tuple[int, float]] = []
-        self._metrics = open(path / "metrics.jsonl", "w")  # noqa: SIM115 (open for the whole run)
-        self._trajectory = open(path / "trajectory", "w")  # noqa: SIM115
+        rows, slopes = (past.rows, past.slopes) if past else ([], [])
+        self.losses = [(row["step"], row["loss"]) for row in rows if "slope" in row]
+        self.devs = [(row["step"], row["dev"]) for row in rows if "dev" in row]
+        self._write("trajectory", "".join(map(_line, slopes)))
+        self._write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        self._metrics = open(path / "metrics.jsonl", "a")  # noqa: SIM115 (open for the whole run)
+        self._trajectory = open(path / "trajectory", "a")  # noqa: SIM115
 
     def write_config(self, flags: dict, base_sha256: str, data_files: list[Path], other_files: list[Path]) -> None:
         """other_files: what else decides the tokens, such as the tokenizer's."""
@@ -45,14 +59,14 @@ class RunFolder:
 
     def step(self, step: int, slopes: list[float], loss: float, metrics: dict) -> None:
         """Record step number `step` (from 1), after its update."""
-        self._trajectory.write(" ".join(map(repr, slopes)) + "\n")
+        self._trajectory.write(_line(slopes))
         self._trajectory.flush()
         self.losses.append((step, loss))
-        self._line({"step": step, "slope": slopes} | metrics)
+        self._row({"step": step, "slope": slopes, "loss": loss} | metrics)
 
     def dev(self, step: int, accuracy: float, loss: float, peak_memory_bytes: int) -> None:
         self.devs.append((step, accuracy))
-        self._line({"step": step, "dev": accuracy, "dev_loss": loss, "peak_memory_bytes": peak_memory_bytes})
+        self._row({"step": step, "dev": accuracy, "dev_loss": loss, "peak_memory_bytes": peak_memory_bytes})
         self.draw()
 
     def result(self, result: dict) -> None:
@@ -64,7 +78,7 @@ class RunFolder:
     def draw(self) -> None:
         self._write("curve.svg", curve_svg(self.losses, self.devs))
 
-    def _line(self, row: dict) -> None:
+    def _row(self, row: dict) -> None:
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
 
@@ -91,11 +105,33 @@ def check_free(path: Path) -> None:
         raise ValueError(f"--out {path} is not empty: it may hold a run; give a new folder")
 
 
+def _line(slopes: list[float]) -> str:
+    return " ".join(map(repr, slopes)) + "\n"
+
+
+def read_past(path: Path) -> Past:
+    """Raises ValueError for what is not a run folder."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+        if not {"flags", "base_weights_sha256", "data_sha256"} <= set(config):
+            raise ValueError("config.json is not that of a run")
+        slopes = read_trajectory(path / "trajectory")
+        rows = [json.loads(line) for line in _whole_lines(path / "metrics.jsonl")]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a run folder: {error}") from None
+    recorded = sum("slope" in row for row in rows)
+    slopes = slopes[:recorded]  # a step's line is written there first
+    return Past(config, slopes, [row for row in rows if row["step"] <= len(slopes)])
+
+
 def read_trajectory(path: Path) -> list[list[float]]:
     """The slopes of every whole line: a killed process may have left half a line at the end."""
+    return [[float(number) for number in line.split()] for line in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> list[str]:
     text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    return [[float(number) for number in line.split()] for line in whole.splitlines()]
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
 def versions() -> dict[str, str]:

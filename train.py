@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tensor_train
-from config import Config, parse, spec_of, validate
+from config import Config, parse, recorded, spec_of, validate
 from data.hub import raw_config, resolve
 from data.scoring import Encoded, Encoder, Quality, collate, evaluate, losses
 from data.tasks import Splits, get_task, load_splits
@@ -35,7 +35,7 @@ from first_order import adamw_step, make_trainable, optimizer
 from model import LanguageModel, config_of, load, read_config
 from quant import Stored
 from random_bits import permutation
-from run_folder import RunFolder, check_free
+from run_folder import Past, RunFolder, check_free, hashed, read_past
 from tensor_train import trained
 from zo_optim import ZO, check_grid, estimate, learning_rate, queries_of, update
 
@@ -146,11 +146,18 @@ class Progress:
     best: Quality | None = None
 
 
-def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop) -> Progress:
+def progress_of(past: Past) -> Progress:
+    progress = Progress(len(past.slopes), sum(2 * len(slopes) for slopes in past.slopes))
+    for row in past.rows:
+        if "dev" in row and (progress.best is None or row["dev_loss"] < progress.best.loss):
+            progress.best, progress.best_step = Quality(row["dev"], row["dev_loss"]), row["step"]
+    return progress
+
+
+def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: Progress) -> None:
     """Run the loop.  The folder's model/ holds the best weights, or the last ones where none were evaluated."""
-    lm, progress = problem.lm, Progress()
     take_step = (first_order if c.optimizer == "adamw" else zeroth_order)(c, problem)
-    bar = tqdm(range(c.steps), unit="step", file=sys.stderr, dynamic_ncols=True)
+    bar = tqdm(range(progress.steps, c.steps), unit="step", file=sys.stderr, dynamic_ncols=True)
     for step in bar:
         if stop.number:
             break
@@ -161,18 +168,39 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop) -> Progres
         folder.step(step + 1, slopes, loss, metrics | {"lr": lr, "tokens": tokens})
         progress.steps = step + 1
         progress.forwards += 2 * len(slopes) or 1
-        if progress.steps % c.eval_every == 0 or progress.steps == c.steps:
-            dev = problem.quality(problem.dev)
-            check_finite(dev.loss, step, c)
-            folder.dev(progress.steps, dev.accuracy, dev.loss, peak_memory(c.device))
-            if progress.best is None or dev.loss < progress.best.loss:
-                progress.best, progress.best_step = dev, progress.steps
-                save(lm, folder.model)
+        if is_due(c, progress.steps):
+            judge(c, problem, folder, progress)
         bar.set_postfix(loss=f"{loss:.3f}", dev=f"{folder.devs[-1][1]:.1%}" if folder.devs else "-")
     if progress.best is None:
-        save(lm, folder.model)
+        save(problem.lm, folder.model)
         progress.best_step = progress.steps
-    return progress
+
+
+def is_due(c: Config, steps: int) -> bool:
+    return steps > 0 and (steps % c.eval_every == 0 or steps == c.steps)
+
+
+def judge(c: Config, problem: Problem, folder: RunFolder, progress: Progress) -> None:
+    """Evaluate on dev, and keep the weights if they are the best.  Kept first, recorded then: a record is true."""
+    dev = problem.quality(problem.dev)
+    check_finite(dev.loss, progress.steps - 1, c)
+    if progress.best is None or dev.loss < progress.best.loss:
+        progress.best, progress.best_step = dev, progress.steps
+        save(problem.lm, folder.model)
+    folder.dev(progress.steps, dev.accuracy, dev.loss, peak_memory(c.device))
+
+
+def catch_up(c: Config, lm: LanguageModel, steps: list[list[float]]) -> None:
+    """Redo the first steps of a recorded run from their slopes, without a forward pass."""
+    zo, store = estimator(c), trained(lm)
+    for step, slopes in enumerate(steps):
+        update(store, slopes, c.seed, step, zo, learning_rate(c.lr, c.lr_schedule, step, c.steps))
+
+
+def check_same(past: Past, name: str, value: object) -> None:
+    """Raises ValueError where base weights or data are not those of the recorded run."""
+    if past.config[name] != value:
+        raise ValueError(f"the run's {name} is {past.config[name]}, that of the files at hand {value}")
 
 
 def save(lm: LanguageModel, directory: Path) -> None:
@@ -192,14 +220,18 @@ class Step(NamedTuple):
 StepFn = Callable[[int, list[Encoded], float], Step]  # step from 0, its examples, its learning rate
 
 
-def zeroth_order(c: Config, problem: Problem) -> StepFn:
-    """Estimate and update: two forwards a query."""
-    lm, n = problem.lm, len(problem.train)
-    store, frozen = trained(lm), None if lm.adapters is None else lm.stored_view()
+def estimator(c: Config) -> ZO:
+    """As the flags have it; AdaZeta's number of queries changes from epoch to epoch."""
     bits = int(c.direction_bits) if c.direction_bits.isdigit() else None
     grid, nearest = c.direction_bits == "grid", c.rounding == "nearest"
-    fixed = ZO(c.eps, c.queries or 1, bits, grid, c.estimator or "q-rge2", c.probe, nearest)
-    if grid:
+    return ZO(c.eps, c.queries or 1, bits, grid, c.estimator or "q-rge2", c.probe, nearest)
+
+
+def zeroth_order(c: Config, problem: Problem) -> StepFn:
+    """Estimate and update: two forwards a query."""
+    lm, n, fixed = problem.lm, len(problem.train), estimator(c)
+    store, frozen = trained(lm), None if lm.adapters is None else lm.stored_view()
+    if fixed.grid:
         check_grid(lm.store, c.eps)
 
     def step(at: int, examples: list[Encoded], lr: float) -> Step:
@@ -227,7 +259,7 @@ def first_order(c: Config, problem: Problem) -> StepFn:
         parts = (part[0] for part in loss_parts(problem, examples, c.micro_batch_size, view))
         loss = adamw_step(adamw, parts, lr)
         check_finite(loss, at, c)
-        return Step(loss, [], {"loss": loss})
+        return Step(loss, [], {})
 
     return step
 
@@ -250,19 +282,36 @@ def peak_memory(device: str) -> int:
 
 def run(c: Config) -> dict:
     """One training run from flags to result."""
+    past = None
+    if c.resume:
+        past = read_past(Path(c.resume))
+        c = recorded(c, past.config["flags"])
     validate(c)
-    check_free(Path(c.out))
+    if past is None:
+        check_free(Path(c.out))
+    elif len(past.slopes) >= c.steps:
+        raise ValueError(f"{c.out} is complete: all {c.steps} steps were done")
     if c.device.startswith("cuda:"):
         torch.cuda.set_device(c.device)  # kernels and memory figures go by the current device
     problem, splits = prepare(c)
-    folder = RunFolder(Path(c.out))
-    folder.write_config(dataclasses.asdict(c), problem.lm.sha256(), splits.files, problem.lm.other_files)
+    if past is not None:
+        check_same(past, "base_weights_sha256", problem.lm.sha256())
+        check_same(past, "data_sha256", hashed(splits.files))
+    folder = RunFolder(Path(c.out), past)
+    if past is None:
+        folder.write_config(dataclasses.asdict(c), problem.lm.sha256(), splits.files, problem.lm.other_files)
     stop = Stop()
     tqdm.write(f"{c.model}, {c.task}, {c.method} on {c.weights} weights, {c.device}; run folder {c.out}", sys.stderr)
     zero_shot = problem.quality(problem.test).accuracy
     tqdm.write(f"zero-shot test accuracy {zero_shot:.1%}", sys.stderr)
     started = time.perf_counter()
-    progress = train(c, problem, folder, stop)
+    progress = Progress()
+    if past is not None:
+        catch_up(c, problem.lm, past.slopes)
+        progress = progress_of(past)
+        if is_due(c, progress.steps) and progress.steps not in dict(folder.devs):  # killed before it was recorded
+            judge(c, problem, folder, progress)
+    train(c, problem, folder, stop, progress)
     seconds, interrupted = time.perf_counter() - started, progress.steps < c.steps
     lm = restore_best(c, problem, folder.model)
     test = None if interrupted else problem.quality(problem.test).accuracy
@@ -286,6 +335,21 @@ def restore_best(c: Config, problem: Problem, directory: Path) -> LanguageModel:
     else:
         tensor_train.load(problem.lm, directory)
     return problem.lm
+
+
+def replay(c: Config) -> dict:
+    """Redo a finished run's updates up to its best step, and compare the weights' hashes."""
+    past, path = read_past(Path(c.replay)), Path(c.replay) / "result.json"
+    c = recorded(c, past.config["flags"])
+    if not path.is_file():
+        raise ValueError(f"{c.out} has no result.json: that run was not finished; --resume finishes it")
+    validate(c)
+    result, lm = json.loads(path.read_text()), load_base(c, resolve(c.model))
+    check_same(past, "base_weights_sha256", lm.sha256())
+    catch_up(c, lm, past.slopes[: result["best_step"]])
+    sha256 = lm.sha256()
+    return {"run": c.out, "steps": result["best_step"], "weights_sha256": sha256,
+            "recorded_sha256": result["weights_sha256"], "equal": sha256 == result["weights_sha256"]}  # fmt: skip
 
 
 def dry_run(c: Config) -> dict:
@@ -317,9 +381,9 @@ def main(argv: list[str]) -> int:
     code, told = 0, ""
     try:
         c = parse(argv)
-        result = dry_run(c) if c.dry_run else run(c)
+        result = (replay if c.replay else dry_run if c.dry_run else run)(c)
         print(json.dumps(result))
-        code = 130 if result.get("interrupted") else 0
+        code = 130 if result.get("interrupted") else 0 if result.get("equal", True) else 1
     except ValueError as error:
         code, told = 2, str(error)
     except torch.OutOfMemoryError as error:

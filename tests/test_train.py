@@ -307,7 +307,8 @@ def test_every_flag_is_a_field_and_every_default_has_one_home():
     of_adapters = {"placement", "bottleneck", "tt_rank", "lora_rank", "lora_alpha", "init"}
     of_adapters |= {"alpha", "beta", "max_queries"}
     of_files = {"data_dir", "k", "data_seed", "num_train", "num_dev"}
-    assert unused == of_files | of_adapters | {"weight_decay", "master", "probes_per_forward"}
+    others = {"weight_decay", "master", "probes_per_forward", "resume", "replay"}
+    assert unused == of_files | of_adapters | others
     assert "auto" not in vars(config).values()
     real = train.parse(["--model", "llama2-7b", "--method", "mezo"])
     assert (real.num_train, real.num_dev, real.data_seed, real.data_dir) == (1000, 500, 0, "datasets")
