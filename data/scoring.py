@@ -79,9 +79,12 @@ class Encoder:
         return self.max_length - others
 
     def _cloze(self, example: Example) -> Encoded:
-        """<s> sentence joint <mask> . </s>; the sentence loses its end where the whole would be too long."""
-        sentence, joint, after = (self.tokenizer.encode(text) for text in self.task.cloze(example))
-        sentence = sentence[: self._room(len(joint) + len(after) + 3)]
+        """<s> sentence joint <mask> . </s>, or <s> <mask> : sentence </s>; a sentence too long loses its end."""
+        sentence, joint, after = (self.tokenizer.encode(text) if text else [] for text in self.task.cloze(example))
+        if self.task.mask_first:
+            after = after[: self._room(3)]
+        else:
+            sentence = sentence[: self._room(len(joint) + len(after) + 3)]
         before = [self.config.bos_token_id, *sentence, *joint]
         sequence = [*before, self.mask_id, *after, self.config.eos_token_id]
         return Encoded([sequence], [[word] for word in self.label_words], len(before), example.label)

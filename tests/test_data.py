@@ -9,7 +9,7 @@ import torch
 from helpers import tiny_llama, tiny_roberta
 
 from data.scoring import Encoder, collate, evaluate, losses, option_scores
-from data.tasks import TASKS, Example, Task, get_task, load_splits, read_tsv
+from data.tasks import TASKS, Example, Task, get_task, load_splits, read_examples
 from data.tokenizer import Tokenizer
 from model import create, load
 
@@ -46,7 +46,19 @@ def write(path, text: str):
 
 def test_a_file_is_read_as_it_is(tmp_path):
     path = write(tmp_path / "a.tsv", "sentence\tlabel\nfine \t1\n\"quoted\" , it 's\t0\n")
-    assert read_tsv(path, 2) == [Example("fine", 1), Example("\"quoted\" , it 's", 0)]
+    assert read_examples(path, 2) == [Example("fine", 1), Example("\"quoted\" , it 's", 0)]
+
+
+def test_a_csv_file_has_the_label_first_and_no_header(tmp_path):
+    """Quotes are csv's: a sentence with a comma, a quote in it, and one that goes on in the next line."""
+    text = '4,Where is it ?\n0,"What , ""exactly"" , is it ?"\n3,"one\ntwo"\n'
+    expected = [Example("Where is it ?", 4), Example('What , "exactly" , is it ?', 0), Example("one\ntwo", 3)]
+    assert read_examples(write(tmp_path / "a.csv", text), 6) == expected
+    for text, told in [("6,What\n", ":1: the label must be one of 0 to 5, got '6'"), ("1,a\n1\n", ":2: expected label"),
+                       ("1,a,b\n", "got 3 columns"), ("", "no examples")]:  # fmt: skip
+        with pytest.raises(ValueError) as refused:
+            read_examples(write(tmp_path / "a.csv", text), 6)
+        assert told in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -63,21 +75,21 @@ def test_a_file_is_read_as_it_is(tmp_path):
 )
 def test_a_wrong_file_is_refused_with_its_line(tmp_path, text, told):
     with pytest.raises(ValueError) as refused:
-        read_tsv(write(tmp_path / "a.tsv", text), 2)
+        read_examples(write(tmp_path / "a.tsv", text), 2)
     assert told in str(refused.value) and str(tmp_path) in str(refused.value)
 
 
 def test_only_line_feeds_end_lines_and_a_byte_order_mark_is_no_text(tmp_path):
     path = write(tmp_path / "a.tsv", "\ufeffsentence\tlabel\r\none\u2028two\x85three\t1\r\n")
-    assert read_tsv(path, 2) == [Example("one\u2028two\x85three", 1)]
+    assert read_examples(path, 2) == [Example("one\u2028two\x85three", 1)]
 
 
 def test_a_missing_file_and_bytes_that_are_not_text_are_refused(tmp_path):
     with pytest.raises(ValueError, match="missing"):
-        read_tsv(tmp_path / "a.tsv", 2)
+        read_examples(tmp_path / "a.tsv", 2)
     (tmp_path / "a.tsv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="UTF-8"):
-        read_tsv(tmp_path / "a.tsv", 2)
+        read_examples(tmp_path / "a.tsv", 2)
 
 
 def test_an_unknown_task_is_refused_by_name():
@@ -103,6 +115,13 @@ def test_real_k_shot_files_have_k_examples_a_class(real_data):
         splits = load_splits(SST2, str(real_data("k-shot").parent), k, seed, 0, 0, num_eval=1000)
         assert [sum(e.label == c for e in split) for split in splits[:2] for c in (0, 1)] == [k] * 4
         assert len(splits.test) == 872
+
+
+def test_real_trec_files(real_data):
+    """The smallest class, abbreviations, has fewer than 512 questions."""
+    splits = load_splits(get_task("trec"), str(real_data("k-shot").parent), 512, 42, 0, 0, num_eval=1000)
+    assert [sum(e.label == c for e in splits.train) for c in range(6)] == [512, 512, 86, 512, 512, 512]
+    assert len(splits.test) == 500 and Example("Where is Basque country located ?", 4) in splits.train
 
 
 # ---------------------------------------------------------------- encoding
@@ -131,6 +150,17 @@ def test_a_cloze_text_is_read_at_the_mask_and_cut_before_it(words):
     e = encode(Example("dull " * 30, 0))  # 13 positions, of which the padding index 2 takes three
     assert e.sequences == [ids("<s> dull dull dull dull It was <mask> . </s>")]
     assert e.sequences[0][e.at] == ids("<mask>")[0]
+
+
+def test_a_mask_may_come_first(words):
+    """LM-BFF's TREC; 13 positions, of which the padding index takes three, so 10 tokens."""
+    task = Task("t", "", " It was", (" dull", " great"), mask_first=True)
+    encode = Encoder(words, task, config(masked=True, positions=13), 64)
+    e = encode(Example("fun", 1))
+    after = words.encode(": fun")
+    assert e.sequences == [[*ids("<s> <mask>"), *after, *ids("</s>")]] and e.at == 1
+    e = encode(Example("dull " * 30, 0))
+    assert len(e.sequences[0]) == 10 and e.sequences[0][:2] == ids("<s> <mask>") and e.sequences[0][-1] == ids("</s>")[0]
 
 
 def test_a_label_word_of_several_tokens_is_refused_at_the_mask(words):
