@@ -160,7 +160,8 @@ def test_a_mask_may_come_first(words):
     after = words.encode(": fun")
     assert e.sequences == [[*ids("<s> <mask>"), *after, *ids("</s>")]] and e.at == 1
     e = encode(Example("dull " * 30, 0))
-    assert len(e.sequences[0]) == 10 and e.sequences[0][:2] == ids("<s> <mask>") and e.sequences[0][-1] == ids("</s>")[0]
+    assert len(e.sequences[0]) == 10
+    assert e.sequences[0][:2] == ids("<s> <mask>") and e.sequences[0][-1:] == ids("</s>")
 
 
 def test_a_label_word_of_several_tokens_is_refused_at_the_mask(words):

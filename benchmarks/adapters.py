@@ -1,0 +1,54 @@
+"""SST-2 and TREC on a small real checkpoint: LoRETTA beside LoRA by AdamW, AdaZeta beside MeZO at equal forwards.
+
+    python -m benchmarks.adapters --model DIR --data-dir DIR --out runs/adapters --jobs 15
+
+How arms are tuned and run: benchmarks/tuned.py.
+"""
+
+from __future__ import annotations
+
+from benchmarks.tuned import Arms, main, rates
+from zo_optim import queries_of
+
+BATCH, QUERIES = 32, 2000  # two forwards each
+EXAMPLES = {"sst2": 1024, "trec": 2646}  # of k = 512
+FIRST_ORDER = "--steps 600 --eval-every 60 --weights fp32 --lr-schedule linear"
+RATES = rates("1e-4", "3e-4", "1e-3", "3e-3")
+ZO = "--weights fp32 --lr-schedule constant"
+SCHEDULES = {"paper's schedule": (0.85, 0.45, 20), "released schedule": (0.85, 0.622, 15)}
+
+
+def steps_of(task: str, alpha: float, beta: float, most: int) -> int:
+    """How many steps of AdaZeta make up the budget of queries, the last of them whole."""
+    an_epoch, step, asked = -(-EXAMPLES[task] // BATCH), 0, 0
+    while asked < QUERIES:
+        asked += queries_of(step // an_epoch, alpha, beta, most)
+        step += 1
+    return step
+
+
+def zo(method: str, queries: int = 1) -> str:
+    steps = QUERIES // queries
+    return f"{ZO} --method {method} --queries {queries} --steps {steps} --eval-every {steps // 10}"
+
+
+def arms_of(task: str) -> Arms:
+    arms = {
+        "LoRA, AdamW": (f"{FIRST_ORDER} --method lora", RATES),
+        "LoRETTA_adp, AdamW": (f"{FIRST_ORDER} --method loretta-adp", RATES),
+        "LoRETTA_rep, AdamW": (f"{FIRST_ORDER} --method loretta-rep", RATES),
+        "MeZO": (zo("mezo"), rates("1e-5", "2e-5", "4e-5", "8e-5")),
+        "MeZO-LoRA": (zo("lora --optimizer zo"), rates("1e-4", "3e-4", "1e-3", "3e-3", eps=("1e-3", "1e-2"))),
+        "AdaZeta, one query": (zo("adazeta"), RATES),
+        "AdaZeta, four queries": (zo("adazeta", 4), RATES),
+    }
+    for name, (alpha, beta, most) in SCHEDULES.items():
+        steps = steps_of(task, alpha, beta, most)
+        schedule = f"--alpha {alpha} --beta {beta} --max-queries {most} --steps {steps} --eval-every {steps // 10}"
+        arms[f"AdaZeta, {name}"] = (f"{ZO} --method adazeta {schedule}", RATES)
+    common = f"--task {task} --k 512 --data-seed 42 --batch-size {BATCH}"
+    return {f"{task}: {name}": (f"{common} {flags}", choices) for name, (flags, choices) in arms.items()}
+
+
+if __name__ == "__main__":
+    main(arms_of("sst2") | arms_of("trec"), __doc__, "runs/adapters")

@@ -1,0 +1,172 @@
+"""Tables of tuned runs: an arm's choices are compared on dev with some seeds, and the best is reported on others.
+
+A script with arms calls `main`.  First every arm's choices (rates, and where it matters probe sizes) are run with the
+first tuning seed; those within 0.01 of the lowest dev loss are run with the other tuning seeds too, and the lowest
+mean is kept.  Then that choice is run with the reported seeds, which tuning never saw.  Each run is tested with the
+weights of its lowest dev loss.  Test never chooses anything.  Each run is `python train.py ...` in a process of its
+own, `jobs` of them at a time, spread over the machine's GPUs.  Finished runs are kept in OUT/results.jsonl and are not
+run again while model and flags are the same; --minutes stops starting new ones, so that a table can be made in several
+sittings.  Last line JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
+
+import torch
+
+from run_folder import git_commit
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+Arms = dict[str, tuple[str, list[str]]]  # name: (flags, what to choose from; of two flags the later one counts)
+
+
+def rates(*lrs: str, eps: tuple[str, ...] = ()) -> list[str]:
+    """What an arm is tuned over."""
+    return [f"--lr {lr} --eps {e}" for e in eps for lr in lrs] if eps else [f"--lr {lr}" for lr in lrs]
+
+
+class Runs:
+    """Runs on demand, each once: what is in OUT/results.jsonl is not run again."""
+
+    def __init__(self, arms: Arms, args: argparse.Namespace):
+        self.arms, self.args, self.lock = arms, args, Lock()
+        self.ends = time.monotonic() + 60 * args.minutes
+        self.path = Path(args.out) / "results.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        rows = [row for row in map(json.loads, lines) if row["model"] == args.model]
+        self.done = {(r["arm"], r["choice"], r["seed"]): r for r in rows if r["flags"] == self.flags_of(r)}
+        self.slots = SimpleQueue()  # which GPU a run is on: as many on each
+        for job in range(args.jobs):
+            self.slots.put(job % max(1, torch.cuda.device_count()))
+
+    def __call__(self, jobs: list[tuple[str, str, int]]) -> None:
+        todo = [job for job in jobs if job not in self.done]
+        todo.sort(key=lambda job: "--activations" not in self.arms[job[0]][0])  # the longest runs first
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            list(pool.map(self._one, todo))
+
+    def flags_of(self, row: dict) -> str | None:
+        """What train.py is given; None for an arm or a choice that there is no more."""
+        flags, choices = self.arms.get(row["arm"], ("", ()))
+        return f"{flags} {row['choice']} --seed {row['seed']}" if row["choice"] in choices else None
+
+    def _one(self, job: tuple[str, str, int]) -> None:
+        if time.monotonic() > self.ends:
+            return
+        gpu = self.slots.get()
+        try:
+            row = dict(zip(("arm", "choice", "seed"), job, strict=True))
+            result = run(self.args, gpu, row | {"model": self.args.model, "flags": self.flags_of(row)})
+        finally:
+            self.slots.put(gpu)
+        with self.lock:
+            self.done[job] = result
+            with self.path.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+
+
+def run(args: argparse.Namespace, gpu: int, row: dict) -> dict:
+    """One training run -> its row with the result; a run that diverged counts as right on nothing.
+
+    Any other failure raises: it must not pass for a measurement.
+    """
+    told = f"{row['arm']} {row['choice']} seed {row['seed']}"
+    out = Path(args.out) / f"{told}-{time.time_ns()}".replace(" ", "").lower()
+    paths = ["--model", args.model, "--data-dir", args.data_dir, "--out", str(out)]
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
+    env |= {"CUDA_VISIBLE_DEVICES": str(gpu)} if torch.cuda.device_count() > 1 else {}
+    command = [sys.executable, TRAIN, *row["flags"].split(), *paths]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode and "the loss is not finite" not in done.stderr:
+        raise RuntimeError(f"{told}: {done.stderr[-2000:]}")
+    result = {"dev": 0.0, "dev_loss": 1e9, "test": 0.0, "seconds": 0.0, "best_step": 0}
+    if done.returncode:
+        print(f"{told}: {done.stderr.splitlines()[-1]}", file=sys.stderr, flush=True)
+    else:
+        result = json.loads(done.stdout)
+    kept = ("dev", "dev_loss", "best_step", "test", "seconds", "zero_shot", "forwards", "trainable_parameters",
+            "peak_memory_bytes")  # fmt: skip
+    row |= {name: result.get(name) for name in kept} | {"commit": git_commit()}
+    # no test accuracy here: whoever watches must not tune by it
+    print(f"{told}: dev loss {row['dev_loss']:.4f}", file=sys.stderr, flush=True)
+    return row
+
+
+TIE = 0.01  # of dev loss: about what another seed changes
+
+
+def tune(runs: Runs, arms: list[str], seeds: list[int]) -> dict[str, str | None]:
+    """The choice of each arm; None where time was up."""
+    first, *others = seeds
+    runs([(arm, choice, first) for arm in arms for choice in runs.arms[arm][1]])
+    close = {arm: contenders(runs, arm, first) for arm in arms}
+    runs([(arm, choice, seed) for arm in arms if len(close[arm]) > 1 for choice in close[arm] for seed in others])
+    return {arm: winner(runs, arm, choices, seeds) for arm, choices in close.items()}
+
+
+def contenders(runs: Runs, arm: str, seed: int) -> list[str]:
+    """The choices that tie at the first seed."""
+    losses = {c: runs.done[arm, c, seed]["dev_loss"] for c in runs.arms[arm][1] if (arm, c, seed) in runs.done}
+    if len(losses) < len(runs.arms[arm][1]):
+        return []
+    return [choice for choice, loss in losses.items() if loss <= min(losses.values()) + TIE]
+
+
+def winner(runs: Runs, arm: str, close: list[str], seeds: list[int]) -> str | None:
+    """The lowest mean dev loss over all tuning seeds."""
+    if len(close) == 1:
+        return close[0]
+    if any((arm, choice, seed) not in runs.done for choice in close for seed in seeds):
+        return None
+    mean = {c: statistics.mean(runs.done[arm, c, seed]["dev_loss"] for seed in seeds) for c in close}
+    return min(mean, key=mean.get, default=None)
+
+
+def line(runs: Runs, arm: str, choice: str, seeds: list[int]) -> str:
+    found = [runs.done[arm, choice, seed] for seed in seeds if (arm, choice, seed) in runs.done]
+    told = choice.replace("--lr ", "").replace("--eps", "eps")
+    if not found:
+        return f"| {arm} | | {told} | | | |"
+    tests = [100 * r["test"] for r in found]
+    spread = f" ({statistics.stdev(tests):.1f})" if len(tests) > 1 else ""
+    loss, dev = (statistics.mean(r[name] for r in found) for name in ("dev_loss", "dev"))
+    size, each = found[0].get("trainable_parameters"), ", ".join(f"{t:.1f}" for t in tests)
+    parts = [arm, f"{size:,}" if size else "", told, f"{loss:.4f}, {100 * dev:.1f}",
+             f"{statistics.mean(tests):.1f}{spread}", each]  # fmt: skip
+    return f"| {' | '.join(parts)} |"
+
+
+def main(arms_of_table: Arms, told: str, out: str) -> None:
+    args = parse(arms_of_table, told, out)
+    runs, arms = Runs(arms_of_table, args), args.arms or list(arms_of_table)
+    best = tune(runs, arms, args.tune_seeds)
+    runs([(arm, choice, seed) for seed in args.seeds for arm, choice in best.items() if choice])
+    print("| method | parameters | lr | dev loss, accuracy | test: mean (std) | each seed |\n" + "|---" * 6 + "|")
+    for arm, choice in best.items():
+        print(line(runs, arm, choice, args.seeds) if choice else f"| {arm} | | not tuned yet | | | |")
+    print(json.dumps({"model": args.model, "choices": best, "runs": list(runs.done.values())}))
+
+
+def parse(arms: Arms, told: str, out: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=told, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--out", default=out)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--tune-seeds", type=int, nargs="+", default=[0, 10, 11])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--arms", nargs="+", choices=arms, metavar="ARM", help="all of them where not given")
+    parser.add_argument("--minutes", type=float, default=1e6, help="start no run after this long")
+    return parser.parse_args()
