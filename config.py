@@ -70,7 +70,7 @@ class Config:
     beta: float | None = flag(None, "see alpha; the released command comes to 0.622 and 15 queries")
     max_queries: int | None = flag(None, "see alpha")
     probes_per_forward: int | None = flag(None, "of the two a direction, to bound memory (2; all of them where only "
-                                                "adapters are trained)")  # fmt: skip
+                                                "adapters are trained, on a GPU)")  # fmt: skip
     placement: str | None = flag(None, "where tensor-train adapters are: around gate, up and down, or after attention "
                                        "and feed-forward (mlp on llama, sublayers on roberta)",
                                  ("mlp", "sublayers"))  # fmt: skip

@@ -32,17 +32,17 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
     shapes = expected_shapes(config)
     total = sum(math.prod(shape) for shape in shapes.values())
     spec = spec_of(c, raw["model_type"])
-    trainable = {"weights": total} if spec is None else adapters(config, raw["model_type"], spec, shapes)
+    trainable, fixed = ({"weights": total}, 0) if spec is None else adapters(config, raw["model_type"], spec, shapes)
     N = min(c.micro_batch_size, c.batch_size) * tokens
-    parts = stored(shapes, c) | ({} if spec is None else {"adapters": 4 * sum(trainable.values())})
+    parts = stored(shapes, c) | ({} if spec is None else {"adapters": 4 * (trainable["adapters"] + fixed)})
     if c.optimizer == "adamw":
-        trained = masters(shapes, c) if spec is None else parts["adapters"]
+        trained = masters(shapes, c) if spec is None else 4 * sum(trainable.values())
         activations = N * config.num_hidden_layers * kept(config, c) + copies(shapes, c)
         parts |= {"moments": 2 * trained, "gradients": trained, "activations": activations}
         at_once = sum(parts.values()) - min(parts["gradients"], parts["activations"])
     else:
-        P = c.probes_per_forward or (2 if spec is None else 2 * (c.queries or c.max_queries))
-        scratch = pair(config, c) * P // 2 if spec is None else pair(config, c) // 2 + P * parts["adapters"]
+        P = c.probes_per_forward or (2 if spec is None or c.device == "cpu" else 2 * (c.queries or c.max_queries))
+        scratch = pair(config, c) * P // 2 if spec is None else pair(config, c) // 2 + P * 4 * sum(trainable.values())
         parts |= {"scratch": scratch, "activations": N * P * passing(config, c)}
         at_once = sum(parts.values())
     return {
@@ -53,14 +53,17 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
     }  # fmt: skip
 
 
-def adapters(config, model_type: str, spec: Spec, shapes: dict[str, torch.Size]) -> dict[str, int]:
-    """Numbers of trained parameters: of the adapters of all blocks, and of the model's own norms."""
+def adapters(config, model_type: str, spec: Spec, shapes: dict[str, torch.Size]) -> tuple[dict[str, int], int]:
+    """Numbers of trained parameters, of the adapters of all blocks and of the model's own norms, and how many
+    parameters of adapters are not trained."""
     block = llama_parts(config)[0] if isinstance(config, LlamaConfig) else roberta_parts(config)[1]
     modules = install(block, targets_of(model_type, spec), spec)
     named = [(name, p) for module in modules.values() for name, p in module.named_parameters()]
     a_block = sum(p.numel() for name, p in named if not name.startswith("first_"))
+    fixed = sum(p.numel() for name, p in named if name.startswith("first_"))
     norms = sum(math.prod(shape) for name, shape in shapes.items() if spec.norms and is_norm(name))
-    return {"adapters": config.num_hidden_layers * a_block, "norms": norms}
+    layers = config.num_hidden_layers
+    return {"adapters": layers * a_block, "norms": norms}, layers * fixed
 
 
 def stored(shapes: dict[str, torch.Size], c: Config) -> dict[str, int]:

@@ -535,7 +535,12 @@ class LanguageModel:
         write_directory(Path(directory), self._config_to_save(), self.other_files, tensors)
 
     def save_stored(self, directory: str | Path) -> None:
-        """Write the weights as they are stored, codes and scales, for `load` with the same `weights` and `residual`."""
+        """Write the weights as they are stored, codes and scales, for `load` with the same `weights` and `residual`.
+
+        Raises ValueError for a model with adapters: tensor_train.save writes those alone.
+        """
+        if self.adapters is not None:
+            raise ValueError("a model with adapters is not saved whole: save the adapters alone")
         parts = ((name + suffix, t) for name, s in self.store.items() for suffix, t in s.parts().items())
         if self.weights in FLOATS:
             return write_directory(Path(directory), self._config_to_save(), self.other_files, parts)

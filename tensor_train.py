@@ -14,6 +14,7 @@ random_bits.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -116,6 +117,8 @@ def from_dense(
     without a rank |W - result| <= tolerance |W| (Frobenius).  With neither it is exact to rounding.
     Raises ValueError where the factors do not multiply to I O.
     """
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
     if math.prod(factors) != matrix.numel():
         raise ValueError(f"factors {factors} multiply to {math.prod(factors)}, not to {tuple(matrix.shape)}")
     rest, cores, r = matrix.double(), [], 1
@@ -190,6 +193,16 @@ class Spec:
     alpha: float = 16.0  # not of adp
     norms: bool = False  # train the model's own norms too
     identity: bool = True  # start as the model without adapters; else as the released code does
+
+    def __post_init__(self):
+        """Raises ValueError for what is no Spec: one may come from a file."""
+        least = {"bottleneck": self.kind != "lora", "rank": 1}
+        fits = self.kind in ("adp", "rep", "lora") and type(self.placement) is str
+        for name, low in least.items():
+            fits &= type(getattr(self, name)) is int and low <= getattr(self, name) < 2**16
+        fits &= type(self.alpha) is float and 0 < self.alpha < 1e6
+        if not fits or type(self.norms) is not bool or type(self.identity) is not bool:
+            raise ValueError(f"no usable adapters: {self}")
 
 
 TARGETS = {  # model type, placement: which linear layers of a block, and what the adapter changes there
@@ -298,8 +311,11 @@ class AdaptedView:
 def attach(lm: LanguageModel, spec: Spec, seed: int) -> None:
     """Put adapters on the targets of every block, and their weights into the store; all else is then frozen.
 
-    Raises ValueError for a placement that the model or the kind has not.
+    Raises ValueError for a placement that the model or the kind has not, and for a model that has adapters.
     """
+    if lm.adapters is not None:
+        raise ValueError(f"the model already has adapters: {lm.adapters.spec}")
+    targets = targets_of(lm.raw_config["model_type"], spec)
     lm.adapters = Adapters(spec, places := {})
     parts = {TRAINED: [], FIRST: []}
 
@@ -307,7 +323,7 @@ def attach(lm: LanguageModel, spec: Spec, seed: int) -> None:
         places[name] = Place(vector, sum(map(torch.numel, parts[vector])), value.shape)
         parts[vector].append(value.flatten())
 
-    modules = install(lm.block, targets_of(lm.raw_config["model_type"], spec), spec)
+    modules = install(lm.block, targets, spec)
     for i in range(lm.config.num_hidden_layers):
         for path, module in modules.items():
             prefix = f"{lm.layers}{i}.{path}.adapter."
@@ -403,27 +419,46 @@ def save(lm: LanguageModel, directory: str | Path) -> None:
 def load(lm: LanguageModel, directory: str | Path) -> None:
     """Put saved adapters around a model that has none, or in place of those that it has.
 
-    Raises ValueError for anything missing, unexpected, wrongly shaped, not finite, or made for another kind of model.
+    Raises ValueError for anything missing, unexpected, wrongly shaped, not finite, or made for another kind of model;
+    the model is then as it was.
     """
-    path = Path(directory) / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-        spec = Spec(**raw["adapters"])
-        if raw["model_type"] != lm.raw_config["model_type"]:
-            raise ValueError(f"the adapters are of a {raw['model_type']}, the model is a {lm.raw_config['model_type']}")
-    except (OSError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} does not describe adapters for this model: {error}") from None
+    directory = Path(directory)
+    spec = _read_spec(directory / "config.json", lm.raw_config["model_type"])
+    if lm.adapters is not None and lm.adapters.spec != spec:
+        raise ValueError(f"{directory} holds {spec}, the model has {lm.adapters.spec}")
+    files, shapes = find_tensors(directory, STEM), _shapes(lm, spec)
+    check_names(directory, set(files), set(shapes), lambda name: False)
+    tensors = dict(read_tensors(files, shapes))
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+            raise ValueError(f"{files[name]}: {name} must hold finite float32 numbers")
     if lm.adapters is None:
         attach(lm, spec, seed=0)
-    if lm.adapters.spec != spec:
-        raise ValueError(f"{path} describes {spec}, the model has {lm.adapters.spec}")
-    files, here = find_tensors(Path(directory), STEM), lm.adapters.named(lm.store)
-    check_names(Path(directory), set(files), set(here), lambda name: False)
-    with torch.no_grad():
-        for name, tensor in read_tensors(files, {name: tensor.shape for name, tensor in here.items()}):
-            if not tensor.isfinite().all():
-                raise ValueError(f"{files[name]}: {name} holds NaN or infinity")
-            here[name].copy_(tensor)
+    for name, tensor in lm.adapters.named(lm.store).items():
+        tensor.copy_(tensors[name])
+
+
+def _read_spec(path: Path, model_type: str) -> Spec:
+    try:
+        raw = json.loads(path.read_text())
+        if raw["model_type"] != model_type:
+            raise ValueError(f"the adapters are of a {raw['model_type']}, the model is a {model_type}")
+        return Spec(**raw["adapters"])
+    except (OSError, TypeError, KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} does not describe adapters for this model: {error}") from None
+
+
+def _shapes(lm: LanguageModel, spec: Spec) -> dict[str, torch.Size]:
+    """Of every tensor that such adapters have."""
+    if lm.adapters is not None:
+        return {name: place.shape for name, place in lm.adapters.places.items()}
+    modules = install(copy.deepcopy(lm.block), targets_of(lm.raw_config["model_type"], spec), spec)
+    shapes = {
+        f"{lm.layers}{i}.{path}.adapter.{name}": p.shape
+        for i in range(lm.config.num_hidden_layers) for path, module in modules.items()
+        for name, p in module.named_parameters()
+    }  # fmt: skip
+    return shapes | {name: stored.shape for name, stored in lm.store.items() if spec.norms and is_norm(name)}
 
 
 @torch.no_grad()
@@ -446,4 +481,6 @@ def merge(lm: LanguageModel) -> LanguageModel:
             weight = store[f"{prefix}weight"].value
             every = torch.eye(weight.shape[1], device=weight.device)[None]  # [1, I, I]
             weight += functional_call(branch, weights, (every,))[0].T
-    return type(lm)(lm.config, lm.raw_config, store, lm.dtype, "fp32")
+    merged = type(lm)(lm.config, lm.raw_config, store, lm.dtype, "fp32")
+    merged.other_files = lm.other_files
+    return merged

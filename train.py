@@ -236,7 +236,9 @@ def zeroth_order(c: Config, problem: Problem) -> StepFn:
 
     def step(at: int, examples: list[Encoded], lr: float) -> Step:
         zo = fixed if c.queries else replace(fixed, queries=queries_of(epoch(c, at, n), c.alpha, c.beta, c.max_queries))
-        at_once = c.probes_per_forward or (2 if lm.adapters is None else 2 * zo.queries)
+        # of adapters all at once; not on a CPU, whose cache they would overflow (benchmarks/probes.py)
+        all_at_once = lm.adapters is not None and c.device != "cpu"
+        at_once = c.probes_per_forward or (2 * zo.queries if all_at_once else 2)
         loss_fn = partial(loss_of, problem, examples, c.micro_batch_size)
         queries = estimate(store, loss_fn, c.seed, at, zo, lm.dtype, frozen, at_once)
         slopes = [query.slope for query in queries]

@@ -67,9 +67,12 @@ def main() -> None:
             slopes[way, repeat] = step.slopes
             times[way] += [seconds] if repeat else []
     median = {way: statistics.median(times[way]) for way in ways}
-    scale = max(abs(s) for s in slopes[ways[-1], 0])
+    scale = max(abs(slope) for slope in slopes[ways[-1], 0])
+    slow = ways[-1]
     apart = {
-        way: max(abs(a - b) for r in range(args.repeats) for a, b in zip(slopes[way, r], slopes[ways[-1], r], strict=True))
+        way: max(
+            abs(a - b) for r in range(args.repeats) for a, b in zip(slopes[way, r], slopes[slow, r], strict=True)
+        )
         for way in ways
     }
     print(f"{'probes a forward':>18}{'step s':>10}{'ratio':>8}{'slopes apart':>14}")
@@ -77,7 +80,7 @@ def main() -> None:
         print(f"{way:18}{median[way]:10.4f}{median[ways[-1]] / median[way]:8.2f}{apart[way] / scale:14.1e}")
     print(json.dumps({
         "model": args.model, "weights": c.weights, "compute": c.compute, "queries": args.queries,
-        "device": torch.cuda.get_device_name() if c.device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if c.device != "cpu" else f"cpu, {torch.get_num_threads()} threads",
         "seconds": median, "spread": {way: [min(times[way]), max(times[way])] for way in ways},
         "peak_memory_bytes": peak_memory(c.device),
     }))  # fmt: skip

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import train
-from config import parse
+from config import parse, spec_of
 from data.hub import SHAPES
 from dry_run import predict
 from model import create
 from quant import FORMATS
+from tensor_train import TRAINED, attach, trained
 
 RAW = {
     "model_type": "llama", "vocab_size": 97, "hidden_size": 160, "intermediate_size": 300, "num_hidden_layers": 2,
@@ -87,3 +88,14 @@ def test_the_peak_is_within_ten_percent(flags):
 
     row = measure(flags, "tinyllama-1.1b", 16, 64)
     assert abs(row["predicted_bytes"] / row["peak_bytes"] - 1) < 0.1
+
+
+@pytest.mark.parametrize("method", ["loretta-adp", "loretta-rep", "lora"])
+def test_stored_bytes_with_adapters_are_those_of_the_store(method):
+    """rep's frozen start counts, and norms that are trained count once."""
+    lm, c = create(RAW), parse(["--method", method, "--weights", "fp32"])
+    attach(lm, spec_of(c, "llama"), 0)
+    held = sum(part.numel() * part.element_size() for s in lm.store.values() for part in s.parts().values())
+    predicted = predict(c, RAW, 16)
+    assert predicted["bytes"]["weights"] + predicted["bytes"]["adapters"] == held
+    assert predicted["trainable_parameters"] == trained(lm)[TRAINED].shape.numel()
