@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ RUNS = {
     "int4 grid": "--weights int4",
     "residual, two queries": "--weights int8 --residual 4 --queries 2 --lr-schedule constant",
     "fp32": "--method mezo",
-    "adazeta": "--method adazeta --alpha 2 --beta 1 --max-queries 2 --batch-size 256",
+    "adazeta": "--method adazeta --alpha 2 --beta 1 --max-queries 2 --batch-size 128 --steps 10",  # two epochs
     "adapters on int4": "--method lora --optimizer zo --weights int4",
 }
 PLACES = ("in step 5", "while step 5 is written", "before dev is recorded")
@@ -34,6 +35,20 @@ def without_times(result: dict) -> dict:
     return {key: value for key, value in result.items() if key not in ("seconds", "peak_memory_bytes", "out")}
 
 
+@pytest.fixture(scope="module")
+def wholes(tmp_path_factory):
+    """Runs that nothing interrupts, each once: flags -> folder and result."""
+    done = {}
+
+    def whole(capsys, flags: str) -> tuple[Path, dict]:
+        if flags not in done:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            done[flags] = folder, run(capsys, *FLAGS, *flags.split(), "--out", str(folder))[1]
+        return done[flags]
+
+    return whole
+
+
 def die(monkeypatch, owner: object, name: str, calls: int) -> None:
     """The call after so many ends the process, as far as the run folder can see."""
     real, count = getattr(owner, name), iter(range(10**6))
@@ -47,10 +62,10 @@ def die(monkeypatch, owner: object, name: str, calls: int) -> None:
 
 
 @pytest.mark.parametrize("flags, where", CASES)
-def test_a_killed_run_is_finished_to_the_same_bits(capsys, monkeypatch, tmp_path, flags, where):
+def test_a_killed_run_is_finished_to_the_same_bits(capsys, monkeypatch, tmp_path, wholes, flags, where):
     """The second evaluation, of step 6, may have kept its weights and not have been recorded."""
-    whole, cut = str(tmp_path / "whole"), tmp_path / "cut"
-    _, expected = run(capsys, *FLAGS, *flags.split(), "--out", whole)
+    cut = tmp_path / "cut"
+    whole, expected = wholes(capsys, flags)
     owner, name, calls = (RunFolder, "dev", 1) if "dev" in where else (train, "update", 4)
     with monkeypatch.context() as patch:
         die(patch, owner, name, calls)
@@ -65,7 +80,7 @@ def test_a_killed_run_is_finished_to_the_same_bits(capsys, monkeypatch, tmp_path
     code, result = run(capsys, "--resume", str(cut))
     assert code == 0 and without_times(result) == without_times(expected)
     for name in ("trajectory", "metrics.jsonl"):
-        lines = [(tmp_path / folder / name).read_text().splitlines() for folder in ("whole", "cut")]
+        lines = [(folder / name).read_text().splitlines() for folder in (whole, cut)]
         assert len(lines[0]) == len(lines[1]) and (name == "metrics.jsonl" or lines[0] == lines[1])
     code, told = run(capsys, "--replay", str(cut))
     assert code == 0 and told["equal"] and told["weights_sha256"] == expected["weights_sha256"]
