@@ -78,6 +78,7 @@ class Config:
     tt_rank: int | None = flag(None, "of all bonds between cores")
     lora_rank: int | None = flag(None, "of LoRA")
     lora_alpha: float | None = flag(None, "lora and loretta-rep scale their branch by this over rank or bottleneck")
+    norms: bool | None = flag(None, "train the model's norms beside the adapters")
     init: str | None = flag(None, "identity: training starts from the model as it is; released: as in the papers' code",
                             ("identity", "released"))  # fmt: skip
     batch_size: int | None = flag(None, "examples a step")
@@ -109,10 +110,10 @@ DEFAULTS = {
                    batch_size=8, eval_every=125),
     "adazeta": dict(weights="bf16", steps=10000, lr=1e-4, lr_schedule="constant", eps=1e-3, batch_size=16,
                     eval_every=200, direction_bits="full", alpha=0.85, beta=0.45, max_queries=20, bottleneck=64,
-                    tt_rank=5, init="identity"),
-    "loretta-adp": dict(weights="bf16", bottleneck=64, tt_rank=5, init="identity"),
-    "loretta-rep": dict(weights="bf16", bottleneck=8, tt_rank=8, lora_alpha=16.0, init="identity"),
-    "lora": dict(weights="bf16", lora_rank=8, lora_alpha=16.0, init="identity"),
+                    tt_rank=5, norms=False, init="identity"),
+    "loretta-adp": dict(weights="bf16", bottleneck=64, tt_rank=5, norms=True, init="identity"),
+    "loretta-rep": dict(weights="bf16", bottleneck=8, tt_rank=8, lora_alpha=16.0, norms=True, init="identity"),
+    "lora": dict(weights="bf16", lora_rank=8, lora_alpha=16.0, norms=False, init="identity"),
 }  # fmt: skip
 OPTIMIZERS = {"quzo": "zo", "mezo": "zo", "adazeta": "zo"}  # of the others AdamW, as in the papers
 ADAPTER_DEFAULTS = {  # LoRETTA's large-model script; MeZO's recipe for LoRA
@@ -156,7 +157,7 @@ def parse(argv: list[str]) -> Config:
     kinds = {"int": int, "float": float, "str": str}
     for f in dataclasses.fields(Config):
         told = f.metadata["help"] + told_defaults(f)
-        if f.type == "bool":  # type=bool would read "False" as True
+        if f.type.startswith("bool"):  # type=bool would read "False" as True
             options = {"action": argparse.BooleanOptionalAction, "help": told}
         else:
             options = dict(f.metadata) | {"type": kinds[f.type.removesuffix(" | None")], "help": told}
@@ -267,7 +268,7 @@ def spec_of(c: Config, model_type: str) -> Spec | None:
     placement = placement if ADAPTERS[c.method] == "adp" else "qv"
     return Spec(
         ADAPTERS[c.method], placement, c.bottleneck or 0, c.tt_rank or c.lora_rank, c.lora_alpha or 1.0,
-        norms=c.method.startswith("loretta"), identity=c.init == "identity",
+        norms=c.norms, identity=c.init == "identity",
     )  # fmt: skip
 
 
@@ -284,7 +285,7 @@ def _meaningless(c: Config) -> list[str]:
         ("bottleneck", "tt_rank"): kind in ("adp", "rep"),
         ("lora_rank",): kind == "lora",
         ("lora_alpha",): kind in ("rep", "lora"),
-        ("init",): kind,
+        ("init", "norms"): kind,
     }
     return [name for names, meant in groups.items() if not meant for name in names]
 

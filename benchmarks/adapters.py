@@ -13,6 +13,8 @@ from zo_optim import queries_of
 BATCH, QUERIES = 32, 2000  # two forwards each
 EXAMPLES = {"sst2": 1024, "trec": 2646}  # of k = 512
 FIRST_ORDER = "--steps 600 --eval-every 60 --weights fp32 --lr-schedule linear"
+# biases are most of a small adapter, and norms as many again
+SMALL = "--placement sublayers --bottleneck 16 --tt-rank 3 --no-norms"
 RATES = rates("1e-4", "3e-4", "1e-3", "3e-3")
 ZO = "--weights fp32 --lr-schedule constant"
 SCHEDULES = {"paper's schedule": (0.85, 0.45, 20), "released schedule": (0.85, 0.622, 15)}
@@ -36,6 +38,7 @@ def arms_of(task: str) -> Arms:
     arms = {
         "LoRA, AdamW": (f"{FIRST_ORDER} --method lora", RATES),
         "LoRETTA_adp, AdamW": (f"{FIRST_ORDER} --method loretta-adp", RATES),
+        "LoRETTA_adp, AdamW, a fifth of LoRA's parameters": (f"{FIRST_ORDER} --method loretta-adp {SMALL}", RATES),
         "LoRETTA_rep, AdamW": (f"{FIRST_ORDER} --method loretta-rep", RATES),
         "MeZO": (zo("mezo"), rates("1e-5", "2e-5", "4e-5", "8e-5")),
         "MeZO-LoRA": (zo("lora --optimizer zo"), rates("1e-4", "3e-4", "1e-3", "3e-3", eps=("1e-3", "1e-2"))),

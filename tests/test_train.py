@@ -304,7 +304,7 @@ def test_every_flag_is_a_field_and_every_default_has_one_home():
     config = train.parse([])
     assert (config.model, config.method, config.task, config.weights) == ("tiny", "quzo", "tiny", "int8")
     unused = {name for name, value in vars(config).items() if value is None}
-    of_adapters = {"placement", "bottleneck", "tt_rank", "lora_rank", "lora_alpha", "init"}
+    of_adapters = {"placement", "bottleneck", "tt_rank", "lora_rank", "lora_alpha", "init", "norms"}
     of_adapters |= {"alpha", "beta", "max_queries"}
     of_files = {"data_dir", "k", "data_seed", "num_train", "num_dev"}
     others = {"weight_decay", "master", "probes_per_forward", "resume", "replay"}
