@@ -151,3 +151,14 @@ def test_words():
     key = Key(SEED, 2**31 + 7, 3, 2**31 + 5)
     counter, seed = (key.step, key.tensor, key.query << 4 | Use.COIN), (key.seed & 0xFFFFFFFF, key.seed >> 32)
     assert torch.equal(random_bits._random_words_triton(counter, seed, blocks), random_words(key, Use.COIN, blocks))
+
+
+@inside
+@pytest.mark.parametrize("weights", ["fp32", "int4", "fp8"])
+def test_one_sign_alone_is_its_half_of_the_pair(weights):
+    plain, quick = stores((5, 131), weights, 0)
+    zo, key = ZO(bits=4, eps=0.02), Key(SEED, 3, 5, tensor_id("w"))
+    both = fused.read_pair(quick["w"], key, zo, TABLE, torch.float32)
+    for half, sign in enumerate((1, -1)):
+        assert torch.equal(fused.read_pair(quick["w"], key, zo, TABLE, torch.float32, (sign,)), both[half : half + 1])
+        assert torch.equal(Pair(plain, SEED, 3, 5, zo, torch.float32, signs=(sign,)).read("w"), both[half : half + 1])
