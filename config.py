@@ -20,7 +20,8 @@ from quant import ACTIVATIONS, FLOATS, FORMATS, RESIDUALS, check_format
 from tensor_train import Spec
 
 ADAPTERS = {"loretta-adp": "adp", "adazeta": "adp", "loretta-rep": "rep", "lora": "lora"}  # method: kind
-METHODS = ("quzo", "mezo", "fo", "fo-ste", *ADAPTERS)
+FIRST_ORDER = ("fo", "fo-ste")  # of all weights; adapters are trained by either optimizer
+METHODS = ("quzo", "mezo", *FIRST_ORDER, *ADAPTERS)
 DIRECTION_BITS = ("full", "grid", *map(str, range(2, 9)))
 
 
@@ -260,6 +261,12 @@ def validate(c: Config) -> None:
         raise ValueError(f"--device {c.device}: torch sees {torch.cuda.device_count()} CUDA devices here")
 
 
+def probes_at_once(c: Config, queries: int) -> int:
+    """How many of a step's 2 queries probes share a forward: of adapters all, but not on a CPU, whose cache they would
+    overflow (benchmarks/probes.py)."""
+    return c.probes_per_forward or (2 * queries if c.method in ADAPTERS and c.device != "cpu" else 2)
+
+
 def spec_of(c: Config, model_type: str) -> Spec | None:
     """The adapters of a run on this type of model, if it trains any."""
     if c.method not in ADAPTERS:
@@ -278,7 +285,7 @@ def _meaningless(c: Config) -> list[str]:
     groups = {
         ("direction_bits", "eps", "queries", "estimator", "probe", "rounding", "probes_per_forward"): zo,
         ("residual", "oracle"): zo and not kind,
-        ("weight_decay",): c.method in ("fo", "fo-ste"),
+        ("weight_decay",): c.method in FIRST_ORDER,
         ("master",): c.method == "fo-ste",
         ("alpha", "beta", "max_queries"): c.method == "adazeta" and c.queries is None,
         ("placement",): kind == "adp",
@@ -292,7 +299,7 @@ def _meaningless(c: Config) -> list[str]:
 
 def check_method(c: Config) -> None:
     """Raises ValueError for flags that contradict the method or one another."""
-    fixed = OPTIMIZERS.get(c.method) or ("adamw" if c.method in ("fo", "fo-ste") else c.optimizer)
+    fixed = OPTIMIZERS.get(c.method) or ("adamw" if c.method in FIRST_ORDER else c.optimizer)
     if c.optimizer != fixed:
         raise ValueError(f"--method {c.method} means --optimizer {fixed}, got {c.optimizer}")
     defaults = {f.name: f.default for f in dataclasses.fields(Config)}

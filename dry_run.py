@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from config import Config, spec_of
+from config import Config, probes_at_once, spec_of
 from model import LlamaConfig, config_of, expected_shapes, llama_parts, roberta_parts
 from quant import stored_parts
 from tensor_train import Spec, install, is_norm, targets_of
@@ -41,7 +41,7 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
         parts |= {"moments": 2 * trained, "gradients": trained, "activations": activations}
         at_once = sum(parts.values()) - min(parts["gradients"], parts["activations"])
     else:
-        P = c.probes_per_forward or (2 if spec is None or c.device == "cpu" else 2 * (c.queries or c.max_queries))
+        P = probes_at_once(c, c.queries or c.max_queries)
         scratch = pair(config, c) * P // 2 if spec is None else pair(config, c) // 2 + P * 4 * sum(trainable.values())
         parts |= {"scratch": scratch, "activations": N * P * passing(config, c)}
         at_once = sum(parts.values())
@@ -56,8 +56,7 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
 def adapters(config, model_type: str, spec: Spec, shapes: dict[str, torch.Size]) -> tuple[dict[str, int], int]:
     """Numbers of trained parameters, of the adapters of all blocks and of the model's own norms, and how many
     parameters of adapters are not trained."""
-    block = llama_parts(config)[0] if isinstance(config, LlamaConfig) else roberta_parts(config)[1]
-    modules = install(block, targets_of(model_type, spec), spec)
+    modules = install(block_of(config), targets_of(model_type, spec), spec)
     named = [(name, p) for module in modules.values() for name, p in module.named_parameters()]
     a_block = sum(p.numel() for name, p in named if not name.startswith("first_"))
     fixed = sum(p.numel() for name, p in named if name.startswith("first_"))
@@ -84,10 +83,14 @@ def masters(shapes: dict[str, torch.Size], c: Config) -> int:
     return sum(math.prod(s) * (BYTES[c.master or c.weights] if len(s) == 2 else 4) for s in shapes.values())
 
 
+def block_of(config) -> torch.nn.Module:
+    """One block, on no device."""
+    return llama_parts(config)[0] if isinstance(config, LlamaConfig) else roberta_parts(config)[1]
+
+
 def pair(config, c: Config) -> int:
     """Bytes of one block's weights as both probes see them."""
-    block = llama_parts(config)[0] if isinstance(config, LlamaConfig) else roberta_parts(config)[1]
-    return 2 * sum(p.numel() * (BYTES[c.compute] if p.ndim == 2 else 4) for p in block.parameters())
+    return 2 * sum(p.numel() * (BYTES[c.compute] if p.ndim == 2 else 4) for p in block_of(config).parameters())
 
 
 def copies(shapes: dict[str, torch.Size], c: Config) -> int:

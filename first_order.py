@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant import Float, Stored, encode, straight_through
+from quant import Float, Stored, Valued, encode, straight_through
 
 
 @dataclass
-class Master:
+class Master(Valued):
     """A float matrix [R, C], fp32 or bf16, read as its nearest point on a fixed grid of codes."""
 
     value: Tensor
@@ -29,14 +29,6 @@ class Master:
     @classmethod
     def of(cls, value: Tensor, weights: str, dtype: torch.dtype) -> Master:
         return cls(value.to(dtype), weights, encode(value, weights).parts()[".scale"])
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.value.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.value.device
 
     def codes(self, rows: slice | Tensor = slice(None)) -> Stored:
         return encode(self.value.detach()[rows], self.weights, scale=self.scale[rows])

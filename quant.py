@@ -111,13 +111,8 @@ def _shifts(bits: int, device: torch.device) -> Tensor:
 # ---------------------------------------------------------------- stores: how one tensor is kept, read and stepped
 
 
-@dataclass
-class Float:
-    """A tensor kept as floating point, fp32 or bf16.
-
-    Every store has shape, device, rounds, parts, read, spacing, land and add_.  add_ returns [2] int64: how many
-    elements changed (-0 is 0) and how many the edge of the grid held back.  A tensor, so that a GPU need not wait.
-    """
+class Valued:
+    """What every store has that keeps its numbers as one floating-point tensor."""
 
     value: Tensor
 
@@ -128,6 +123,17 @@ class Float:
     @property
     def device(self) -> torch.device:
         return self.value.device
+
+
+@dataclass
+class Float(Valued):
+    """A tensor kept as floating point, fp32 or bf16.
+
+    Every store has shape, device, rounds, parts, read, spacing, land and add_.  add_ returns [2] int64: how many
+    elements changed (-0 is 0) and how many the edge of the grid held back.  A tensor, so that a GPU need not wait.
+    """
+
+    value: Tensor
 
     @property
     def rounds(self) -> bool:
@@ -381,7 +387,7 @@ class Fp8:
 
 
 @dataclass
-class Oracle:
+class Oracle(Valued):
     """What Integers does, as fake quantisation in fp32: the reference to audit, with nothing packed.
 
     The weight is an fp32 number: code * scale, or with a residual (fine + 1/2) * scale / 2^residual_bits.  Same codes
@@ -412,14 +418,6 @@ class Oracle:
         oracle = cls(scale, scale, stored.bits, stored.residual_bits, stored.scale)
         oracle.value = oracle.weight(stored.fine(every))
         return oracle
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.value.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.value.device
 
     @property
     def limit(self) -> float:

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tensor_train
-from config import Config, parse, recorded, spec_of, validate
+from config import FIRST_ORDER, Config, parse, probes_at_once, recorded, spec_of, validate
 from data.hub import raw_config, resolve
 from data.scoring import Encoded, Encoder, Quality, collate, evaluate, losses
 from data.tasks import Splits, get_task, load_splits
@@ -81,7 +81,7 @@ def load_weights(c: Config, directory: Path) -> LanguageModel:
 
 def load_base(c: Config, directory: Path) -> LanguageModel:
     """To train: with adapters around it, or as floats that take a gradient."""
-    if c.method not in ("fo", "fo-ste"):
+    if c.method not in FIRST_ORDER:
         lm = load_weights(c, directory)
         spec = spec_of(c, lm.raw_config["model_type"])
         if spec is not None:
@@ -236,11 +236,8 @@ def zeroth_order(c: Config, problem: Problem) -> StepFn:
 
     def step(at: int, examples: list[Encoded], lr: float) -> Step:
         zo = fixed if c.queries else replace(fixed, queries=queries_of(epoch(c, at, n), c.alpha, c.beta, c.max_queries))
-        # of adapters all at once; not on a CPU, whose cache they would overflow (benchmarks/probes.py)
-        all_at_once = lm.adapters is not None and c.device != "cpu"
-        at_once = c.probes_per_forward or (2 * zo.queries if all_at_once else 2)
         loss_fn = partial(loss_of, problem, examples, c.micro_batch_size)
-        queries = estimate(store, loss_fn, c.seed, at, zo, lm.dtype, frozen, at_once)
+        queries = estimate(store, loss_fn, c.seed, at, zo, lm.dtype, frozen, probes_at_once(c, zo.queries))
         slopes = [query.slope for query in queries]
         check_finite(sum(slopes), at, c)
         changed, clipped = update(store, slopes, c.seed, at, zo, lr).tolist()

@@ -143,14 +143,18 @@ class ZO:
 
     def along(self, factor: float, stored: Stored, key: Key, rows: slice | Tensor, rounding: Use) -> Tensor:
         """factor * u for rows of one tensor: [r, C] float32."""
-        columns = stored.shape[-1]
-        index = torch.arange(rows.start, rows.stop, device=stored.device) if isinstance(rows, slice) else rows
+        columns, index = stored.shape[-1], row_index(stored, rows)
         if self.grid:
             return grid_step(key, index, stored.spacing(rows), columns, self.eps).mul_(factor / self.eps)
         return direction(key, index, columns, self.bits, rounding).mul_(factor)
 
 
 Store = dict[str, Stored]
+
+
+def row_index(stored: Stored, rows: slice | Tensor) -> Tensor:
+    """Numbers of rows, as draws are keyed by them: [r] int64."""
+    return torch.arange(rows.start, rows.stop, device=stored.device) if isinstance(rows, slice) else rows
 
 
 def has_kernels(stored: Stored) -> bool:
@@ -226,8 +230,7 @@ def words_for(stored: Stored, key: Key, use: Use, rows: slice | Tensor) -> Tenso
     """Random words to land on a store's grid: [r, C] int32, or None where nothing is rounded."""
     if not stored.rounds:
         return None
-    index = torch.arange(rows.start, rows.stop, device=stored.device) if isinstance(rows, slice) else rows
-    return bits32(key, use, index, stored.shape[-1])
+    return bits32(key, use, row_index(stored, rows), stored.shape[-1])
 
 
 # ---------------------------------------------------------------- estimators and updates
