@@ -63,6 +63,8 @@ class Config:
     lr: float | None = flag(None, "learning rate")
     lr_schedule: str | None = flag(None, "constant, or linear down to 0", ("constant", "linear"))
     eps: float | None = flag(None, "size of a probe, in weight units")
+    stride: int | None = flag(None, "of directions on the grid: how many of its spacings a probe moves a weight by; a "
+                                    "step lands as on a grid of spacing eps over stride")  # fmt: skip
     weight_decay: float | None = flag(None, "AdamW's, on matrices")
     master: str | None = flag(None, "what fo-ste keeps weights and AdamW's moments in; bf16 rounds steps to nearest, "
                                     "which loses small ones", FLOATS)  # fmt: skip
@@ -133,10 +135,12 @@ TINY_DEFAULTS = {
     "lora": dict(weights="fp32", steps=150, lr=3e-3, eval_every=25, batch_size=32),
 }
 COARSE = ("int4", "fp8", "fp8-e5m2")  # on these grids a step in every weight drowns in its rounding (README)
-# The finer the eps, the finer the grid acts, as long as a model's size is far above (spacing / eps)^2 and the losses'
-# difference above its own noise: measured in bf16 and in fp32; rounded activations are some ten times as loud (README).
-# The embedded model is too small for either, and has the eps of its own table.
-GRID_DEFAULTS = {"on the grid": dict(eps=2e-4), "on the grid with rounded activations": dict(eps=1e-3)}
+# The finer eps / stride, the finer the grid acts, as long as a model's size is far above (spacing stride / eps)^2; and
+# eps must keep the losses' difference above its own noise, of which rounded activations make ten times as much.  The
+# embedded model is too small for either, and has the eps of its own table.
+GRID_DEFAULTS = {
+    "on the grid": dict(eps=2e-4, stride=1), "on the grid with rounded activations": dict(eps=1e-3, stride=10)
+}  # fmt: skip
 
 FILE_DEFAULTS = {  # of tasks that are read from files: which few-shot split, or how MeZO draws from the full ones
     "k-shot files": dict(data_dir="datasets", data_seed=42),
@@ -188,7 +192,8 @@ def resolve_defaults(c: Config) -> Config:
         table["direction_bits"] = "grid"
     bits = c.direction_bits or table.get("direction_bits")
     if bits == "grid":
-        table |= GRID_DEFAULTS["on the grid" if c.activations == "none" else "on the grid with rounded activations"]
+        plain = c.activations == "none" or c.model == "tiny"
+        table |= GRID_DEFAULTS["on the grid" if plain else "on the grid with rounded activations"]
     table["estimator"] = "q-rge2" if bits not in (None, "full", "grid") else None
     table |= TINY_DEFAULTS[c.method] if c.model == "tiny" else {}
     if c.method == "adazeta" and c.queries is not None:  # a fixed number instead of the schedule
@@ -236,7 +241,8 @@ RANGES = {
     "num_dev": COUNT, "num_eval": COUNT, "k": COUNT, "max_length": COUNT, "queries": (1, 2**28 - 1),
     "probes_per_forward": COUNT, "max_queries": (1, 2**28 - 1), "alpha": (0, 1e6), "beta": (0, 10),
     "bottleneck": (1, 2**16), "tt_rank": (1, 2**16), "lora_rank": (1, 2**16), "lora_alpha": (1e-6, 1e6),
-    "lr": (0, 1e6), "eps": (1e-8, 1e3), "weight_decay": (0, 1e3), "seed": (0, 2**64 - 1), "data_seed": (0, 2**32 - 1),
+    "lr": (0, 1e6), "eps": (1e-8, 1e3), "stride": (1, 4096), "weight_decay": (0, 1e3), "seed": (0, 2**64 - 1),
+    "data_seed": (0, 2**32 - 1),
 }  # fmt: skip
 
 
@@ -283,7 +289,7 @@ def _meaningless(c: Config) -> list[str]:
     """Flags that mean nothing beside the method."""
     zo, kind = c.optimizer == "zo", ADAPTERS.get(c.method)
     groups = {
-        ("direction_bits", "eps", "queries", "estimator", "probe", "rounding", "probes_per_forward"): zo,
+        ("direction_bits", "eps", "stride", "queries", "estimator", "probe", "rounding", "probes_per_forward"): zo,
         ("residual", "oracle"): zo and not kind,
         ("weight_decay",): c.method in FIRST_ORDER,
         ("master",): c.method == "fo-ste",
@@ -314,10 +320,18 @@ def check_method(c: Config) -> None:
         raise ValueError(f"--method {c.method} keeps weights in fp32 or bf16; use {instead} for {c.weights}")
     if c.method == "fo-ste" and c.weights in FLOATS:
         raise ValueError(f"--method fo-ste fake-quantises its weights; use fo for {c.weights}")
+    if c.method == "mezo" and c.direction_bits != "full":
+        raise ValueError(f"--method mezo means Gaussian directions; use quzo for --direction-bits {c.direction_bits}")
+    if c.optimizer == "zo":
+        check_estimator(c)
+
+
+def check_estimator(c: Config) -> None:
+    """Raises ValueError for flags of the estimate that contradict one another."""
     if c.estimator in ("q-rge1", "q-rge2") and c.direction_bits in ("full", "grid"):
         raise ValueError(f"--estimator {c.estimator} is about rounding directions, which --direction-bits "
                          f"{c.direction_bits} does not: use 2 to 8")  # fmt: skip
+    if c.stride is not None and c.direction_bits != "grid":
+        raise ValueError(f"--stride is about directions on the grid; --direction-bits is {c.direction_bits}")
     if c.weights == "fp32" and (c.rounding == "nearest" or c.probe == "codes"):
         raise ValueError("--rounding nearest and --probe codes mean nothing beside --weights fp32: nothing is rounded")
-    if c.method == "mezo" and c.direction_bits != "full":
-        raise ValueError(f"--method mezo means Gaussian directions; use quzo for --direction-bits {c.direction_bits}")

@@ -77,10 +77,10 @@ def _direction(table, group, step, tensor, query, k0, k1, ROUNDING: tl.constexpr
 
 
 @triton.jit
-def _grid_step(words, spacing, eps):
+def _grid_step(words, spacing, grain):
     """zo_optim.grid_step."""
-    t = tl.maximum(spacing, eps)
-    ratio = tl.div_rn(eps + t * 0, t)
+    t = tl.maximum(spacing, grain)
+    ratio = tl.div_rn(grain + t * 0, t)
     threshold = (ratio * ratio * 2147483648.0 + 0.5).to(tl.int64)
     hit = (words & 0x7FFFFFFF).to(tl.int64) < threshold
     return tl.where(hit, tl.where((words >> 31) == 1, -t, t), 0.0)
@@ -88,13 +88,13 @@ def _grid_step(words, spacing, eps):
 
 @triton.jit
 def _along(
-    factor, eps, spacing, table, group, per_row8, per_row4, step, tensor, query, k0, k1,
+    factor, grain, spacing, table, group, per_row8, per_row4, step, tensor, query, k0, k1,
     ROUNDING: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """zo_optim.ZO.along; for a grid direction (LEVELS -1) factor comes divided by eps."""
+    """zo_optim.ZO.along; for a grid direction (LEVELS -1) factor comes divided by grain."""
     if LEVELS == -1:
         words = _bits32(group, per_row8, per_row4, step, tensor, query, DIRECTION, k0, k1)
-        d = _grid_step(words, spacing, eps)
+        d = _grid_step(words, spacing, grain)
     else:
         d = _direction(table, group, step, tensor, query, k0, k1, ROUNDING, LEVELS)
     return d * factor
@@ -254,12 +254,12 @@ def _land(code, scale, delta, words, KIND: tl.constexpr, TOP: tl.constexpr):
     return new
 
 
-VARYING = ["R", "C", "eps", "step", "tensor", "query", "k0", "k1"]  # never compile-time constants
+VARYING = ["R", "C", "factor", "grain", "step", "tensor", "query", "k0", "k1"]  # never compile-time constants
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _pair_kernel(
-    pair, value, scale, table, R, C, eps, step, tensor, query, k0, k1,
+    pair, value, scale, table, R, C, factor, grain, step, tensor, query, k0, k1,
     KIND: tl.constexpr, TOP: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr, PLUS: tl.constexpr,
     MINUS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -269,8 +269,8 @@ def _pair_kernel(
     code = _code(value, R, C, KIND, BLOCK)
     unit = code * 0 + 1.0 if KIND == "fp32" or KIND == "bf16" else _scale(scale, R, C, KIND, BLOCK)
     d = _along(
-        1.0 if LEVELS == -1 else eps, eps, _spacing(code, unit, KIND), table, group, per_row8, per_row4,
-        step, tensor, query, k0, k1, PROBE_ROUNDING, LEVELS,
+        factor, grain, _spacing(code, unit, KIND), table, group, per_row8, per_row4, step, tensor, query, k0, k1,
+        PROBE_ROUNDING, LEVELS,
     )  # fmt: skip
     if CODES:
         words = _bits32(group, per_row8, per_row4, step, tensor, query, PROBE_LANDING, k0, k1)
@@ -288,7 +288,7 @@ def _pair_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def _update_kernel(
-    value, scale, residual, counts, table, coefficients, R, C, eps, step, tensor, query, k0, k1, N: tl.constexpr,
+    value, scale, residual, counts, table, factors, R, C, grain, step, tensor, query, k0, k1, N: tl.constexpr,
     KIND: tl.constexpr, TOP: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr, ROUNDING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -299,12 +299,12 @@ def _update_kernel(
     unit = old * 0 + 1.0 if KIND == "fp32" or KIND == "bf16" else _scale(scale, R, C, KIND, BLOCK)
     spacing = _spacing(old, unit, KIND)
     delta = _along(
-        tl.load(coefficients), eps, spacing, table, group, per_row8, per_row4, step, tensor, query, k0, k1, ROUNDING,
+        tl.load(factors), grain, spacing, table, group, per_row8, per_row4, step, tensor, query, k0, k1, ROUNDING,
         LEVELS,
     )  # fmt: skip
     for q in range(1, N):
         delta += _along(
-            tl.load(coefficients + q), eps, spacing, table, group, per_row8, per_row4, step, tensor, query + q, k0, k1,
+            tl.load(factors + q), grain, spacing, table, group, per_row8, per_row4, step, tensor, query + q, k0, k1,
             ROUNDING, LEVELS,
         )  # fmt: skip
     words = _bits32(group, per_row8, per_row4, step, tensor, query, WEIGHT_ROUNDING, k0, k1)
@@ -359,7 +359,7 @@ def read_pair(
     kind, top = _kind(stored)
     pair = torch.empty(len(signs), R, C, dtype=dtype, device=value.device)
     _pair_kernel[_programs(R, C)](
-        pair, value, scale, table, R, C, zo.eps, *words,
+        pair, value, scale, table, R, C, float(zo.stride) if zo.grid else zo.eps, zo.grain, *words,
         KIND=kind, TOP=top, LEVELS=zo.levels, CODES=zo.probe == "codes", PLUS=1 in signs, MINUS=-1 in signs,
         BLOCK=BLOCK, **EXACT,
     )  # fmt: skip
@@ -369,7 +369,7 @@ def read_pair(
 def update_(stored: Stored, key: Key, factors: Tensor, zo: ZO, table: Tensor, counts: Tensor) -> None:
     """w += the sum of coefficient_i * u2_i, landing stochastically on the grid; adds to counts [2] int64.
 
-    factors [n] float32: the coefficients, divided by eps for a grid direction.  The definition is
+    factors [n] float32: the coefficients, divided by grain for a grid direction.  The definition is
     zo_optim._update_tensor.
     """
     value, scale, R, C, words = _arguments(stored, key)
@@ -377,7 +377,7 @@ def update_(stored: Stored, key: Key, factors: Tensor, zo: ZO, table: Tensor, co
     residual_bits = stored.residual_bits if isinstance(stored, Integers) else 0
     residual = stored.residual if residual_bits else value
     _update_kernel[_programs(R, C)](
-        value, scale, residual, counts, table, factors, R, C, zo.eps, *words, N=len(factors),
+        value, scale, residual, counts, table, factors, R, C, zo.grain, *words, N=len(factors),
         KIND=kind, TOP=float(stored.limit) if residual_bits else top, RESIDUAL=residual_bits, LEVELS=zo.levels,
         ROUNDING=int(zo.step_rounding), BLOCK=BLOCK, **EXACT,
     )  # fmt: skip

@@ -224,7 +224,7 @@ def estimator(c: Config) -> ZO:
     """As the flags have it; AdaZeta's number of queries changes from epoch to epoch."""
     bits = int(c.direction_bits) if c.direction_bits.isdigit() else None
     grid, nearest = c.direction_bits == "grid", c.rounding == "nearest"
-    return ZO(c.eps, c.queries or 1, bits, grid, c.estimator or "q-rge2", c.probe, nearest)
+    return ZO(c.eps, c.queries or 1, bits, grid, c.estimator or "q-rge2", c.probe, nearest, c.stride or 1)
 
 
 def zeroth_order(c: Config, problem: Problem) -> StepFn:
@@ -232,7 +232,7 @@ def zeroth_order(c: Config, problem: Problem) -> StepFn:
     lm, n, fixed = problem.lm, len(problem.train), estimator(c)
     store, frozen = trained(lm), None if lm.adapters is None else lm.stored_view()
     if fixed.grid:
-        check_grid(lm.store, c.eps)
+        check_grid(lm.store, fixed.grain)
 
     def step(at: int, examples: list[Encoded], lr: float) -> Step:
         zo = fixed if c.queries else replace(fixed, queries=queries_of(epoch(c, at, n), c.alpha, c.beta, c.max_queries))

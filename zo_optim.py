@@ -82,37 +82,39 @@ def direction(key: Key, rows: Tensor, columns: int, bits: int | None, rounding: 
     return code * (CLIP / levels)
 
 
-def grid_step(key: Key, rows: Tensor, spacing: Tensor, columns: int, eps: float) -> Tensor:
-    """eps * u for a direction u drawn on the weight's own grid: [r, C] float32, in weight units.
+def grid_step(key: Key, rows: Tensor, spacing: Tensor, columns: int, grain: float) -> Tensor:
+    """grain * u for a direction u drawn on the weight's own grid: [r, C] float32, in weight units.
 
-    With s the grid's spacing at a weight (`spacing`, which broadcasts to [r, C]) and t = max(s, eps):
+    With s the grid's spacing at a weight (`spacing`, which broadcasts to [r, C]) and t = max(s, grain):
 
-        eps * u = +t or -t, with probability (eps / t)^2 / 2 each, else 0
+        grain * u = +t or -t, with probability (grain / t)^2 / 2 each, else 0
 
     so E[u] = 0 and E[u u^T] = I, as for a Gaussian (the probability to 2^-32).  Most elements are 0; the others
     are one code up or down.  The estimate slope * u has E|g_hat|^2 = (d - 1 + E u^4) |g|^2, where E u^4 =
-    (t / eps)^2 is nothing beside the d of a language model, so it is as good as a Gaussian's.  But a step
-    lr * slope * u is now p = lr * |slope| / eps spacings at the few weights that it touches.  Landing it has the
-    variance (eps / s)^2 s^2 {p} (1 - {p}) a weight, {p} = p - floor(p): at most eps * lr * |slope|, where a step in
-    every weight has up to s * lr * |slope| * |u|.  The grid acts as if its spacing were eps, however coarse it is,
+    (t / grain)^2 is nothing beside the d of a language model, so it is as good as a Gaussian's.  But a step
+    lr * slope * u is now p = lr * |slope| / grain spacings at the few weights that it touches.  Landing it has the
+    variance (grain / s)^2 s^2 {p} (1 - {p}) a weight, {p} = p - floor(p): at most grain * lr * |slope|, where a step in
+    every weight has up to s * lr * |slope| * |u|.  The grid acts as if its spacing were grain, however coarse it is,
     and at whole p nothing is rounded at all.
-    How small eps may be: (s / eps)^2 has to stay well below d; p well below the number of codes, or the range (+-7
-    in int4) holds the largest steps back; and the losses' difference well above its own noise.
+    How small grain may be: (s / grain)^2 has to stay well below d, and p well below the number of codes, or the range
+    (+-7 in int4) holds the largest steps back.  A probe is eps = stride * grain long, `stride` spacings at those
+    weights, so that the losses' difference can be kept above its own noise without making the grid coarser.
     """
-    t = spacing.clamp(min=eps)
-    ratio = torch.full_like(t, eps) / t  # a number over a tensor would be a product with a rounded reciprocal
+    t = spacing.clamp(min=grain)
+    ratio = torch.full_like(t, grain) / t  # a number over a tensor would be a product with a rounded reciprocal
     threshold = (ratio.square() * 2.0**31 + 0.5).to(torch.int64)
     words = bits32(key, Use.DIRECTION, rows, columns)
     hit = (words & 0x7FFFFFFF) < threshold  # 31 bits say whether, the top one says which way
     return torch.where(hit, torch.where(words < 0, -t, t), 0.0)
 
 
-def check_grid(store: Store, eps: float) -> None:
-    """Raises ValueError where eps is so far below a grid's spacing that 31 bits cannot hold (eps / s)^2 to 1 %."""
+def check_grid(store: Store, grain: float) -> None:
+    """Raises ValueError where grain is so far below a grid's spacing that 31 bits cannot hold (grain / s)^2 to 1 %."""
     for name, stored in store.items():
         widest = max(float(stored.spacing(rows).amax()) for rows in row_chunks(stored.shape, stored.device))
-        if eps < widest / 4096:
-            raise ValueError(f"--eps {eps} is under a 4096th of the grid's widest spacing, {widest:.3g} in {name}")
+        if grain < widest / 4096:
+            told = f"is under a 4096th of the grid's widest spacing, {widest:.3g} in {name}"
+            raise ValueError(f"--eps over --stride, {grain:.3g}, {told}")
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,12 @@ class ZO:
     estimator: str = "q-rge2"  # "q-rge1" steps along u1 itself; "random" turns slopes over by coin, a control
     probe: str = "float"  # "codes" lands w + eps u1 on the weight's grid
     nearest: bool = False  # land steps by rounding to nearest: loses nearly all of them, which it is there to show
+    stride: int = 1  # of the grid: how many of its spacings a probe moves a weight by
+
+    @property
+    def grain(self) -> float:
+        """How fine the grid acts (grid_step)."""
+        return self.eps / self.stride
 
     @property
     def levels(self) -> int:
@@ -145,7 +153,7 @@ class ZO:
         """factor * u for rows of one tensor: [r, C] float32."""
         columns, index = stored.shape[-1], row_index(stored, rows)
         if self.grid:
-            return grid_step(key, index, stored.spacing(rows), columns, self.eps).mul_(factor / self.eps)
+            return grid_step(key, index, stored.spacing(rows), columns, self.grain).mul_(factor / self.grain)
         return direction(key, index, columns, self.bits, rounding).mul_(factor)
 
 
@@ -295,7 +303,8 @@ def update(
     counts = torch.zeros(2, dtype=torch.int64, device=next(iter(store.values())).device)
     if not any(coefficients):  # adding +0.0 would turn a stored -0.0 into +0.0
         return counts.cpu()
-    factors = torch.tensor([c / zo.eps if zo.grid else c for c in coefficients], dtype=torch.float32).to(counts.device)
+    factors = torch.tensor([c / zo.grain if zo.grid else c for c in coefficients], dtype=torch.float32)
+    factors = factors.to(counts.device)
     for name, stored in store.items():
         key = Key(seed, step, 0, tensor_id(name))
         if has_kernels(stored) and not (plain or zo.nearest):

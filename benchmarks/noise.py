@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--weights", default="int4")
     parser.add_argument("--directions", type=int, default=24)
+    parser.add_argument("--stride", type=int, default=1, help="see train.py --help")
     parser.add_argument("--eps", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
     args = parser.parse_args()
     flags = f"--task sst2 --k 512 --data-seed 42 --batch-size 32 --weights {args.weights} --direction-bits grid"
@@ -46,7 +47,7 @@ def main() -> None:
     loss_fn, rows = partial(loss_of, problem, batch, c.batch_size), []
     print(f"{'eps':>8}{'slopes, rms':>14}" + "".join(f"{way:>26}" for way in list(WAYS)[1:]))
     for eps in args.eps:
-        zo, slopes = ZO(eps, args.directions, grid=True), {}
+        zo, slopes = ZO(eps, args.directions, grid=True, stride=args.stride), {}
         for way, (dtype, activations) in WAYS.items():
             problem.lm.dtype = dtype
             problem.lm.round_activations(activations)

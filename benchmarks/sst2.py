@@ -19,17 +19,21 @@ FO = "--steps 300 --eval-every 15"  # converged long before
 
 
 FINE, COARSE = rates("1e-5", "2e-5", "4e-5"), rates("3e-7", "2e-6", "1e-5")
-GRID = rates("2e-5", "4e-5", "8e-5", "1.6e-4")  # where nothing but the loss's shape limits the rate: MeZO too
+FLOAT = rates("2e-5", "4e-5", "8e-5", "1.6e-4")  # where nothing but the loss's shape limits the rate
+GRID = FLOAT + rates("4e-5", "8e-5", eps=("1e-3 --stride 10",))
 # rounded activations put so much noise into a small probe's slope that the probe's size counts as well
-NOISY, NOISY_GRID = rates("2e-5", "4e-5", eps=("1e-3", "2e-3")), rates("2e-5", "4e-5", eps=("5e-4", "1e-3"))
-NOISY_COARSE = rates("5e-6", "2e-5", eps=("1e-3", "2e-3"))
+NOISY, NOISY_COARSE = rates("2e-5", "4e-5", eps=("1e-3", "2e-3")), rates("5e-6", "2e-5", eps=("1e-3", "2e-3"))
+NOISY_GRID = rates("2e-5", "4e-5", "8e-5", eps=("1e-3 --stride 10",)) + rates("4e-5", eps=("2e-3 --stride 20",))
+# with more bits below the codes, the grid is finer than any useful probe
+FINE_GRID = rates("4e-5", "8e-5") + rates("4e-5", "8e-5", eps=("5e-4", "1e-3 --stride 10"))
 ADAM = rates("3e-6", "1e-5", "3e-5", "1e-4")
 FORMATS = {  # name: (flags, rates of directions in every weight, rates of directions on the grid)
     "FP8": ("--weights fp8 --activations fp8", NOISY_COARSE, NOISY_GRID),
     "W8A8": ("--weights int8 --activations int8", NOISY, NOISY_GRID),
     "W8": ("--weights int8", FINE, GRID),
     "W4": ("--weights int4", COARSE, GRID),
-    "W4 + 4 bits": ("--weights int4 --residual 4", FINE, GRID),
+    "W4 + 4 bits": ("--weights int4 --residual 4", FINE, FINE_GRID),
+    "W4 + 8 bits": ("--weights int4 --residual 8", FINE + rates("8e-5"), FINE_GRID),
 }
 WAYS = {
     "q-rge1": "--direction-bits 4 --eps 1e-3 --estimator q-rge1",
@@ -37,9 +41,9 @@ WAYS = {
     "grid": "--direction-bits grid --eps 1e-4",
 }
 ARMS = {
-    "MeZO, fp32": (f"{ZO} --method mezo --weights fp32", GRID),
-    "MeZO, bf16": (f"{ZO} --method mezo --weights bf16 {FP32}", GRID),
-    "MeZO, bf16, products too": (f"{ZO} --method mezo --weights bf16", GRID),
+    "MeZO, fp32": (f"{ZO} --method mezo --weights fp32", FLOAT),
+    "MeZO, bf16": (f"{ZO} --method mezo --weights bf16 {FP32}", FLOAT),
+    "MeZO, bf16, products too": (f"{ZO} --method mezo --weights bf16", FLOAT),
     **{
         f"QuZO {name}, {way}": (f"{QUZO} {FP32} {flags} {how}", grid if way == "grid" else dense)
         for (name, (flags, dense, grid)), (way, how) in itertools.product(FORMATS.items(), WAYS.items())
@@ -47,7 +51,7 @@ ARMS = {
     "QuZO FP8 weights only, grid": (f"{QUZO} {FP32} --weights fp8 {WAYS['grid']}", GRID),
     "QuZO W4A8, grid": (f"{QUZO} {FP32} --weights int4 --activations int8 {WAYS['grid']}", NOISY_GRID),
     "QuZO W4, grid, products in bf16": (f"{QUZO} --weights int4 --direction-bits grid --eps 2e-4", GRID),
-    "QuZO W8, q-rge2, codes": (f"{QUZO} {FP32} --weights int8 {WAYS['q-rge2']} --probe codes", GRID),
+    "QuZO W8, q-rge2, codes": (f"{QUZO} {FP32} --weights int8 {WAYS['q-rge2']} --probe codes", FLOAT),
     "QuZO W4, q-rge2, nearest": (f"{QUZO} {FP32} --weights int4 {WAYS['q-rge2']} --rounding nearest", FINE),
     # tested with its last weights: the best of ten evaluations of a random walk is above chance
     "random, W8, grid": (f"{QUZO} {FP32} --weights int8 {WAYS['grid']} --estimator random --eval-every 2000", FINE),

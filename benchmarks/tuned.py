@@ -51,10 +51,10 @@ class Runs:
         for job in range(args.jobs):
             self.slots.put(job % max(1, torch.cuda.device_count()))
 
-    def __call__(self, jobs: list[tuple[str, str, int]]) -> None:
-        todo = [job for job in jobs if job not in self.done]
-        todo.sort(key=lambda job: "--activations" not in self.arms[job[0]][0])  # the longest runs first
-        with ThreadPoolExecutor(self.args.jobs) as pool:
+    def __call__(self, arm: str, choices: list[str], seeds: list[int]) -> None:
+        """All of these, as many at once as there are slots."""
+        todo = [(arm, choice, seed) for seed in seeds for choice in choices if (arm, choice, seed) not in self.done]
+        with ThreadPoolExecutor(max(1, len(todo))) as pool:
             list(pool.map(self._one, todo))
 
     def flags_of(self, row: dict) -> str | None:
@@ -63,10 +63,10 @@ class Runs:
         return f"{flags} {row['choice']} --seed {row['seed']}" if row["choice"] in choices else None
 
     def _one(self, job: tuple[str, str, int]) -> None:
-        if time.monotonic() > self.ends:
-            return
         gpu = self.slots.get()
         try:
+            if time.monotonic() > self.ends:
+                return
             row = dict(zip(("arm", "choice", "seed"), job, strict=True))
             result = run(self.args, gpu, row | {"model": self.args.model, "flags": self.flags_of(row)})
         finally:
@@ -107,13 +107,14 @@ def run(args: argparse.Namespace, gpu: int, row: dict) -> dict:
 TIE = 0.01  # of dev loss: about what another seed changes
 
 
-def tune(runs: Runs, arms: list[str], seeds: list[int]) -> dict[str, str | None]:
-    """The choice of each arm; None where time was up."""
+def tune(runs: Runs, arm: str, seeds: list[int]) -> str | None:
+    """The choice of an arm; None where time was up."""
     first, *others = seeds
-    runs([(arm, choice, first) for arm in arms for choice in runs.arms[arm][1]])
-    close = {arm: contenders(runs, arm, first) for arm in arms}
-    runs([(arm, choice, seed) for arm in arms if len(close[arm]) > 1 for choice in close[arm] for seed in others])
-    return {arm: winner(runs, arm, choices, seeds) for arm, choices in close.items()}
+    runs(arm, runs.arms[arm][1], [first])
+    close = contenders(runs, arm, first)
+    if len(close) > 1:
+        runs(arm, close, others)
+    return winner(runs, arm, close, seeds)
 
 
 def contenders(runs: Runs, arm: str, seed: int) -> list[str]:
@@ -148,11 +149,19 @@ def line(runs: Runs, arm: str, choice: str, seeds: list[int]) -> str:
     return f"| {' | '.join(parts)} |"
 
 
+def whole(runs: Runs, arm: str, args: argparse.Namespace) -> str | None:
+    """Tune an arm and run its choice with the reported seeds -> the choice."""
+    choice = tune(runs, arm, args.tune_seeds)
+    if choice:
+        runs(arm, [choice], args.seeds)
+    return choice
+
+
 def main(arms_of_table: Arms, told: str, out: str) -> None:
     args = parse(arms_of_table, told, out)
     runs, arms = Runs(arms_of_table, args), args.arms or list(arms_of_table)
-    best = tune(runs, arms, args.tune_seeds)
-    runs([(arm, choice, seed) for seed in args.seeds for arm, choice in best.items() if choice])
+    with ThreadPoolExecutor(len(arms)) as pool:  # no arm waits for another's tuning
+        best = dict(zip(arms, pool.map(lambda arm: whole(runs, arm, args), arms), strict=True))
     print("| method | parameters | lr | dev loss, accuracy | test: mean (std) | each seed |\n" + "|---" * 6 + "|")
     for arm, choice in best.items():
         print(line(runs, arm, choice, args.seeds) if choice else f"| {arm} | | not tuned yet | | | |")

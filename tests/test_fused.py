@@ -35,7 +35,7 @@ FORMATS = [("fp32", 0), ("bf16", 0), ("int8", 0), ("int8", 4), ("int8", 8), ("in
            ("int4", 4), ("int4", 8), ("fp8", 0), ("fp8-e5m2", 0)]  # fmt: skip
 CASES = [  # every direction, estimator, probe; widths that are odd, of several groups, and of less than a byte
     ((9, 131), ZO(bits=4, queries=2, eps=0.02)),
-    ((8, 130), ZO(grid=True, estimator="q-rge1", probe="codes", eps=1e-3)),
+    ((8, 130), ZO(grid=True, estimator="q-rge1", probe="codes", eps=3e-3, stride=3)),
     ((3, 260), ZO(grid=True, queries=3, eps=5e-3)),
     ((150, 7), ZO(bits=None, estimator="q-rge1", probe="codes", eps=0.02)),
     ((4, 1), ZO(bits=2, estimator="q-rge1", eps=0.3)),
@@ -64,7 +64,7 @@ def stores(shape: tuple[int, ...], weights: str, residual: int) -> list[dict[str
 
 def fused_update(store: dict[str, Stored], slopes: list[float], step: int, zo: ZO, lr: float) -> Tensor:
     """zo_optim.update, as it calls the kernel on a GPU."""
-    coefficients = [-lr * slope / len(slopes) / (zo.eps if zo.grid else 1) for slope in slopes]
+    coefficients = [-lr * slope / len(slopes) / (zo.grain if zo.grid else 1) for slope in slopes]
     counts = torch.zeros(2, dtype=torch.int64)
     fused.update_(store["w"], Key(SEED, step, 0, tensor_id("w")), torch.tensor(coefficients), zo, TABLE, counts)
     return counts

@@ -40,7 +40,7 @@ WAYS = {
     "full": ZO(eps=0.02, queries=2),
     "4 bits, one rounding": ZO(eps=0.02, queries=3, bits=4, estimator="q-rge1"),
     "8 bits, codes": ZO(eps=0.01, queries=2, bits=8, probe="codes"),
-    "grid": ZO(eps=1e-3, queries=2, grid=True),
+    "grid": ZO(eps=7e-3, queries=2, grid=True, stride=7),
     "grid, codes": ZO(eps=5e-3, queries=1, grid=True, probe="codes", estimator="q-rge1"),
 }
 SHAPES = [(65, 131), (3, 1003), (300,), (1, 4), (7, 12), (9, 1), (5, 260)]  # 260: two int4 groups and a short one

@@ -62,15 +62,17 @@ def test_a_run_folder_redoes_the_run_without_a_forward(quick, tmp_path, flags):
 
 
 @pytest.mark.parametrize("flags, told", [
-    ("--weights int8", ("4", 1e-3)), ("--weights int4", ("grid", 2e-4)), ("--weights fp8", ("grid", 2e-4)),
-    ("--weights int8 --direction-bits grid", ("grid", 2e-4)), ("--weights int4 --direction-bits 3", ("3", 1e-3)),
-    ("--weights int4 --eps 0.5", ("grid", 0.5)), ("--weights int4 --activations int8", ("grid", 1e-3)),
-    ("--weights int8 --activations int8", ("4", 1e-3)), ("--method mezo", ("full", 1e-3)),
-    ("--method fo", (None, None)),
+    ("--weights int8", ("4", 1e-3, None)), ("--weights int4", ("grid", 2e-4, 1)), ("--weights fp8", ("grid", 2e-4, 1)),
+    ("--weights int8 --direction-bits grid", ("grid", 2e-4, 1)), ("--method mezo", ("full", 1e-3, None)),
+    ("--weights int4 --direction-bits 3", ("3", 1e-3, None)), ("--weights int4 --eps 0.5", ("grid", 0.5, 1)),
+    ("--weights int4 --activations int8", ("grid", 1e-3, 10)), ("--method fo", (None, None, None)),
+    ("--weights int4 --activations int8 --stride 3", ("grid", 1e-3, 3)),
+    ("--weights int8 --activations int8", ("4", 1e-3, None)),
+    ("--model tiny --weights int4 --activations int8", ("grid", 1e-3, 1)),
 ])  # fmt: skip
 def test_direction_and_eps_go_by_weights(flags, told):
     c = train.parse(["--model", "roberta-base", *flags.split()])
-    assert (c.direction_bits, c.eps) == told
+    assert (c.direction_bits, c.eps, c.stride) == told
 
 
 def test_the_run_folder_holds_what_it_promises(quick, tmp_path):
@@ -307,7 +309,7 @@ def test_every_flag_is_a_field_and_every_default_has_one_home():
     of_adapters = {"placement", "bottleneck", "tt_rank", "lora_rank", "lora_alpha", "init", "norms"}
     of_adapters |= {"alpha", "beta", "max_queries"}
     of_files = {"data_dir", "k", "data_seed", "num_train", "num_dev"}
-    others = {"weight_decay", "master", "probes_per_forward", "resume", "replay"}
+    others = {"weight_decay", "master", "stride", "probes_per_forward", "resume", "replay"}
     assert unused == of_files | of_adapters | others
     assert "auto" not in vars(config).values()
     real = train.parse(["--model", "llama2-7b", "--method", "mezo"])
@@ -375,6 +377,9 @@ def test_cuda_and_cpu_take_the_same_first_steps(quick, tmp_path):
     ("--weights fp32 --rounding nearest", "mean nothing beside --weights fp32"),
     ("--method mezo --weights fp32 --probe codes", "mean nothing beside --weights fp32"),
     ("--weights int4 --eps 1e-6", "is under a 4096th of the grid's widest spacing"),
+    ("--weights int4 --eps 1e-2 --stride 4000", "is under a 4096th of the grid's widest spacing"),
+    ("--weights int8 --stride 2", "--stride is about directions on the grid"),
+    ("--method fo --stride 2", "--stride means nothing beside --method fo"),
 ])  # fmt: skip
 def test_flags_that_would_be_ignored_are_refused(tmp_path, capsys, flags, told):
     assert train.main([*flags.split(), "--steps", "1", "--num-eval", "4", "--out", str(tmp_path / "run")]) == 2

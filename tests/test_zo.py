@@ -189,13 +189,29 @@ def spread(weights: str, rows: int, residual: int = 0) -> Stored:
 @pytest.mark.parametrize("weights", FORMATS)
 def test_a_grid_pair_reads_plus_and_minus(weights):
     """Each weight one spacing up and down, or not at all: exactly w + eps u and w - eps u, u from the definition."""
-    store, zo = {"w": encode(gaussian(6, 150), weights)}, ZO(eps=2e-3, grid=True)
+    store, zo = {"w": encode(gaussian(6, 150), weights)}, ZO(eps=0.05, grid=True)
     d = grid_by_hand(store, weights, 3, 4, 5, zo)
     weight = store["w"].read()
+    assert d.any(1).all()
     assert torch.equal(Pair(store, 3, 4, 5, zo, torch.float32).read("w"), torch.stack((weight + d, weight - d)))
     index = torch.tensor([5, 0, 0])
     both = Pair(store, 3, 4, 5, zo, torch.bfloat16).rows("w", index)
     assert torch.equal(both, torch.stack((weight + d, weight - d))[:, index])
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_a_stride_lengthens_the_probe_and_nothing_else(weights):
+    """The same weights move by `stride` spacings in a probe; a slope's step is that of a probe of one spacing."""
+    once, zo = ZO(eps=0.05, grid=True), ZO(eps=0.2, grid=True, stride=4)
+    store, other = ({"w": encode(gaussian(6, 150), weights)} for _ in range(2))
+    d, weight = 4 * grid_by_hand(store, weights, 3, 4, 0, once), store["w"].read().clone()
+    assert torch.equal(Pair(store, 3, 4, 0, zo, torch.float32).read("w"), torch.stack((weight + d, weight - d)))
+    assert estimate(store, lambda view: view.read("w")[:, 0].sum(1), 3, 4, zo, torch.float32)[0].slope == pytest.approx(
+        d[0].sum().item() / zo.eps, abs=0.01
+    )
+    for store_, zo_ in ((store, once), (other, zo)):
+        update(store_, [0.3, -1.7], 3, 4, zo_, 0.06)
+    assert torch.equal(store["w"].read(), other["w"].read()) and not torch.equal(store["w"].read(), weight)
 
 
 @pytest.mark.parametrize("direction", WORDS)
