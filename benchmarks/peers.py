@@ -1,0 +1,97 @@
+"""One step of MeZO and of QuZO as their releases take it, written from their descriptions, to time ours beside.
+
+    w += eps u;  plus = L(w);  w -= 2 eps u;  minus = L(w);  w += eps u;  w -= lr slope u
+
+Both write float weights, in four sweeps over them, and draw u again in every sweep, a tensor at a time from one seed.
+MeZO's u is Gaussian, in the weights' dtype.  QuZO's is a float32 Gaussian, quantised and dequantised a tensor at a
+time; one rounding serves probe and step (q-rge1); and the weights are floats too, which are fake-quantised after the
+update.
+
+Both are spared what a release could be rid of: sums in place, no clamp where nothing can be clipped, no forward pass
+after the update, scales that are not searched.  Where they differ from a release they are faster than it.
+
+Imports data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.scoring import Batch, losses
+
+Draw = Callable[[Tensor, torch.Generator], Tensor]  # a weight -> a direction of its shape
+LossFn = Callable[[], Tensor]  # at the weights as they are now
+
+
+def gaussian(w: Tensor, generator: torch.Generator) -> Tensor:
+    """MeZO's direction."""
+    return torch.normal(0.0, 1.0, w.shape, generator=generator, dtype=w.dtype, device=w.device)
+
+
+def quantised(w: Tensor, generator: torch.Generator, bits: int = 4) -> Tensor:
+    """QuZO's direction, float32."""
+    u = torch.normal(0.0, 1.0, w.shape, generator=generator, dtype=torch.float32, device=w.device)
+    return fake_quantise(u, bits, generator)
+
+
+def fake_quantise(x: Tensor, bits: int, generator: torch.Generator) -> Tensor:
+    """SR(x / step) * step with one step a tensor: x float32 -> the same shape, E = x.
+
+    The largest size is 2^(bits - 1) steps, so there are 2^bits + 1 levels (17 for 4 bits), as in the release.
+    """
+    step = x.abs().amax() / 2 ** (bits - 1)
+    code = x / step
+    low = code.floor()
+    up = torch.rand(x.shape, generator=generator, device=x.device) < code.sub_(low)  # P(up) is the fraction
+    return low.add_(up).mul_(step)
+
+
+def sweep(weights: list[Tensor], draw: Draw, seed: int, scale: float) -> None:
+    """w += scale * u, in place."""
+    generator = torch.Generator(weights[0].device).manual_seed(seed)
+    for w in weights:
+        w.add_(draw(w, generator), alpha=scale)
+
+
+@torch.no_grad()
+def mezo_step(
+    weights: list[Tensor], loss_fn: LossFn, seed: int, eps: float, lr: float, draw: Draw = gaussian
+) -> float:
+    """Algorithm 1 of MeZO -> the slope.  What three sweeps restore is off by their rounding."""
+    sweep(weights, draw, seed, eps)
+    plus = loss_fn().item()
+    sweep(weights, draw, seed, -2 * eps)
+    minus = loss_fn().item()
+    sweep(weights, draw, seed, eps)
+    slope = (plus - minus) / (2 * eps)
+    sweep(weights, draw, seed, -lr * slope)
+    return slope
+
+
+@torch.no_grad()
+def quzo_step(weights: list[Tensor], loss_fn: LossFn, seed: int, eps: float, lr: float, bits: int = 8) -> float:
+    """The same along 4-bit directions; then matrices go back onto a grid of so many bits.
+
+    (The release does so in one of its two trainers, and by a scale that is a power of two.)
+    """
+    slope = mezo_step(weights, loss_fn, seed, eps, lr, quantised)
+    generator = torch.Generator(weights[0].device).manual_seed(seed + 2**32)  # no step's directions
+    for w in weights:
+        if w.ndim == 2:
+            w.copy_(fake_quantise(w.float(), bits, generator))
+    return slope
+
+
+def last_loss(lm, batch: Batch) -> Tensor:
+    """Ours, at the weights as they are stored: logits of the options' words where they are read."""
+    return losses(lm, batch, lm.stored_view())[0]
+
+
+def full_loss(lm, batch: Batch) -> Tensor:
+    """The same number the releases' way: logits of every word at every position."""
+    logits = lm(batch.tokens, batch.mask)[batch.row, batch.at]  # [B, V]
+    return F.cross_entropy(logits[:, batch.words], batch.labels)

@@ -1,0 +1,132 @@
+"""The peers that benchmarks/speed.py times ours against take the steps that they are said to take."""
+
+import pytest
+import torch
+from helpers import tiny_llama
+from torch import Tensor
+
+from benchmarks import peers
+from benchmarks.memory import examples
+from config import parse
+from data.scoring import collate, losses
+from model import LanguageModel, create
+
+EPS, LR, SEED = 1e-2, 0.5, 3
+
+
+@pytest.fixture
+def lm() -> LanguageModel:
+    """A small model in fp32 with gain enough for slopes of size 1."""
+    lm = create(tiny_llama())
+    for stored in lm.store.values():
+        if stored.value.ndim == 2:
+            stored.value.mul_(20)
+    return lm
+
+
+@pytest.fixture
+def batch(lm):
+    c = parse(["--model", "tiny", "--batch-size", "4"])
+    return collate(examples(c, 8, lm.config.vocab_size), 0, lm.device)
+
+
+def weights_of(lm: LanguageModel) -> list[Tensor]:
+    return [stored.value for stored in lm.store.values()]
+
+
+def directions(weights: list[Tensor], draw) -> list[Tensor]:
+    """What every sweep adds, drawn apart: all tensors from one generator, in order."""
+    generator = torch.Generator().manual_seed(SEED)
+    return [draw(w, generator) for w in weights]
+
+
+def loss_along(lm, batch, start: list[Tensor], along: list[Tensor], distance: float) -> float:
+    """L(w + distance * u), the weights put there by a sum of copies, and left at the start."""
+    for w, at, u in zip(weights_of(lm), start, along, strict=True):
+        w.copy_(at + distance * u)
+    loss = losses(lm, batch, lm.stored_view()).item()
+    for w, at in zip(weights_of(lm), start, strict=True):
+        w.copy_(at)
+    return loss
+
+
+def slope_along(lm, batch, start: list[Tensor], along: list[Tensor]) -> float:
+    plus, minus = (loss_along(lm, batch, start, along, sign * EPS) for sign in (1, -1))
+    return (plus - minus) / (2 * EPS)
+
+
+def loss_fn(lm, batch):
+    return lambda: peers.full_loss(lm, batch)
+
+
+def drift(start: list[Tensor], u: list[Tensor]) -> float:
+    """Three sums, each off by half a unit in the last place of the largest number there is."""
+    largest = max((w.abs() + EPS * d.abs()).max().item() for w, d in zip(start, u, strict=True))
+    return 3 * 2.0**-24 * largest
+
+
+def test_full_logits_give_the_loss_of_the_last_ones(lm, batch):
+    assert peers.full_loss(lm, batch).item() == pytest.approx(peers.last_loss(lm, batch).item(), abs=1e-6)
+
+
+def test_mezo_steps_against_its_slope_along_what_it_probed(lm, batch):
+    """Losses near 1 are off by some 1e-7, so slopes by some 1e-5."""
+    weights = weights_of(lm)
+    start = [w.clone() for w in weights]
+    z = directions(weights, peers.gaussian)
+    expected = slope_along(lm, batch, start, z)
+    slope = peers.mezo_step(weights, loss_fn(lm, batch), SEED, EPS, LR)
+    assert abs(slope) > 0.1 and slope == pytest.approx(expected, abs=1e-4)
+    for w, at, d in zip(weights, start, z, strict=True):
+        rounding = drift(start, z) + 2.0**-24 * (w.abs().max().item() + LR * abs(slope) * d.abs().max().item())
+        assert (w - (at - LR * slope * d)).abs().max() <= rounding
+
+
+def test_mezo_restores_up_to_rounding_at_rate_0_and_not_further(lm, batch):
+    weights = weights_of(lm)
+    start = [w.clone() for w in weights]
+    slope = peers.mezo_step(weights, loss_fn(lm, batch), SEED, EPS, 0.0)
+    assert slope != 0
+    gap = max((w - at).abs().max().item() for w, at in zip(weights, start, strict=True))
+    assert 0 < gap <= drift(start, directions(weights, peers.gaussian))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_fake_quantisation_is_unbiased_on_levels_of_the_largest_element(bits):
+    n, generator = 4000, torch.Generator().manual_seed(0)
+    x = torch.randn(60, generator=generator)
+    step = x.abs().max() / 2 ** (bits - 1)
+    drawn = torch.stack([peers.fake_quantise(x, bits, generator) for _ in range(n)])
+    codes = drawn / step
+    assert torch.equal(codes, codes.round()) and codes.abs().max() == 2 ** (bits - 1)
+    assert ((drawn - x).abs() < step).all()
+    five_sigma = 5 * 0.5 * step / n**0.5  # of a draw that is one of two neighbouring levels
+    assert (drawn.mean(0) - x).abs().max() < five_sigma
+
+
+def test_quzo_steps_along_the_very_direction_that_it_probed_then_lands_on_a_grid(lm, batch):
+    """A landing moves a weight by less than one step of its tensor; vectors do not land."""
+    weights = weights_of(lm)
+    start = [w.clone() for w in weights]
+    u = directions(weights, peers.quantised)
+    assert all(d.unique().numel() <= 17 for d in u)
+    expected = slope_along(lm, batch, start, u)
+    slope = peers.quzo_step(weights, loss_fn(lm, batch), SEED, EPS, LR, bits=8)
+    assert abs(slope) > 0.1 and slope == pytest.approx(expected, abs=1e-4)
+    for w, at, d in zip(weights, start, u, strict=True):
+        wanted = at - LR * slope * d
+        if w.ndim == 1:
+            assert torch.allclose(w, wanted, atol=1e-6)
+            continue
+        step = wanted.abs().max().item() / 2**7
+        assert w.unique().numel() <= 2**8 + 1
+        assert (w - wanted).abs().max() < step * (1 + 1e-4)
+        assert (w - wanted).mean().abs() < 5 * 0.5 * step / w.numel() ** 0.5
+
+
+def test_weights_in_bf16_stay_in_bf16(lm, batch):
+    weights = [stored.value for stored in create(tiny_llama(), weights="bf16").store.values()]
+    dtypes = [w.dtype for w in weights]
+    for draw in (peers.gaussian, peers.quantised):
+        peers.sweep(weights, draw, SEED, EPS)
+    assert [w.dtype for w in weights] == dtypes and torch.bfloat16 in dtypes
