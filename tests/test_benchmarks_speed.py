@@ -1,13 +1,15 @@
-"""The peers that benchmarks/speed.py times ours against take the steps that they are said to take."""
+"""The peers that benchmarks/speed.py times ours against take the steps that they are said to take; its table prints."""
+
+import json
 
 import pytest
 import torch
 from helpers import tiny_llama
 from torch import Tensor
 
-from benchmarks import peers
+from benchmarks import peers, speed
 from benchmarks.memory import examples
-from config import parse
+from config import parse, validate
 from data.scoring import collate, losses
 from model import LanguageModel, create
 
@@ -130,3 +132,68 @@ def test_weights_in_bf16_stay_in_bf16(lm, batch):
     for draw in (peers.gaussian, peers.quantised):
         peers.sweep(weights, draw, SEED, EPS)
     assert [w.dtype for w in weights] == dtypes and torch.bfloat16 in dtypes
+
+
+# ---------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("name", speed.CASES)
+def test_every_case_has_flags_that_train_takes(name):
+    case = speed.CASES[name]
+    validate(parse(["--model", "llama2-7b", *case.flags.split()]))
+    assert case.peer is None or case.peer in speed.PEERS
+
+
+@pytest.mark.parametrize("name", [speed.REFERENCE, "peer: QuZO in place", "AdaZeta Q = 4, int4 base"])
+def test_a_case_measures_a_row_for_each_size(name):
+    rows = speed.measure(name, "tiny", "cpu", 1)
+    assert [(row["sequences"], row["tokens"]) for row in rows] == list(speed.CASES[name].sizes)
+    for row in rows:
+        assert 0 < row["fastest_ms"] <= row["ms"] <= row["slowest_ms"] and row["peak_bytes"] > 0
+        assert row["run_ms"] == pytest.approx(row["ms"])  # a run of one
+    if "AdaZeta" in name:
+        assert rows[0]["tokens_per_second"] == pytest.approx(8 * 16 * 64 / rows[0]["ms"] * 1e3)
+        assert "plain forward" in speed.told(rows[0], None)
+
+
+def test_the_command_prints_a_row_and_json(capsys):
+    assert speed.main("--model tiny --device cpu --repeats 2".split() + ["--cases", "last position"]) == 0
+    header, row, last = capsys.readouterr().out.splitlines()
+    assert header.startswith("case") and row.startswith("peer: MeZO in place, last position")
+    result = json.loads(last)
+    assert [r["case"] for r in result["rows"]] == ["peer: MeZO in place, last position"] and not result["failed"]
+
+
+@pytest.mark.parametrize("flags", ["--cases int3", "--model llama9", "--repeats 0"])
+def test_the_command_refuses_in_a_line(flags, capsys):
+    with pytest.raises(SystemExit):
+        speed.main(flags.split())
+    assert flags.split()[1] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_case_that_runs_out_of_memory_costs_no_other_its_row(capsys, monkeypatch):
+    def alone(name, *args):
+        if "fo-ste" in name:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to")
+        return [{"case": name, "model": "m", "parameters": 1, "sequences": 16, "tokens": 64, "ms": 1.0,
+                 "fastest_ms": 1.0, "slowest_ms": 1.0, "peak_bytes": 1, "target": ""}]  # fmt: skip
+
+    monkeypatch.setattr(speed, "alone", alone)
+    assert speed.main(["--cases", "AdamW", "MeZO bf16"]) == 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["failed"] == {"peer: AdamW, fo-ste int8": "CUDA out of memory."}
+    assert [row["case"] for row in result["rows"]] == ["peer: AdamW, bf16", "MeZO bf16"]
+
+
+def test_ratios_are_to_the_same_model_and_size_and_growth_is_a_line():
+    def row(case, sequences, ms, model="m"):
+        return {"case": case, "model": model, "sequences": sequences, "tokens": 64, "ms": ms, "peak_bytes": 2**30,
+                "parameters": 10**9}  # fmt: skip
+
+    rows = [row(speed.REFERENCE, 16, 200.0), row("other", 32, 100.0), row("other", 16, 50.0, "n")]
+    assert [speed.reference_of(r, rows) for r in [row("new", 16, 1.0), *rows[1:]]] == [rows[0], None, None]
+    grown = [row("growth with tokens", 1000 * n, 5.0 + 64 * n * 2) for n in (1, 2, 4)]
+    lines = speed.growth(grown + [row("growth with parameters, 7B", 16, 1.0)])
+    assert set(lines) == {"ms with tokens", "GiB with tokens"}
+    assert lines["ms with tokens"] == pytest.approx({"slope": 2.0, "intercept": 5.0, "miss": 0.0}, abs=1e-9)
+    assert lines["GiB with tokens"] == pytest.approx({"slope": 0.0, "intercept": 1.0, "miss": 0.0}, abs=1e-9)
