@@ -4,12 +4,16 @@ The plain definitions draw, round and add in some fifty small kernels a tensor, 
 launches and a large one for memory.  These do the same arithmetic on the same Philox words in one pass;
 tests/test_gpu.py demands equal codes and equal floats (hence no fused multiply-add and division to nearest).
 
-Each program takes BLOCK groups of 8 neighbouring elements of a row: one Philox block of 16-bit draws, or two of
-32-bit draws.  Rows are padded to whole groups, as in random_bits._words_of_rows.  Imports quant and random_bits.
+Each program takes BLOCK groups of 8 neighbouring elements: one Philox block of 16-bit draws, or two of 32-bit draws.
+A group is in one row and under one scale, so what belongs to those is computed once for the 8, and a thread keeps all
+of them: tensors are [BLOCK], [BLOCK, 1] or [BLOCK, 8], and nothing moves between threads.  (The first version had
+[8 * BLOCK] elements with a row, a column and a scale each: twice the instructions, half of them integer divisions and
+copies through shared memory.)  Imports quant and random_bits.
 """
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,14 +22,16 @@ import triton.language as tl
 from torch import Tensor
 
 from quant import GROUP, Float, Fp8, Integers, Stored, matrix_shape
-from random_bits import LOW, Key, Use, as_int32
+from random_bits import LOW, Key, Use, as_int32, philox_
 
 if TYPE_CHECKING:  # which imports this file
     from zo_optim import ZO
 
-BLOCK = 128  # groups a program: 1,024 elements
+BLOCK = 256  # groups a program, two to a thread
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+SHARDS = 256  # of the counts, since programs that add to one number wait for one another
 EXACT = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where the definition rounds twice
-GROUP_ = tl.constexpr(GROUP)
+GROUP_, SHARDS_ = tl.constexpr(GROUP), tl.constexpr(SHARDS)
 DIRECTION, PROBE_ROUNDING = tl.constexpr(int(Use.DIRECTION)), tl.constexpr(int(Use.PROBE_ROUNDING))
 WEIGHT_ROUNDING, PROBE_LANDING = tl.constexpr(int(Use.WEIGHT_ROUNDING)), tl.constexpr(int(Use.PROBE_LANDING))
 
@@ -33,41 +39,46 @@ WEIGHT_ROUNDING, PROBE_LANDING = tl.constexpr(int(Use.WEIGHT_ROUNDING)), tl.cons
 @triton.jit
 def _words(block, step, tensor, query, USE: tl.constexpr, k0, k1):
     """random_bits.random_words for counter blocks [BLOCK] -> four uint32 words each."""
-    c0 = block.to(tl.uint32)
-    zero = c0 * 0
-    c1, c2, c3 = (zero + step).to(tl.uint32), (zero + tensor).to(tl.uint32), (zero + (query * 16 + USE)).to(tl.uint32)
-    return tl.philox_impl(c0, c1, c2, c3, (zero + k0).to(tl.uint32), (zero + k1).to(tl.uint32), 10)
+    return philox_(block.to(tl.uint32), step, tensor, query * 16 + USE, k0, k1)
 
 
 @triton.jit
 def _in_order(a, b, c, d, e, f, g, h):
-    """Eight [BLOCK] lanes -> [8 * BLOCK], lane by lane within each group."""
-    even = tl.interleave(tl.interleave(a, e), tl.interleave(c, g))
-    odd = tl.interleave(tl.interleave(b, f), tl.interleave(d, h))
-    return tl.interleave(even, odd)
+    """Eight lanes [BLOCK] -> [BLOCK, 8]."""
+    even = tl.join(tl.join(a, e), tl.join(c, g))
+    odd = tl.join(tl.join(b, f), tl.join(d, h))
+    return tl.reshape(tl.join(even, odd), [a.shape[0], 8])
 
 
 @triton.jit
-def _bits16(block, step, tensor, query, USE: tl.constexpr, k0, k1):
-    a, b, c, d = _words(block, step, tensor, query, USE, k0, k1)
+def _bits16(group, step, tensor, query, USE: tl.constexpr, k0, k1):
+    """[BLOCK] -> [BLOCK, 8] int32."""
+    a, b, c, d = _words(group, step, tensor, query, USE, k0, k1)
     low = 0xFFFF
     bits = _in_order(a & low, a >> 16, b & low, b >> 16, c & low, c >> 16, d & low, d >> 16)
     return bits.to(tl.int32)
 
 
 @triton.jit
-def _bits32(group, per_row8, per_row4, step, tensor, query, USE: tl.constexpr, k0, k1):
-    """Blocks of 4 draws, two to a group of 8, except that a row's last group may own only one."""
-    block = group // per_row8 * per_row4 + group % per_row8 * 2
-    a, b, c, d = _words(block, step, tensor, query, USE, k0, k1)
-    e, f, g, h = _words(block + 1, step, tensor, query, USE, k0, k1)
+def _bits32(group, step, tensor, query, USE: tl.constexpr, k0, k1):
+    """[BLOCK] -> [BLOCK, 8] uint32: a block has 4 draws, so a group has two."""
+    a, b, c, d = _words(group * 2, step, tensor, query, USE, k0, k1)
+    e, f, g, h = _words(group * 2 + 1, step, tensor, query, USE, k0, k1)
     return _in_order(a, b, c, d, e, f, g, h)
 
 
 @triton.jit
-def _direction(table, group, step, tensor, query, k0, k1, ROUNDING: tl.constexpr, LEVELS: tl.constexpr):
-    """zo_optim.direction for groups of 8 elements; LEVELS 0 is the full direction."""
-    u = tl.load(table + _bits16(group, step, tensor, query, DIRECTION, k0, k1))
+def _normal(knots, bits):
+    """zo_optim.normal, from zo_optim.normal_knots."""
+    knot = tl.load(knots + ((bits >> 4) & 2047))
+    size = ((knot & 0xFFFF) << 2) + (((knot >> 16) * ((bits & 15) * 2 + 1) + 4) >> 3)
+    return tl.where(bits < 32768, size, -size)
+
+
+@triton.jit
+def _direction(knots, group, step, tensor, query, k0, k1, ROUNDING: tl.constexpr, LEVELS: tl.constexpr):
+    """zo_optim.direction, [BLOCK, 8]; LEVELS 0 is the full direction."""
+    u = _normal(knots, _bits16(group, step, tensor, query, DIRECTION, k0, k1))
     if LEVELS == 0:
         d = u.to(tl.float32) * 0.00006103515625  # 2^-14
     else:
@@ -77,27 +88,45 @@ def _direction(table, group, step, tensor, query, k0, k1, ROUNDING: tl.constexpr
 
 
 @triton.jit
-def _grid_step(words, spacing, grain):
-    """zo_optim.grid_step."""
-    t = tl.maximum(spacing, grain)
-    ratio = tl.div_rn(grain + t * 0, t)
-    threshold = (ratio * ratio * 2147483648.0 + 0.5).to(tl.int64)
-    hit = (words & 0x7FFFFFFF).to(tl.int64) < threshold
-    return tl.where(hit, tl.where((words >> 31) == 1, -t, t), 0.0)
+def _grid_step(words, unit, power, grain):
+    """zo_optim.grid_step at a spacing of unit * power.  unit [BLOCK, 1]; power, of two, [BLOCK, 1] or [BLOCK, 8].
+
+    The one division is by unit, for all of a group: what is left of the ratio are exponents.
+    """
+    t = tl.maximum(unit * power, grain)
+    inverse = (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    ratio = tl.minimum(tl.div_rn(unit * 0 + grain, unit) * inverse, 1.0)
+    threshold = (ratio * ratio * 2147483648.0 + 0.5).to(tl.uint32)
+    step = (t.to(tl.uint32, bitcast=True) ^ (words & 0x80000000)).to(tl.float32, bitcast=True)
+    return tl.where((words & 0x7FFFFFFF) < threshold, step, 0.0)
 
 
 @triton.jit
 def _along(
-    factor, grain, spacing, table, group, per_row8, per_row4, step, tensor, query, k0, k1,
-    ROUNDING: tl.constexpr, LEVELS: tl.constexpr,
-):  # fmt: skip
-    """zo_optim.ZO.along; for a grid direction (LEVELS -1) factor comes divided by grain."""
+    factor, grain, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING: tl.constexpr, LEVELS: tl.constexpr
+):
+    """zo_optim.ZO.along, [BLOCK, 8]; for a grid direction (LEVELS -1) factor comes divided by grain."""
     if LEVELS == -1:
-        words = _bits32(group, per_row8, per_row4, step, tensor, query, DIRECTION, k0, k1)
-        d = _grid_step(words, spacing, grain)
+        d = _grid_step(_bits32(group, step, tensor, query, DIRECTION, k0, k1), unit, power, grain)
     else:
-        d = _direction(table, group, step, tensor, query, k0, k1, ROUNDING, LEVELS)
+        d = _direction(knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS)
     return d * factor
+
+
+@triton.jit
+def _divide(x, unit):
+    """x / unit, rounded to nearest.  x [BLOCK, 8], unit [BLOCK, 1].
+
+    Markstein (1990): from the rounded reciprocal, one division a group, two fused steps give the rounded quotient.
+    Triton's interpreter does not fuse them.
+    """
+    if INTERPRETED:
+        quotient = tl.div_rn(x, tl.broadcast_to(unit, x.shape))
+    else:
+        inverse = tl.div_rn(unit * 0 + 1.0, unit)
+        rough, away = x * inverse, unit * -1.0
+        quotient = tl.fma(tl.fma(rough, tl.broadcast_to(away, x.shape), x), tl.broadcast_to(inverse, x.shape), rough)
+    return quotient
 
 
 @triton.jit
@@ -132,200 +161,195 @@ def _round8(x, words, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, TOP: tl.cons
 
 
 @triton.jit
-def _place(R, C, BLOCK: tl.constexpr, PER: tl.constexpr):
-    """This program's places, one for each PER elements of a row (1, or those of a byte): row, column and mask."""
-    at = tl.program_id(0).to(tl.int64) * (8 * BLOCK) + tl.arange(0, 8 * BLOCK // PER) * PER
-    width = tl.cdiv(C, 8) * 8
-    row = at // width
-    column = at - row * width
-    return row, column, (row < R) & (column < C)
-
-
-@triton.jit
-def _fields(packed, R, C, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """quant.unpack: one signed number of BITS bits for each element, int32."""
-    row, column, live = _place(R, C, BLOCK, 1)
-    per_byte: tl.constexpr = 8 // BITS
-    byte = tl.load(packed + row * tl.cdiv(C, per_byte) + column // per_byte, mask=live, other=0).to(tl.int32)
-    field = (byte >> ((column % per_byte).to(tl.int32) * BITS)) & ((1 << BITS) - 1)
+def _fields(packed, group, live, BITS: tl.constexpr):
+    """quant.unpack: the 8 signed numbers of BITS bits of each group, which fill BITS bytes, [BLOCK, 8] int32."""
+    word = tl.load(packed + group, mask=live, other=0)
+    fields = _in_order(
+        word, word >> BITS, word >> (2 * BITS), word >> (3 * BITS), word >> (4 * BITS), word >> (5 * BITS),
+        word >> (6 * BITS), word >> (7 * BITS),
+    ).to(tl.int32) & ((1 << BITS) - 1)  # fmt: skip
     half: tl.constexpr = 1 << (BITS - 1)
-    return (field ^ half) - half
+    return (fields ^ half) - half
 
 
 @triton.jit
-def _store_fields(packed, numbers, R, C, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def _store_fields(packed, numbers, group, live, BITS: tl.constexpr):
     """quant.pack."""
-    per_byte: tl.constexpr = 8 // BITS
-    live = _place(R, C, BLOCK, 1)[2]
-    fields = tl.where(live, numbers & ((1 << BITS) - 1), 0)
-    shifts = tl.arange(0, per_byte) * BITS
-    byte = tl.sum(tl.reshape(fields, (8 * BLOCK // per_byte, per_byte)) << shifts[None, :], 1)
-    row, column, live = _place(R, C, BLOCK, per_byte)
-    tl.store(packed + row * tl.cdiv(C, per_byte) + column // per_byte, byte.to(tl.uint8), mask=live)
+    fields = (numbers & ((1 << BITS) - 1)).to(packed.dtype.element_ty)
+    even, odd = tl.split(tl.reshape(fields, [group.shape[0], 2, 2, 2]))
+    pairs = even | (odd << BITS)  # [BLOCK, 2, 2]
+    even, odd = tl.split(pairs)
+    fours = even | (odd << (2 * BITS))
+    even, odd = tl.split(fours)
+    tl.store(packed + group, even | (odd << (4 * BITS)), mask=live)
 
 
 @triton.jit
-def _from_byte(byte, MANTISSA: tl.constexpr):
-    """An fp8 number's bits, int32 -> float32.  By hand: Triton's interpreter has no fp8."""
-    lowest: tl.constexpr = -6 if MANTISSA == 3 else -14
-    size = byte & 0x7F
-    normal = ((size << (23 - MANTISSA)) + ((126 + lowest) << 23)).to(tl.float32, bitcast=True)
-    size = tl.where(size < (1 << MANTISSA), size.to(tl.float32) * 2.0 ** (lowest - MANTISSA), normal)
-    return (size.to(tl.int32, bitcast=True) | ((byte >> 7) << 31)).to(tl.float32, bitcast=True)
+def _from_byte(byte, KIND: tl.constexpr):
+    """An fp8 number's bits, int32 -> float32, through float16: the same layout, but for e4m3 an exponent 8 lower.
+
+    By hand, because Triton's interpreter has no fp8.
+    """
+    half = ((byte & 0x7F) << 7 | (byte & 0x80) << 8) if KIND == "fp8" else byte << 8
+    x = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return x * 256.0 if KIND == "fp8" else x
 
 
 @triton.jit
-def _to_byte(x, MANTISSA: tl.constexpr):
+def _to_byte(x, KIND: tl.constexpr):
     """The inverse, for numbers on the grid."""
-    lowest: tl.constexpr = -6 if MANTISSA == 3 else -14
-    pattern = x.to(tl.int32, bitcast=True)
-    normal = ((pattern & 0x7FFFFFFF) - ((126 + lowest) << 23)) >> (23 - MANTISSA)
-    tiny = (tl.abs(x) * 2.0 ** (MANTISSA - lowest)).to(tl.int32)
-    return tl.where(tl.abs(x) < 2.0**lowest, tiny, normal) | ((pattern >> 24) & 0x80)
+    x = x * 0.00390625 if KIND == "fp8" else x  # 2^-8
+    half = x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+    byte = ((half >> 7) & 0x7F | (half >> 8) & 0x80) if KIND == "fp8" else half >> 8
+    return byte.to(tl.uint8)
 
 
 @triton.jit
-def _code(value, R, C, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _place(N, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's groups [BLOCK], and its elements [BLOCK, 8] with their mask."""
+    group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = group.to(tl.int64)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    return group, at, (group < N // 8)[:, None] if WHOLE else at < N
+
+
+@triton.jit
+def _code(value, group, at, live, N, KIND: tl.constexpr):
     """The stored numbers as float32, before their scale."""
-    row, column, live = _place(R, C, BLOCK, 1)
     if KIND == "int4":
-        code = _fields(value, R, C, 4, BLOCK).to(tl.float32)
-    elif KIND == "fp8":
-        code = _from_byte(tl.load(value + row * C + column, mask=live, other=0).to(tl.int32), 3)
-    elif KIND == "fp8-e5m2":
-        code = _from_byte(tl.load(value + row * C + column, mask=live, other=0).to(tl.int32), 2)
+        code = _fields(value, group, group < N // 8, 4).to(tl.float32)
+    elif KIND == "fp8" or KIND == "fp8-e5m2":
+        code = _from_byte(tl.load(value + at, mask=live, other=0).to(tl.int32), KIND)
     else:
-        code = tl.load(value + row * C + column, mask=live, other=0).to(tl.float32)
+        code = tl.load(value + at, mask=live, other=0).to(tl.float32)
     return code
 
 
 @triton.jit
-def _store(value, new, R, C, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _store(value, new, group, at, live, N, KIND: tl.constexpr):
     """The inverse of _code."""
-    row, column, live = _place(R, C, BLOCK, 1)
     if KIND == "int4":
-        _store_fields(value, new.to(tl.int32), R, C, 4, BLOCK)
-    elif KIND == "fp8":
-        tl.store(value + row * C + column, _to_byte(new, 3).to(tl.uint8), mask=live)
-    elif KIND == "fp8-e5m2":
-        tl.store(value + row * C + column, _to_byte(new, 2).to(tl.uint8), mask=live)
+        _store_fields(value, new.to(tl.int32), group, group < N // 8, 4)
+    elif KIND == "fp8" or KIND == "fp8-e5m2":
+        tl.store(value + at, _to_byte(new, KIND), mask=live)
     else:
-        tl.store(value + row * C + column, new.to(value.dtype.element_ty), mask=live)
+        tl.store(value + at, new.to(value.dtype.element_ty), mask=live)
 
 
 @triton.jit
-def _scale(scale, R, C, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    row, column, live = _place(R, C, BLOCK, 1)
-    if KIND == "int4":
-        row = row * tl.cdiv(C, GROUP_) + column // GROUP_
-    return tl.load(scale + row, mask=live, other=1)
+def _unit(scale, group, N, PER_ROW, KIND: tl.constexpr):
+    """The scale of each group of 8, [BLOCK, 1]; floats have none."""
+    if KIND == "fp32" or KIND == "bf16":
+        unit = tl.full([group.shape[0], 1], 1.0, tl.float32)
+    else:
+        row = group // PER_ROW
+        if KIND == "int4":
+            row = row * tl.cdiv(PER_ROW * 8, GROUP_) + (group - row * PER_ROW) * 8 // GROUP_
+        unit = tl.load(scale + row, mask=group < N // 8, other=1)[:, None]
+    return unit
 
 
 @triton.jit
-def _spacing(code, scale, KIND: tl.constexpr):
-    """Each store's spacing."""
+def _power(code, unit, KIND: tl.constexpr):
+    """Each store's spacing over its scale, which is a power of two."""
     if KIND == "fp32":
-        spacing = code * 0
+        power = unit * 0
     elif KIND == "bf16":
-        spacing = _power_below(code) * 0.0078125  # 2^-7
+        power = _power_below(code) * 0.0078125  # 2^-7
     elif KIND == "fp8":
-        spacing = tl.maximum(_power_below(code) * 0.125, 0.001953125) * scale  # 2^-3, 2^-9
+        power = tl.maximum(_power_below(code) * 0.125, 0.001953125)  # 2^-3, 2^-9
     elif KIND == "fp8-e5m2":
-        spacing = tl.maximum(_power_below(code) * 0.25, 0.0000152587890625) * scale  # 2^-2, 2^-16
+        power = tl.maximum(_power_below(code) * 0.25, 0.0000152587890625)  # 2^-2, 2^-16
     else:
-        spacing = scale
-    return spacing
+        power = unit * 0 + 1.0
+    return power
 
 
 @triton.jit
-def _land(code, scale, delta, words, KIND: tl.constexpr, TOP: tl.constexpr):
+def _land(code, unit, delta, words, KIND: tl.constexpr, TOP: tl.constexpr):
     """Each store's land, before its scale."""
     if KIND == "fp32":
         new = code + delta
     elif KIND == "bf16":
         new = _cut(code + delta, words, 16)
     elif KIND == "fp8":
-        new = _round8(tl.div_rn(delta, scale) + code, words, 3, -6, 448.0)
+        new = _round8(_divide(delta, unit) + code, words, 3, -6, 448.0)
     elif KIND == "fp8-e5m2":
-        new = _round8(tl.div_rn(delta, scale) + code, words, 2, -14, 57344.0)
+        new = _round8(_divide(delta, unit) + code, words, 2, -14, 57344.0)
     else:
-        new = _stochastic_round(tl.div_rn(delta, scale), words) + code
+        new = _stochastic_round(_divide(delta, unit), words) + code
         new = tl.minimum(tl.maximum(new, -TOP), TOP)
     return new
 
 
-VARYING = ["R", "C", "factor", "grain", "step", "tensor", "query", "k0", "k1"]  # never compile-time constants
+VARYING = ["factor", "grain", "step", "tensor", "query", "k0", "k1"]  # never compile-time constants
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _pair_kernel(
-    pair, value, scale, table, R, C, factor, grain, step, tensor, query, k0, k1,
+    pair, value, scale, knots, N, PER_ROW, factor, grain, step, tensor, query, k0, k1,
     KIND: tl.constexpr, TOP: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr, PLUS: tl.constexpr,
-    MINUS: tl.constexpr, BLOCK: tl.constexpr,
+    MINUS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, column, live = _place(R, C, BLOCK, 1)
-    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    per_row8, per_row4 = tl.cdiv(C, 8), tl.cdiv(C, 4)
-    code = _code(value, R, C, KIND, BLOCK)
-    unit = code * 0 + 1.0 if KIND == "fp32" or KIND == "bf16" else _scale(scale, R, C, KIND, BLOCK)
+    group, at, live = _place(N, WHOLE, BLOCK)
+    code, unit = _code(value, group, at, live, N, KIND), _unit(scale, group, N, PER_ROW, KIND)
     d = _along(
-        factor, grain, _spacing(code, unit, KIND), table, group, per_row8, per_row4, step, tensor, query, k0, k1,
-        PROBE_ROUNDING, LEVELS,
-    )  # fmt: skip
+        factor, grain, unit, _power(code, unit, KIND), knots, group, step, tensor, query, k0, k1, PROBE_ROUNDING, LEVELS
+    )
     if CODES:
-        words = _bits32(group, per_row8, per_row4, step, tensor, query, PROBE_LANDING, k0, k1)
+        words = _bits32(group, step, tensor, query, PROBE_LANDING, k0, k1)
         plus = _land(code, unit, d, words, KIND, TOP) * unit
         minus = _land(code, unit, d * -1.0, words, KIND, TOP) * unit  # Triton's -d is 0 - d: no -0
     else:
         plus, minus = code * unit + d, code * unit - d
-    at = row * C + column
     if PLUS:
         tl.store(pair + at, plus.to(pair.dtype.element_ty), mask=live)
-        at += R.to(tl.int64) * C
+        pair += N.to(tl.int64)
     if MINUS:
         tl.store(pair + at, minus.to(pair.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _update_kernel(
-    value, scale, residual, counts, table, factors, R, C, grain, step, tensor, query, k0, k1, N: tl.constexpr,
-    KIND: tl.constexpr, TOP: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr, ROUNDING: tl.constexpr,
-    BLOCK: tl.constexpr,
+    value, scale, residual, counts, knots, factors, N, PER_ROW, grain, step, tensor, query, k0, k1,
+    QUERIES: tl.constexpr, KIND: tl.constexpr, TOP: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr,
+    ROUNDING: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, column, live = _place(R, C, BLOCK, 1)
-    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    per_row8, per_row4 = tl.cdiv(C, 8), tl.cdiv(C, 4)
-    old = _code(value, R, C, KIND, BLOCK)
-    unit = old * 0 + 1.0 if KIND == "fp32" or KIND == "bf16" else _scale(scale, R, C, KIND, BLOCK)
-    spacing = _spacing(old, unit, KIND)
+    group, at, live = _place(N, WHOLE, BLOCK)
+    old, unit = _code(value, group, at, live, N, KIND), _unit(scale, group, N, PER_ROW, KIND)
+    power = _power(old, unit, KIND)
     delta = _along(
-        tl.load(factors), grain, spacing, table, group, per_row8, per_row4, step, tensor, query, k0, k1, ROUNDING,
-        LEVELS,
-    )  # fmt: skip
-    for q in range(1, N):
+        tl.load(factors), grain, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS
+    )
+    for q in range(1, QUERIES):
         delta += _along(
-            tl.load(factors + q), grain, spacing, table, group, per_row8, per_row4, step, tensor, query + q, k0, k1,
-            ROUNDING, LEVELS,
-        )  # fmt: skip
-    words = _bits32(group, per_row8, per_row4, step, tensor, query, WEIGHT_ROUNDING, k0, k1)
+            tl.load(factors + q), grain, unit, power, knots, group, step, tensor, query + q, k0, k1, ROUNDING, LEVELS
+        )
+    words = _bits32(group, step, tensor, query, WEIGHT_ROUNDING, k0, k1)
     if RESIDUAL:
-        old = old * (1 << RESIDUAL) + _fields(residual, R, C, RESIDUAL, BLOCK).to(tl.float32)
+        old = old * (1 << RESIDUAL) + _fields(residual, group, group < N // 8, RESIDUAL).to(tl.float32)
         unit = unit * (1.0 / (1 << RESIDUAL))
     if KIND == "int8" or KIND == "int4":
-        wanted = _stochastic_round(tl.div_rn(delta, unit), words) + old
+        wanted = _stochastic_round(_divide(delta, unit), words) + old
         bottom = -TOP - 1 if RESIDUAL else -TOP  # Integers.lowest
         new = tl.minimum(tl.maximum(wanted, bottom), TOP)
         held = new != wanted
     else:
         new = _land(old, unit, delta, words, KIND, TOP)
-        held = tl.abs(tl.div_rn(delta, unit) + old) > TOP
-    tl.atomic_add(counts, tl.sum((live & (new != old)).to(tl.int64)))
-    tl.atomic_add(counts + 1, tl.sum((live & held).to(tl.int64)))
+        held = tl.abs(_divide(delta, unit) + old) > TOP
+    counts += tl.program_id(0) % SHARDS_ * 2
+    both = tl.sum((live & (new != old)).to(tl.int32) + ((live & held).to(tl.int32) << 16))
+    tl.atomic_add(counts, (both & 0xFFFF).to(tl.int64))
+    tl.atomic_add(counts + 1, (both >> 16).to(tl.int64))
     if RESIDUAL:
         code = tl.floor((new + (1 << (RESIDUAL - 1))) * (1.0 / (1 << RESIDUAL)))
-        _store_fields(residual, (new - code * (1 << RESIDUAL)).to(tl.int32), R, C, RESIDUAL, BLOCK)
+        _store_fields(residual, (new - code * (1 << RESIDUAL)).to(tl.int32), group, group < N // 8, RESIDUAL)
         new = code
-    _store(value, new, R, C, KIND, BLOCK)
+    _store(value, new, group, at, live, N, KIND)
+
+
+def fits(stored: Stored) -> bool:
+    """Whether the kernels serve this store: its rows are whole groups of 8, or there is only one."""
+    return len(stored.shape) == 1 or stored.shape[1] % 8 == 0
 
 
 def _kind(stored: Stored) -> tuple[str, float]:
@@ -338,46 +362,50 @@ def _kind(stored: Stored) -> tuple[str, float]:
     return ("bf16" if stored.rounds else "fp32"), float("inf")
 
 
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bits a field: 8 of them
+
+
 def _arguments(stored: Stored, key: Key) -> tuple[Tensor, Tensor, int, int, list[int]]:
-    """What both kernels need: numbers, scales (unused for floats), R, C, the key in 32-bit words."""
-    value = stored.matrix() if isinstance(stored, Float) else stored.codes
-    value = value.view(torch.uint8) if isinstance(stored, Fp8) else value
-    words = as_int32(key.step, key.tensor, key.query, key.seed & LOW, key.seed >> 32 & LOW)
+    """What both kernels need: numbers, scales (unused for floats), how many, groups a row, the key in 32-bit words."""
     R, C = matrix_shape(stored.shape)
-    return value, value if isinstance(stored, Float) else stored.scale, R, C, words
+    words = as_int32(key.step, key.tensor, key.query, key.seed & LOW, key.seed >> 32 & LOW)
+    if isinstance(stored, Float):
+        return stored.value, stored.value, R * C, -(-C // 8), words
+    value = stored.codes.view(torch.uint8) if isinstance(stored, Fp8) else stored.codes
+    value = value.view(WORDS[4]) if value.shape[1] < C else value
+    return value, stored.scale, R * C, C // 8, words
 
 
-def _programs(R: int, C: int) -> tuple[int]:
-    return (triton.cdiv(R * triton.cdiv(C, 8), BLOCK),)
+def _programs(n: int) -> tuple[int]:
+    return (triton.cdiv(n, 8 * BLOCK),)
 
 
 def read_pair(
-    stored: Stored, key: Key, zo: ZO, table: Tensor, dtype: torch.dtype, signs: tuple[int, ...] = (1, -1)
+    stored: Stored, key: Key, zo: ZO, knots: Tensor, dtype: torch.dtype, signs: tuple[int, ...] = (1, -1)
 ) -> Tensor:
     """[P, R, C] in dtype: w + eps u1 and w - eps u1, or one of them.  The definition is zo_optim.Pair.read."""
-    value, scale, R, C, words = _arguments(stored, key)
+    value, scale, n, per_row, words = _arguments(stored, key)
     kind, top = _kind(stored)
-    pair = torch.empty(len(signs), R, C, dtype=dtype, device=value.device)
-    _pair_kernel[_programs(R, C)](
-        pair, value, scale, table, R, C, float(zo.stride) if zo.grid else zo.eps, zo.grain, *words,
+    pair = torch.empty(len(signs), *matrix_shape(stored.shape), dtype=dtype, device=value.device)
+    _pair_kernel[_programs(n)](
+        pair, value, scale, knots, n, per_row, float(zo.stride) if zo.grid else zo.eps, zo.grain, *words,
         KIND=kind, TOP=top, LEVELS=zo.levels, CODES=zo.probe == "codes", PLUS=1 in signs, MINUS=-1 in signs,
-        BLOCK=BLOCK, **EXACT,
+        WHOLE=n % 8 == 0, BLOCK=BLOCK, **EXACT,
     )  # fmt: skip
     return pair
 
 
-def update_(stored: Stored, key: Key, factors: Tensor, zo: ZO, table: Tensor, counts: Tensor) -> None:
-    """w += the sum of coefficient_i * u2_i, landing stochastically on the grid; adds to counts [2] int64.
+def update_(stored: Stored, key: Key, factors: Tensor, zo: ZO, knots: Tensor, counts: Tensor) -> None:
+    """w += the sum of coefficient_i * u2_i, landing stochastically on the grid; adds to counts [SHARDS, 2] int64.
 
     factors [n] float32: the coefficients, divided by grain for a grid direction.  The definition is
     zo_optim._update_tensor.
     """
-    value, scale, R, C, words = _arguments(stored, key)
+    value, scale, n, per_row, words = _arguments(stored, key)
     kind, top = _kind(stored)
-    residual_bits = stored.residual_bits if isinstance(stored, Integers) else 0
-    residual = stored.residual if residual_bits else value
-    _update_kernel[_programs(R, C)](
-        value, scale, residual, counts, table, factors, R, C, zo.grain, *words, N=len(factors),
-        KIND=kind, TOP=float(stored.limit) if residual_bits else top, RESIDUAL=residual_bits, LEVELS=zo.levels,
-        ROUNDING=int(zo.step_rounding), BLOCK=BLOCK, **EXACT,
+    bits = stored.residual_bits if isinstance(stored, Integers) else 0
+    _update_kernel[_programs(n)](
+        value, scale, stored.residual.view(WORDS[bits]) if bits else value, counts, knots, factors, n, per_row,
+        zo.grain, *words, QUERIES=len(factors), KIND=kind, TOP=float(stored.limit) if bits else top, RESIDUAL=bits,
+        LEVELS=zo.levels, ROUNDING=int(zo.step_rounding), WHOLE=n % 8 == 0, BLOCK=BLOCK, **EXACT,
     )  # fmt: skip

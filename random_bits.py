@@ -107,17 +107,31 @@ def as_int32(*words: int) -> list[int]:
 
 if triton is not None:
 
+    M0_, M1_, W0_, W1_ = tl.constexpr(M0), tl.constexpr(M1), tl.constexpr(W0), tl.constexpr(W1)
+
+    @triton.jit
+    def philox_(c0, c1, c2, c3, k0, k1):
+        """philox for counters c0 [...] uint32 and five numbers of 32 bits -> four uint32 words each.
+
+        Triton's own takes the halves of a product apart, with a multiplication each.
+        """
+        zero = c0 * 0
+        c1, c2, c3 = (zero + c1).to(tl.uint32), (zero + c2).to(tl.uint32), (zero + c3).to(tl.uint32)
+        k0, k1 = (zero + k0).to(tl.uint32), (zero + k1).to(tl.uint32)
+        for _ in tl.static_range(10):
+            p0, p1 = c0.to(tl.uint64) * M0_, c2.to(tl.uint64) * M1_
+            c0, c2 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+            c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
+            k0 = tl.add(k0, W0_, sanitize_overflow=False)
+            k1 = tl.add(k1, W1_, sanitize_overflow=False)
+        return c0, c1, c2, c3
+
     @triton.jit(do_not_specialize=["c1", "c2", "c3", "k0", "k1"])  # a compile for each step otherwise
     def _philox_kernel(blocks, words, n, c1, c2, c3, k0, k1, BLOCK: tl.constexpr):
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         live = at < n
         c0 = tl.load(blocks + at, mask=live, other=0).to(tl.uint32)
-        zero = c0 * 0
-        k0 = (zero + k0).to(tl.uint32)
-        k1 = (zero + k1).to(tl.uint32)
-        w0, w1, w2, w3 = tl.philox_impl(
-            c0, (zero + c1).to(tl.uint32), (zero + c2).to(tl.uint32), (zero + c3).to(tl.uint32), k0, k1, 10
-        )
+        w0, w1, w2, w3 = philox_(c0, c1, c2, c3, k0, k1)
         tl.store(words + at * 4 + 0, w0.to(tl.int32, bitcast=True), mask=live)
         tl.store(words + at * 4 + 1, w1.to(tl.int32, bitcast=True), mask=live)
         tl.store(words + at * 4 + 2, w2.to(tl.int32, bitcast=True), mask=live)

@@ -158,22 +158,50 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
     """Run the loop.  The folder's model/ holds the best weights, or the last ones where none were evaluated."""
     take_step = (first_order if c.optimizer == "adamw" else zeroth_order)(c, problem)
     bar = tqdm(range(progress.steps, c.steps), unit="step", file=sys.stderr, dynamic_ncols=True)
-    for step in bar:
-        if stop.number:
-            break
-        examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, len(problem.train))]
-        lr = learning_rate(c.lr, c.lr_schedule, step, c.steps)
-        loss, slopes, metrics = take_step(step, examples, lr)
-        tokens = sum(len(sequence) for example in examples for sequence in example.sequences)
-        folder.step(step + 1, slopes, loss, metrics | {"lr": lr, "tokens": tokens})
-        progress.steps = step + 1
-        progress.forwards += 2 * len(slopes) or 1
-        if is_due(c, progress.steps):
-            judge(c, problem, folder, progress)
-        bar.set_postfix(loss=f"{loss:.3f}", dev=f"{folder.devs[-1][1]:.1%}" if folder.devs else "-")
+    with Recorder(folder) as recorder:
+        for step in bar:
+            if stop.number:
+                break
+            examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, len(problem.train))]
+            lr = learning_rate(c.lr, c.lr_schedule, step, c.steps)
+            done = take_step(step, examples, lr)
+            tokens = sum(len(sequence) for example in examples for sequence in example.sequences)
+            recorder.take(step + 1, done, {"lr": lr, "tokens": tokens})
+            progress.steps = step + 1
+            progress.forwards += 2 * len(done.slopes) or 1
+            if is_due(c, progress.steps):
+                recorder.write()
+                judge(c, problem, folder, progress)
+            bar.set_postfix(loss=f"{done.loss:.3f}", dev=f"{folder.devs[-1][1]:.1%}" if folder.devs else "-")
     if progress.best is None:
         save(problem.lm, folder.model)
         progress.best_step = progress.steps
+
+
+class Recorder:
+    """Writes a step down when the next one is done, so that a GPU is not waited for between its update and that."""
+
+    def __init__(self, folder: RunFolder):
+        self.folder, self.waiting = folder, None
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.write()
+
+    def take(self, number: int, done: Step, more: dict) -> None:
+        self.write()
+        self.waiting = number, done, more
+
+    def write(self) -> None:
+        if self.waiting is None:
+            return
+        (number, done, more), self.waiting = self.waiting, None
+        shares = {}
+        if done.counts is not None:
+            shares = dict(zip(("changed", "clipped"), [n / done.size for n in done.counts.tolist()], strict=True))
+        self.folder.step(number, done.slopes, done.loss, done.metrics | shares | more)
 
 
 def is_due(c: Config, steps: int) -> bool:
@@ -215,6 +243,8 @@ class Step(NamedTuple):
     loss: float  # mean over the step's forwards
     slopes: list[float]  # for the trajectory; none of a first-order step
     metrics: dict
+    counts: Tensor | None = None  # what `update` counted, of `size` elements.  To read it is to wait for a GPU
+    size: int = 1
 
 
 StepFn = Callable[[int, list[Encoded], float], Step]  # step from 0, its examples, its learning rate
@@ -231,6 +261,7 @@ def zeroth_order(c: Config, problem: Problem) -> StepFn:
     """Estimate and update: two forwards a query."""
     lm, n, fixed = problem.lm, len(problem.train), estimator(c)
     store, frozen = trained(lm), None if lm.adapters is None else lm.stored_view()
+    size = parameters(store)
     if fixed.grid:
         check_grid(lm.store, fixed.grain)
 
@@ -240,11 +271,11 @@ def zeroth_order(c: Config, problem: Problem) -> StepFn:
         queries = estimate(store, loss_fn, c.seed, at, zo, lm.dtype, frozen, probes_at_once(c, zo.queries))
         slopes = [query.slope for query in queries]
         check_finite(sum(slopes), at, c)
-        changed, clipped = update(store, slopes, c.seed, at, zo, lr).tolist()
+        counts = update(store, slopes, c.seed, at, zo, lr)
         return Step(sum(query.plus + query.minus for query in queries) / (2 * len(queries)), slopes, {
             "plus": [query.plus for query in queries], "minus": [query.minus for query in queries],
-            "queries": len(queries), "changed": changed / parameters(store), "clipped": clipped / parameters(store),
-        })  # fmt: skip
+            "queries": len(queries),
+        }, counts, size)  # fmt: skip
 
     return step
 

@@ -41,22 +41,38 @@ CLIP = 4  # sigma: the normal table ends there, so no direction is ever clipped 
 UNIT = 2.0**-14  # of the table's integers, in sigma
 
 
+def quantile_knots() -> list[int]:
+    """2,049 points of the half-normal quantile function, in units of 2^-12 sigma; the infinite one is put at CLIP."""
+    quantile = NormalDist().inv_cdf
+    return [round(quantile(0.5 + j / 4096) * 4096) for j in range(2048)] + [CLIP * 4096]
+
+
 @cache
 def normal_table(device: torch.device) -> Tensor:
     """65,536 equally likely integers in units of 2^-14 sigma that make up a normal distribution: [2^16] int32.
 
-    The half-normal quantile function in 2,048 linear pieces (knots in units of 2^-12, the infinite one put at
-    4 sigma), 16 midpoints a piece, then the mirror image.  Integers, so every machine draws the same ones.
-    Mean exactly 0, variance 1 + 7.8e-5, fourth moment 3 + 2.3e-4 (tests/test_directions.py).
+    The half-normal quantile function in 2,048 linear pieces, 16 midpoints a piece, then the mirror image.  Integers,
+    so every machine draws the same ones.  Mean exactly 0, variance 1 + 7.8e-5, fourth moment 3 + 2.3e-4
+    (tests/test_directions.py).
     """
-    quantile = NormalDist().inv_cdf
-    knots = [round(quantile(0.5 + j / 4096) * 4096) for j in range(2048)] + [CLIP * 4096]
+    knots = quantile_knots()
     half = [
         (low * (31 - 2 * f) + high * (2 * f + 1) + 4) >> 3
         for low, high in zip(knots, knots[1:], strict=False)
         for f in range(16)
     ]
     return torch.tensor(half + [-u for u in half], dtype=torch.int32, device=device)
+
+
+@cache
+def normal_knots(device: torch.device) -> Tensor:
+    """The same for fused.py, which interpolates: knot + 2^16 * (the next - knot), [2048] int32.
+
+    8 kB stay in a GPU's first-level cache, where the table's 256 kB do not.
+    """
+    knots = quantile_knots()
+    packed = [low | high - low << 16 for low, high in zip(knots, knots[1:], strict=False)]
+    return torch.tensor(packed, dtype=torch.int32, device=device)
 
 
 def normal(key: Key, rows: Tensor, columns: int) -> Tensor:
@@ -167,7 +183,8 @@ def row_index(stored: Stored, rows: slice | Tensor) -> Tensor:
 
 def has_kernels(stored: Stored) -> bool:
     """Whether a fused kernel can stand in for the definitions below.  The oracle is there to check them."""
-    return triton is not None and stored.device.type == "cuda" and not isinstance(stored, Oracle)
+    fused_here = triton is not None and stored.device.type == "cuda" and not isinstance(stored, Oracle)
+    return fused_here and fused.fits(stored)
 
 
 # ---------------------------------------------------------------- probes: ways of reading the weights
@@ -191,7 +208,7 @@ class Pair:
         dtype = self.dtype if len(stored.shape) == 2 else torch.float32
         if has_kernels(stored) and not self.plain:
             key = Key(*self.place, tensor_id(name))
-            pair = fused.read_pair(stored, key, self.zo, normal_table(stored.device), dtype, self.signs)
+            pair = fused.read_pair(stored, key, self.zo, normal_knots(stored.device), dtype, self.signs)
             return pair.view(-1, *stored.shape)
         pair = torch.empty(self.probes, *matrix_shape(stored.shape), dtype=dtype, device=stored.device)
         for rows in row_chunks(stored.shape, stored.device):
@@ -295,23 +312,23 @@ def update(
     """w <- land(w - lr / n * sum of slope_i * u2_i), the mean of the n queries landing on the weight's grid at once.
 
     (Algorithm 1 lands each query's step by itself: the same mean with more rounding.)  This is all that ever writes a
-    weight, and it needs no forward pass: (seed, step, slopes, lr) redo it.  Returns [2] int64: elements changed,
-    elements held back by the edge of the grid.
+    weight, and it needs no forward pass: (seed, step, slopes, lr) redo it.  Returns [2] int64, on the weights' device
+    because reading it waits for the update: elements changed, elements held back by the edge of the grid.
     plain: the definition in torch, also where a fused kernel could stand in for it.
     """
     coefficients = [-lr * slope / len(slopes) for slope in slopes]
-    counts = torch.zeros(2, dtype=torch.int64, device=next(iter(store.values())).device)
+    device = next(iter(store.values())).device
+    counts = torch.zeros(fused.SHARDS if triton is not None else 1, 2, dtype=torch.int64, device=device)
     if not any(coefficients):  # adding +0.0 would turn a stored -0.0 into +0.0
-        return counts.cpu()
-    factors = torch.tensor([c / zo.grain if zo.grid else c for c in coefficients], dtype=torch.float32)
-    factors = factors.to(counts.device)
+        return counts[0]
+    factors = torch.tensor([c / zo.grain if zo.grid else c for c in coefficients], dtype=torch.float32).to(device)
     for name, stored in store.items():
         key = Key(seed, step, 0, tensor_id(name))
         if has_kernels(stored) and not (plain or zo.nearest):
-            fused.update_(stored, key, factors, zo, normal_table(stored.device), counts)
+            fused.update_(stored, key, factors, zo, normal_knots(device), counts)
         else:
-            counts += _update_tensor(stored, key, coefficients, zo)
-    return counts.cpu()
+            counts[0] += _update_tensor(stored, key, coefficients, zo)
+    return counts.sum(0)
 
 
 def _update_tensor(stored: Stored, key: Key, coefficients: list[float], zo: ZO) -> Tensor:
