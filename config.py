@@ -57,8 +57,10 @@ class Config:
     rounding: str = flag("stochastic", "how a step lands; nearest is there to show why it fails",
                          ("stochastic", "nearest"))  # fmt: skip
     oracle: bool = flag(False, "keep integer codes as fake-quantised fp32: slower, to the same bits")
-    compute: str = flag("auto", "what matrices are multiplied in; auto: bf16 on cuda unless weights are fp32",
-                        ("auto", "fp32", "bf16"))  # fmt: skip
+    compute: str = flag("auto", "what matrices are multiplied in; auto: fp32 on a CPU and for fp32 weights; on cuda "
+                                "fp8 for fp8 weights with fp8 activations by forwards alone, else bf16",
+                        ("auto", "fp32", "bf16", "fp8"))  # fmt: skip
+    compile: bool | None = flag(None, "compile the model's block, once for all layers and lengths; on for zo on cuda")
     steps: int | None = flag(None, "updates")
     lr: float | None = flag(None, "learning rate")
     lr_schedule: str | None = flag(None, "constant, or linear down to 0", ("constant", "linear"))
@@ -206,12 +208,20 @@ def resolve_defaults(c: Config) -> Config:
     table["device"] = ("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device
     table["out"] = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{table['task']}-{Path(c.model).name}-{c.method}"
     c = dataclasses.replace(c, **{n: v for n, v in table.items() if getattr(c, n) in (None, "auto")})
-    bf16 = c.device.startswith("cuda") and c.weights != "fp32"
+    cuda = c.device.startswith("cuda")
     return dataclasses.replace(
         c,
-        compute=("bf16" if bf16 else "fp32") if c.compute == "auto" else c.compute,
+        compute=products(c) if c.compute == "auto" else c.compute,
+        compile=cuda and optimizer == "zo" if c.compile is None else c.compile,
         micro_batch_size=c.batch_size if c.micro_batch_size is None else c.micro_batch_size,
     )
+
+
+def products(c: Config) -> str:
+    """What matrices are multiplied in where it is not said."""
+    if not c.device.startswith("cuda") or c.weights == "fp32":
+        return "fp32"
+    return "fp8" if (c.weights, c.activations, c.optimizer) == ("fp8", "fp8", "zo") else "bf16"
 
 
 MOVED = ("model", "data_dir", "device")  # what may be elsewhere when a run is taken up again
@@ -322,6 +332,8 @@ def check_method(c: Config) -> None:
         raise ValueError(f"--method fo-ste fake-quantises its weights; use fo for {c.weights}")
     if c.method == "mezo" and c.direction_bits != "full":
         raise ValueError(f"--method mezo means Gaussian directions; use quzo for --direction-bits {c.direction_bits}")
+    if c.compute == "fp8" and (c.weights, c.activations, c.optimizer) != ("fp8", "fp8", "zo"):
+        raise ValueError("--compute fp8 multiplies codes by codes: --weights fp8 --activations fp8, trained by zo")
     if c.optimizer == "zo":
         check_estimator(c)
 

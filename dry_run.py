@@ -20,7 +20,7 @@ from model import LlamaConfig, config_of, expected_shapes, llama_parts, roberta_
 from quant import stored_parts
 from tensor_train import Spec, install, is_norm, targets_of
 
-BYTES = {"fp32": 4, "bf16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}  # of activations too: around fp8 products they are bf16
 
 
 def predict(c: Config, raw: dict, tokens: int) -> dict:
@@ -90,7 +90,8 @@ def block_of(config) -> torch.nn.Module:
 
 def pair(config, c: Config) -> int:
     """Bytes of one block's weights as both probes see them."""
-    return 2 * sum(p.numel() * (BYTES[c.compute] if p.ndim == 2 else 4) for p in block_of(config).parameters())
+    size = 1 if c.compute == "fp8" else BYTES[c.compute]
+    return 2 * sum(p.numel() * (size if p.ndim == 2 else 4) for p in block_of(config).parameters())
 
 
 def copies(shapes: dict[str, torch.Size], c: Config) -> int:

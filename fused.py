@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant import GROUP, Float, Fp8, Integers, Stored, matrix_shape
+from quant import GROUP, Float, Fp8, Integers, Oracle, Stored, matrix_shape
 from random_bits import LOW, Key, Use, as_int32, philox_
 
 if TYPE_CHECKING:  # which imports this file
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # which imports this file
 
 BLOCK = 256  # groups a program, two to a thread
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+NO_DIRECTION = tl.constexpr(-2)  # beside ZO.levels
 SHARDS = 256  # of the counts, since programs that add to one number wait for one another
 EXACT = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where the definition rounds twice
 GROUP_, SHARDS_ = tl.constexpr(GROUP), tl.constexpr(SHARDS)
@@ -161,6 +162,18 @@ def _round8(x, words, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, TOP: tl.cons
 
 
 @triton.jit
+def _nearest8(x, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, TOP: tl.constexpr):
+    """quant.Grid8.round to nearest, ties to even."""
+    x = tl.minimum(tl.maximum(x, -TOP), TOP)
+    cut: tl.constexpr = 23 - MANTISSA
+    pattern = x.to(tl.int32, bitcast=True)
+    pattern = (pattern + ((pattern >> cut) & 1) + ((1 << (cut - 1)) - 1)) & -(1 << cut)
+    shift: tl.constexpr = 1.5 * 2.0 ** (23 + LOWEST - MANTISSA)  # where a float32's last place is the even part's step
+    even = ((x + shift) - shift).to(tl.int32, bitcast=True) | x.to(tl.int32, bitcast=True) & -(2**31)  # also of -0
+    return tl.where(tl.abs(x) < 2.0**LOWEST, even, pattern).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _fields(packed, group, live, BITS: tl.constexpr):
     """quant.unpack: the 8 signed numbers of BITS bits of each group, which fill BITS bytes, [BLOCK, 8] int32."""
     word = tl.load(packed + group, mask=live, other=0)
@@ -286,26 +299,40 @@ VARYING = ["factor", "grain", "step", "tensor", "query", "k0", "k1"]  # never co
 
 @triton.jit(do_not_specialize=VARYING)
 def _pair_kernel(
-    pair, value, scale, knots, N, PER_ROW, factor, grain, step, tensor, query, k0, k1,
+    pair, value, scale, knots, rows, N, PER_ROW, LENGTH, factor, grain, step, tensor, query, k0, k1,
     KIND: tl.constexpr, TOP: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr, PLUS: tl.constexpr,
-    MINUS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    MINUS: tl.constexpr, CHOSEN: tl.constexpr, BYTES: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    group, at, live = _place(N, WHOLE, BLOCK)
+    group, at, live = _place(LENGTH, WHOLE, BLOCK)
+    to = at
+    if CHOSEN:  # groups of the rows' rows
+        row = group // PER_ROW
+        row, column = tl.load(rows + row, mask=group < LENGTH // 8, other=0), group - row * PER_ROW
+        group = (row * PER_ROW + column).to(tl.int32)
+        at = group.to(tl.int64)[:, None] * 8 + tl.arange(0, 8)[None, :]
     code, unit = _code(value, group, at, live, N, KIND), _unit(scale, group, N, PER_ROW, KIND)
-    d = _along(
-        factor, grain, unit, _power(code, unit, KIND), knots, group, step, tensor, query, k0, k1, PROBE_ROUNDING, LEVELS
-    )
+    if LEVELS == NO_DIRECTION:
+        d = unit * 0
+    else:
+        power = _power(code, unit, KIND)
+        d = _along(factor, grain, unit, power, knots, group, step, tensor, query, k0, k1, PROBE_ROUNDING, LEVELS)
     if CODES:
         words = _bits32(group, step, tensor, query, PROBE_LANDING, k0, k1)
-        plus = _land(code, unit, d, words, KIND, TOP) * unit
-        minus = _land(code, unit, d * -1.0, words, KIND, TOP) * unit  # Triton's -d is 0 - d: no -0
+        plus, minus = _land(code, unit, d, words, KIND, TOP), _land(code, unit, d * -1.0, words, KIND, TOP)
+        if not BYTES:
+            plus, minus = plus * unit, minus * unit  # Triton's -d is 0 - d: no -0
+    elif BYTES:
+        d = _divide(d, unit)
+        plus, minus = _nearest8(code + d, 3, -6, 448.0), _nearest8(code - d, 3, -6, 448.0)
     else:
         plus, minus = code * unit + d, code * unit - d
+    if BYTES:
+        plus, minus = _to_byte(plus, KIND), _to_byte(minus, KIND)
     if PLUS:
-        tl.store(pair + at, plus.to(pair.dtype.element_ty), mask=live)
-        pair += N.to(tl.int64)
+        tl.store(pair + to, plus.to(pair.dtype.element_ty), mask=live)
+        pair += LENGTH
     if MINUS:
-        tl.store(pair + at, minus.to(pair.dtype.element_ty), mask=live)
+        tl.store(pair + to, minus.to(pair.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -347,8 +374,13 @@ def _update_kernel(
     _store(value, new, group, at, live, N, KIND)
 
 
+def serves(stored: Stored) -> bool:
+    """Whether the kernels can stand in for the definitions.  The oracle is there to check them."""
+    return stored.device.type == "cuda" and not isinstance(stored, Oracle) and fits(stored)
+
+
 def fits(stored: Stored) -> bool:
-    """Whether the kernels serve this store: its rows are whole groups of 8, or there is only one."""
+    """Whether a store's rows are whole groups of 8, or there is only one."""
     return len(stored.shape) == 1 or stored.shape[1] % 8 == 0
 
 
@@ -381,16 +413,37 @@ def _programs(n: int) -> tuple[int]:
 
 
 def read_pair(
-    stored: Stored, key: Key, zo: ZO, knots: Tensor, dtype: torch.dtype, signs: tuple[int, ...] = (1, -1)
-) -> Tensor:
-    """[P, R, C] in dtype: w + eps u1 and w - eps u1, or one of them.  The definition is zo_optim.Pair.read."""
+    stored: Stored, key: Key, zo: ZO, knots: Tensor, dtype: torch.dtype, signs: tuple[int, ...] = (1, -1),
+    rows: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """[P, R, C] in dtype: w + eps u1 and w - eps u1, or one of them; of chosen rows [n] int64, [P, n, C].
+
+    The definitions are zo_optim.Pair.read and rows.
+    """
+    return _materialise(stored, key, dtype, rows, len(signs), knots, float(zo.stride) if zo.grid else zo.eps, zo.grain,
+                        LEVELS=zo.levels, CODES=zo.probe == "codes", PLUS=1 in signs, MINUS=-1 in signs)  # fmt: skip
+
+
+def read(stored: Stored, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+    """The weights as they are: [1, R, C] in dtype, or [1, n, C].  The definition is model.StoredView."""
+    return _materialise(stored, Key(0, 0), dtype, rows, 1, None, 0.0, 0.0,
+                        LEVELS=NO_DIRECTION.value, CODES=False, PLUS=True, MINUS=False)  # fmt: skip
+
+
+def _materialise(
+    stored: Stored, key: Key, dtype: torch.dtype, rows: Tensor | None, P: int, knots: Tensor | None, factor: float,
+    grain: float, **options,
+) -> Tensor:  # fmt: skip
     value, scale, n, per_row, words = _arguments(stored, key)
     kind, top = _kind(stored)
-    pair = torch.empty(len(signs), *matrix_shape(stored.shape), dtype=dtype, device=value.device)
-    _pair_kernel[_programs(n)](
-        pair, value, scale, knots, n, per_row, float(zo.stride) if zo.grid else zo.eps, zo.grain, *words,
-        KIND=kind, TOP=top, LEVELS=zo.levels, CODES=zo.probe == "codes", PLUS=1 in signs, MINUS=-1 in signs,
-        WHOLE=n % 8 == 0, BLOCK=BLOCK, **EXACT,
+    R, C = matrix_shape(stored.shape)
+    pair = torch.empty(P, R if rows is None else len(rows), C, dtype=dtype, device=value.device)
+    length, is_codes = pair[0].numel(), dtype.itemsize == 1  # which Triton is given as bytes
+    out, unused = pair.view(torch.uint8) if is_codes else pair, value  # kernels take no None
+    knots, chosen = unused if knots is None else knots, unused if rows is None else rows
+    _pair_kernel[_programs(length)](
+        out, value, scale, knots, chosen, n, per_row, length, factor, grain, *words, KIND=kind, TOP=top,
+        CHOSEN=rows is not None, BYTES=is_codes, WHOLE=length % 8 == 0, BLOCK=BLOCK, **options, **EXACT,
     )  # fmt: skip
     return pair
 

@@ -35,11 +35,17 @@ from quant import (
     check_format,
     encode,
     from_parts,
+    multiply_fp8,
     quantise_tokens,
     row_chunks,
     stored_parts,
 )
 from random_bits import tensor_id
+
+try:
+    import fused
+except ImportError:  # of Triton, which comes with CUDA builds of torch
+    fused = None
 
 if TYPE_CHECKING:  # what may be put around a model; this file only hands it the view
     from tensor_train import Adapters
@@ -221,7 +227,15 @@ class Linear(nn.Linear):
 
     activations = "none"  # how the input is rounded: LanguageModel.round_activations
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_buffer("weight_scale", None)  # [O, 1], where weights come as fp8 codes
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight_scale is not None:
+            y = multiply_fp8(x.flatten(1, -2), self.weight, self.weight_scale)
+            y = y if self.bias is None else y + self.bias.to(y.dtype)[:, None]
+            return y.view(*x.shape[:-1], -1)
         flat = quantise_tokens(x.flatten(1, -2), self.activations)  # [P, N, D]
         if len(self.weight) < len(flat):  # a frozen weight, which all probes share: one large product
             y = F.linear(flat, self.weight[0], None if self.bias is None else self.bias[0].to(x.dtype))
@@ -230,6 +244,11 @@ class Linear(nn.Linear):
         else:
             y = torch.baddbmm(self.bias.to(x.dtype)[:, None], flat, self.weight.mT)
         return y.view(*x.shape[:-1], -1)
+
+
+def product_dtype(layer: Linear) -> torch.dtype:
+    """What a layer's input comes in."""
+    return layer.weight.dtype if layer.weight_scale is None else torch.bfloat16
 
 
 class RMSNorm(nn.Module):
@@ -341,7 +360,7 @@ class LlamaBlock(nn.Module):
     def forward(self, x: Tensor, *context) -> Tensor:
         """x, the residual stream, is float32 whatever the products are computed in: sums in bf16 put more noise into a
         small probe's slope than all products together."""
-        dtype = self.mlp.gate_proj.weight.dtype
+        dtype = product_dtype(self.mlp.gate_proj)
         x = x + self.self_attn(self.input_layernorm(x).to(dtype), *context)
         return x + self.mlp(self.post_attention_layernorm(x).to(dtype))
 
@@ -379,7 +398,7 @@ class RobertaBlock(nn.Module):
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
         """x is float32, as in LlamaBlock."""
-        dtype = self.output.dense.weight.dtype
+        dtype = product_dtype(self.output.dense)
         x = self.attention["output"](self.attention["self"](x.to(dtype), seen), x)
         return self.output(F.gelu(self.intermediate["dense"](x.to(dtype))), x)
 
@@ -404,7 +423,7 @@ class RobertaHead(nn.Module):
         self.layer_norm = LayerNorm(c.hidden_size, c.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer_norm(F.gelu(self.dense(x.to(self.dense.weight.dtype))))
+        return self.layer_norm(F.gelu(self.dense(x.to(product_dtype(self.dense)))))
 
 
 # ---------------------------------------------------------------- whole models
@@ -421,6 +440,9 @@ class View(Protocol):
     def rows(self, name: str, index: Tensor) -> Tensor:
         """Rows of a matrix: index [n] int64 -> [P, n, C] float32."""
 
+    def codes(self, name: str) -> Tensor:
+        """An fp8 matrix as codes, [P, R, C] e4m3; its row scales are the store's."""
+
 
 class StoredView:
     """The weights as they are stored: P = 1."""
@@ -436,13 +458,22 @@ class StoredView:
             return stored.read().view(1, *stored.shape)
         if not isinstance(stored, Integers | Fp8 | Oracle):
             return stored.read().to(self.dtype)[None]
+        if fused is not None and fused.serves(stored):
+            return fused.read(stored, self.dtype)
         weight = torch.empty(1, *stored.shape, dtype=self.dtype, device=stored.device)
         for rows in row_chunks(stored.shape, stored.device):  # codes are unpacked through numbers of 32 bits
             weight[0, rows] = stored.read(rows)
         return weight
 
     def rows(self, name: str, index: Tensor) -> Tensor:
-        return self.store[name].read(index).float()[None]
+        stored = self.store[name]
+        if fused is not None and fused.serves(stored):
+            return fused.read(stored, torch.float32, index)
+        return stored.read(index).float()[None]
+
+
+    def codes(self, name: str) -> Tensor:
+        return self.store[name].codes[None]
 
 
 class LanguageModel:
@@ -452,6 +483,7 @@ class LanguageModel:
     no more: `hidden` runs the blocks, `score` turns chosen hidden states into logits, `logits` does all of it.
     """
 
+    block: nn.Module  # without storage: one serves all layers
     layers: str  # what the names of a block's tensors begin with, before its number
     embedding: str  # name of the word embedding
     decoder: str  # name of the output matrix, which is the embedding where they are tied
@@ -461,7 +493,7 @@ class LanguageModel:
     ):
         self.config, self.raw_config, self.store, self.dtype = config, raw_config, store, dtype
         self.weights, self.residual = weights, residual
-        self.activations = "none"
+        self.activations, self.fp8_products = "none", False
         self.adapters: Adapters | None = None  # tensor_train.attach
         self.other_files: list[Path] = []  # tokenizer and such, copied along by `save`
 
@@ -513,12 +545,29 @@ class LanguageModel:
 
     def words(self, view: View, tokens: Tensor) -> Tensor:
         """Word embeddings: tokens [B, T] -> [P, B, T, D] float32."""
-        used, place = tokens.unique(return_inverse=True)  # a row is drawn and dequantised once
-        return view.rows(self.embedding, used)[:, place].expand(view.probes, -1, -1, -1)
+        return self.look_up(view, self.embedding, tokens).expand(view.probes, -1, -1, -1)
+
+    @staticmethod
+    def look_up(view: View, name: str, index: Tensor) -> Tensor:
+        """Rows of a table: index [B, T] -> [P, B, T, D] float32."""
+        if index.is_cuda:  # which would have to be waited for, to know how many are different
+            return view.rows(name, index.flatten()).unflatten(1, index.shape)
+        used, place = index.unique(return_inverse=True)  # a row is drawn and dequantised once
+        return view.rows(name, used)[:, place]
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the block, once for all layers and lengths: weights are inputs, lengths are symbols."""
+        self.block.compile(backend=backend, dynamic=True)
 
     def apply(self, part: nn.Module, prefix: str, view: View, x: Tensor, *context) -> Tensor:
         """Run one weightless module on x [P, B, T, D], each probe with the weights that the view gives it."""
-        weights = {name: view.read(prefix + name) for name, _ in part.named_parameters()}
+        weights = {}
+        for name, _ in part.named_parameters():
+            stored = self.store.get(prefix + name)
+            if self.fp8_products and isinstance(stored, Fp8):
+                weights |= {name: view.codes(prefix + name), name + "_scale": stored.scale}
+            else:
+                weights[name] = view.read(prefix + name)
         return functional_call(part, weights, (x, *context))
 
     def generate(self, tokens: Tensor, max_new_tokens: int, mask: Tensor | None = None) -> Tensor:
@@ -585,7 +634,8 @@ class Llama(LanguageModel):
         x = self.words(view, tokens)
         seen = causal(mask, T).repeat(len(x), 1, 1, 1)
         for i in range(self.config.num_hidden_layers):
-            x = self.apply(self.block, f"model.layers.{i}.", view, x, cos, sin, seen, cache, i)
+            kept = () if cache is None else (cache, i)  # torch.compile would make a graph for every number
+            x = self.apply(self.block, f"model.layers.{i}.", view, x, cos, sin, seen, *kept)
         return self.apply(self.norm, "model.norm.", view, x)
 
     @torch.no_grad()
@@ -640,11 +690,11 @@ class Roberta(LanguageModel):
         mask = torch.ones_like(tokens) if mask is None else mask
         view = view if self.adapters is None else self.adapters.view(view)
         positions = mask.cumsum(1) * mask + self.config.pad_token_id  # the first real token is at padding index + 1
-        if positions.max() >= self.config.max_position_embeddings:
-            raise ValueError(f"{tokens.shape[1]} tokens exceed {self.config.max_position_embeddings} positions")
-        used, place = positions.unique(return_inverse=True)
-        x = self.words(view, tokens) + view.rows("roberta.embeddings.position_embeddings.weight", used)[:, place]
-        x = x + view.rows("roberta.embeddings.token_type_embeddings.weight", used[:1] * 0)[:, :, None]
+        limit = self.config.max_position_embeddings
+        if tokens.shape[1] + self.config.pad_token_id >= limit and positions.max() >= limit:
+            raise ValueError(f"{tokens.shape[1]} tokens exceed {limit} positions")
+        x = self.words(view, tokens) + self.look_up(view, "roberta.embeddings.position_embeddings.weight", positions)
+        x = x + view.rows("roberta.embeddings.token_type_embeddings.weight", positions[:1, 0] * 0)[:, :, None]
         x = self.apply(self.embed, "roberta.embeddings.", view, x)
         seen = (mask.bool() | ~mask.any(1, keepdim=True))[:, None, None].repeat(len(x), 1, 1, 1)  # [P * B, 1, 1, T]
         for i in range(self.config.num_hidden_layers):

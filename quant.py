@@ -375,6 +375,10 @@ class Fp8:
         wanted = (delta / self.scale[rows]).add_(self.code(rows))
         return self.grid.round(wanted, words), wanted.abs() > self.grid.top
 
+    def landed(self, rows: slice, delta: Tensor, words: Tensor | None) -> Tensor:
+        """The code that w + delta would be, [r, C] fp8.  delta [r, C] float32."""
+        return self._landed(rows, delta, words)[0]
+
     def add_(self, rows: slice, delta: Tensor, words: Tensor | None) -> Tensor:
         """w += delta, rounded onto the uneven grid.  delta [r, C] float32."""
         old = self.code(rows)
@@ -478,12 +482,31 @@ def quantise_tokens(x: Tensor, kind: str) -> Tensor:
     """
     if kind == "none":
         return x
+    codes, scale = token_codes(x.detach(), kind)
+    return straight_through(x, (codes.float() * scale).to(x.dtype))
+
+
+def token_codes(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """x [..., C] -> codes, float32 integers or e4m3 [..., C], and scales [..., 1] float32."""
     top = 127.0 if kind == "int8" else E4M3.top
-    largest = x.detach().float().abs().amax(-1, keepdim=True)
-    scale = (largest / torch.full_like(largest, top)).clamp_(min=SMALLEST)  # of a token of zeros
-    codes = x.detach().float() / scale
-    codes = codes.round() if kind == "int8" else E4M3.round(codes, None).float()
-    return straight_through(x, (codes * scale).to(x.dtype))
+    largest = x.float().abs().amax(-1, keepdim=True)
+    scale = (largest / torch.full_like(largest, top)).clamp(min=SMALLEST)  # of a token of zeros
+    codes = x.float() / scale
+    return codes.round() if kind == "int8" else E4M3.round(codes, None), scale
+
+
+def multiply_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x [P, N, C], rounded to e4m3 a token, times e4m3 weights [P or 1, O, C] with row scales [O, 1] -> [P, N, O] bf16.
+
+    On tensor cores, which add in float32; both scales are applied to the sum.
+    """
+    codes, tokens = token_codes(x, "fp8")
+    if len(weight) < len(x):
+        return multiply_fp8(x.flatten(0, 1)[None], weight, scale).view(*x.shape[:2], -1)
+    return torch.stack([
+        torch._scaled_mm(a, w.T, scale_a=s, scale_b=scale.T, out_dtype=torch.bfloat16)
+        for a, w, s in zip(codes, weight, tokens, strict=True)
+    ])  # fmt: skip
 
 
 def straight_through(x: Tensor, rounded: Tensor) -> Tensor:

@@ -297,7 +297,7 @@ class AdaptedView:
 
     def __init__(self, view: View, places: dict[str, Place]):
         self.view_of_model, self.places, self.vectors = view, places, {}
-        self.probes, self.rows = view.probes, view.rows
+        self.probes, self.rows, self.codes = view.probes, view.rows, view.codes
 
     def read(self, name: str) -> Tensor:
         place = self.places.get(name)

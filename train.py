@@ -69,14 +69,22 @@ def prepare(c: Config) -> tuple[Problem, Splits]:
     return Problem(load_base(c, directory), train, dev, test, config.pad_token_id or 0, batch_size), splits
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # outside of products
 
 
 def load_weights(c: Config, directory: Path) -> LanguageModel:
     """As a run stores them."""
     lm = load(directory, c.device, DTYPES[c.compute], c.weights, c.residual, c.oracle)
-    lm.round_activations(c.activations)
+    set_up(c, lm)
     return lm
+
+
+def set_up(c: Config, lm: LanguageModel) -> None:
+    """What a run asks of its forwards."""
+    lm.round_activations(c.activations)
+    lm.fp8_products = c.compute == "fp8"
+    if c.compile:
+        lm.compile_blocks()
 
 
 def load_base(c: Config, directory: Path) -> LanguageModel:
@@ -89,7 +97,7 @@ def load_base(c: Config, directory: Path) -> LanguageModel:
             lm.store[tensor_train.TRAINED].value.requires_grad_(c.optimizer == "adamw")
         return lm
     lm = load(directory, c.device, DTYPES[c.compute], c.master or c.weights)
-    lm.round_activations(c.activations)
+    set_up(c, lm)
     lm.weights = c.weights
     lm.store = make_trainable(lm.store, c.weights if c.method == "fo-ste" else None, DTYPES[c.master or c.weights])
     return lm

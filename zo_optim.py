@@ -22,18 +22,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quant import Oracle, Stored, matrix_shape, row_chunks
+from quant import Stored, matrix_shape, row_chunks
 from random_bits import Key, Use, bits16, bits32, random_words, tensor_id
 
 if TYPE_CHECKING:
     from model import StoredView
 
-try:  # comes with CUDA builds of torch
-    import triton
-except ImportError:
-    triton = None
-if triton is not None:
+try:
     import fused
+except ImportError:  # of Triton, which comes with CUDA builds of torch
+    fused = None
 
 # ---------------------------------------------------------------- directions
 
@@ -182,9 +180,8 @@ def row_index(stored: Stored, rows: slice | Tensor) -> Tensor:
 
 
 def has_kernels(stored: Stored) -> bool:
-    """Whether a fused kernel can stand in for the definitions below.  The oracle is there to check them."""
-    fused_here = triton is not None and stored.device.type == "cuda" and not isinstance(stored, Oracle)
-    return fused_here and fused.fits(stored)
+    """Whether a fused kernel can stand in for the definitions below."""
+    return fused is not None and fused.serves(stored)
 
 
 # ---------------------------------------------------------------- probes: ways of reading the weights
@@ -215,8 +212,25 @@ class Pair:
             pair[:, rows] = self._signed(name, rows)
         return pair.view(-1, *stored.shape)
 
+    def codes(self, name: str) -> Tensor:
+        """Of an fp8 matrix, rounded to nearest (probe float) or landed (codes): [P, R, C] e4m3."""
+        stored, key = self.store[name], Key(*self.place, tensor_id(name))
+        if has_kernels(stored) and not self.plain:
+            return fused.read_pair(stored, key, self.zo, normal_knots(stored.device), stored.grid.dtype, self.signs)
+        pair = torch.empty(self.probes, *stored.shape, dtype=stored.grid.dtype, device=stored.device)
+        for rows in row_chunks(stored.shape, stored.device):
+            d = self.zo.along(self.zo.eps, stored, key, rows, Use.PROBE_ROUNDING)
+            words = words_for(stored, key, Use.PROBE_LANDING, rows) if self.zo.probe == "codes" else None
+            for probe, sign in enumerate(self.signs):
+                pair[probe, rows] = stored.landed(rows, d if sign > 0 else -d, words)
+        return pair
+
     def rows(self, name: str, index: Tensor) -> Tensor:
         """index [n] int64 -> [P, n, C] float32.  Draws those rows only."""
+        stored = self.store[name]
+        if has_kernels(stored) and not self.plain:
+            key, knots = Key(*self.place, tensor_id(name)), normal_knots(stored.device)
+            return fused.read_pair(stored, key, self.zo, knots, torch.float32, self.signs, index)
         return self._signed(name, index)
 
     def _signed(self, name: str, rows: slice | Tensor) -> Tensor:
@@ -245,6 +259,11 @@ class Probes:
         if name not in self.pairs[0].store:
             return self.frozen.rows(name, index)
         return _joined([pair.rows(name, index) for pair in self.pairs])
+
+    def codes(self, name: str) -> Tensor:
+        if name not in self.pairs[0].store:
+            return self.frozen.codes(name)
+        return _joined([pair.codes(name) for pair in self.pairs])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -318,7 +337,7 @@ def update(
     """
     coefficients = [-lr * slope / len(slopes) for slope in slopes]
     device = next(iter(store.values())).device
-    counts = torch.zeros(fused.SHARDS if triton is not None else 1, 2, dtype=torch.int64, device=device)
+    counts = torch.zeros(fused.SHARDS if fused is not None else 1, 2, dtype=torch.int64, device=device)
     if not any(coefficients):  # adding +0.0 would turn a stored -0.0 into +0.0
         return counts[0]
     factors = torch.tensor([c / zo.grain if zo.grid else c for c in coefficients], dtype=torch.float32).to(device)

@@ -23,7 +23,7 @@ from data.scoring import Encoded
 from dry_run import predict
 from first_order import make_trainable
 from model import create
-from train import DTYPES, Problem, first_order, zeroth_order
+from train import DTYPES, Problem, first_order, set_up, zeroth_order
 
 CASES = {  # name: flags
     "fo-ste int8, fp32 masters": "--method fo-ste --weights int8 --master fp32",
@@ -45,7 +45,7 @@ def build(c: Config, raw: dict) -> Problem:
     lm = create(raw, device=c.device, dtype=DTYPES[c.compute], weights=weights, residual=c.residual)
     if fo:
         lm.store = make_trainable(lm.store, c.weights if c.method == "fo-ste" else None, DTYPES[weights])
-    lm.round_activations(c.activations)
+    set_up(c, lm)
     return Problem(lm, [], [], [], 0, c.batch_size)
 
 

@@ -43,6 +43,7 @@ class Batch:
     words: Tensor | None  # [O] the options' token ids
     target: Tensor  # [M] answer token of each read
     owner: Tensor  # [M] in [0, B * O): the option that a read belongs to
+    lengths: Tensor  # [B * O] tokens of each option
 
 
 class Encoder:
@@ -123,11 +124,17 @@ def collate(examples: list[Encoded], pad: int, device: torch.device) -> Batch:
             for i, (s, a) in enumerate(zip(sequences, answers, strict=True))
             for j, token in enumerate(a)
         ]
-    row, at, target, owner = torch.tensor(reads).to(device).unbind(1)
-    words = torch.tensor([a[0] for a in examples[0].answers], device=device) if shared else None
-    labels = torch.tensor([e.label for e in examples], device=device)
     assert shared or len(sequences) == options * len(examples)
-    return Batch(tokens.to(device), mask.to(device), labels, row, at, words, target, owner)
+    row, at, target, owner = put(torch.tensor(reads), device).unbind(1)
+    lengths = put(torch.tensor([len(a) for e in examples for a in e.answers]), device)
+    words = put(torch.tensor([a[0] for a in examples[0].answers]), device) if shared else None
+    labels = put(torch.tensor([e.label for e in examples]), device)
+    return Batch(put(tokens, device), put(mask, device), labels, row, at, words, target, owner, lengths)
+
+
+def put(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that nobody waits for: from pageable memory, CUDA would first finish all that it has."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _unshare(e: Encoded) -> Encoded:
@@ -145,7 +152,7 @@ def option_scores(lm, batch: Batch, view) -> Tensor:
     log_p = F.log_softmax(lm.score(hidden, view), -1)
     log_p = log_p.gather(-1, batch.target.expand(len(log_p), -1)[..., None])[..., 0]  # [P, M]
     sums = log_p.new_zeros(len(log_p), len(batch.tokens)).index_add_(1, batch.owner, log_p)
-    return (sums / batch.owner.bincount(minlength=len(batch.tokens))).view(len(log_p), len(batch.labels), -1)
+    return (sums / batch.lengths).view(len(log_p), len(batch.labels), -1)
 
 
 def losses(lm, batch: Batch, view) -> Tensor:

@@ -30,6 +30,7 @@ from quant import (
     check_format,
     encode,
     from_parts,
+    multiply_fp8,
     pack,
     quantise_tokens,
     row_chunks,
@@ -747,3 +748,16 @@ def test_formats_that_do_not_go_together(weights, residual, oracle, told):
         with pytest.raises(ValueError) as error:
             call(weights, residual, oracle)
         assert told in str(error.value)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_products_of_fp8_codes_are_those_of_fake_quantised_numbers(shared):
+    """Each probe's own weights, or one for all.  The sum is in float32, then rounded to bfloat16."""
+    x, w = gaussian(2, 5, 64), gaussian(2, 48, 64)[: 1 if shared else 2]
+    stores = [encode(matrix, "fp8") for matrix in w]
+    scale = stores[0].scale
+    codes = torch.stack([stored.codes for stored in stores])
+    got = multiply_fp8(x.bfloat16(), codes, scale)
+    want = quantise_tokens(x.bfloat16().float(), "fp8") @ (codes.float() * scale).mT
+    assert got.dtype == torch.bfloat16 and got.shape == want.shape
+    assert ((got - want).abs() <= 2**-8 * want.abs() + 1e-5).all()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import random_bits
+from model import StoredView
 from quant import Float, Fp8, Stored, encode
 from random_bits import Key, Use, random_words, tensor_id
 from zo_optim import ZO, Pair, normal_knots, normal_table, update
@@ -34,6 +35,11 @@ if INTERPRETED:
     def _normal_kernel(knots, bits, out):
         at = tl.program_id(0) * 256 + tl.arange(0, 256)
         tl.store(out + at, fused._normal(knots, tl.load(bits + at)))
+
+    @triton.jit
+    def _nearest_kernel(x, out):
+        at = tl.program_id(0) * 256 + tl.arange(0, 256)
+        tl.store(out + at, fused._nearest8(tl.load(x + at), 3, -6, 448.0))
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of casts whose results are not selected
 
@@ -177,3 +183,42 @@ def test_one_sign_alone_is_its_half_of_the_pair(weights):
     for half, sign in enumerate((1, -1)):
         assert torch.equal(fused.read_pair(quick["w"], key, zo, KNOTS, torch.float32, (sign,)), both[half : half + 1])
         assert torch.equal(Pair(plain, SEED, 3, 5, zo, torch.float32, signs=(sign,)).read("w"), both[half : half + 1])
+
+
+@inside
+@pytest.mark.parametrize("weights, residual, shape, zo", [run for run in RUNS if run[2][0] > 7][::3])
+def test_chosen_rows(weights, residual, shape, zo):
+    plain, quick = stores(shape, weights, residual)
+    index = torch.tensor([7, 0, 0, 3, shape[0] - 1])
+    got = fused.read_pair(quick["w"], Key(SEED, 3, 5, tensor_id("w")), zo, KNOTS, torch.float32, rows=index)
+    assert torch.equal(got, Pair(plain, SEED, 3, 5, zo, torch.float32).rows("w", index))
+
+
+@inside
+@pytest.mark.parametrize("weights, residual", [form for form in FORMATS if form[0] not in ("fp32", "bf16")])
+def test_weights_as_they_are(weights, residual):
+    store = stores((9, 136), weights, residual)[0]
+    view, index = StoredView(store, torch.float32), torch.tensor([8, 2, 2])
+    assert torch.equal(fused.read(store["w"], torch.float32), view.read("w"))
+    assert torch.equal(fused.read(store["w"], torch.float32, index), view.rows("w", index))
+
+
+@inside
+@pytest.mark.parametrize("zo", [zo for _, zo in CASES], ids=str)
+def test_fp8_codes_of_a_pair(zo):
+    plain, quick = stores((9, 136), "fp8", 0)
+    got = fused.read_pair(quick["w"], Key(SEED, 3, 5, tensor_id("w")), zo, KNOTS, torch.float8_e4m3fn)
+    assert same(got, Pair(plain, SEED, 3, 5, zo, torch.float32).codes("w"))
+
+
+@inside
+def test_rounding_to_the_nearest_fp8_number():
+    """Torch's, at every point, every tie, just beside them, beyond the top, and at zeros of both signs."""
+    grid = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    grid = grid[grid.isfinite()].sort().values
+    ties = (grid[1:] + grid[:-1]) / 2
+    x = torch.cat((grid, ties, ties * (1 + 2**-20), ties * (1 - 2**-20), torch.tensor([1e9, -1e9, 1e-30, -0.0])))
+    x = torch.cat((x, x[: -len(x) % 256]))
+    got = torch.empty_like(x)
+    _nearest_kernel[(len(x) // 256,)](x, got)
+    assert same(got, x.clamp(-448, 448).to(torch.float8_e4m3fn).float())

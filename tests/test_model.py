@@ -26,6 +26,7 @@ import model
 from data.tokenizer import Tokenizer
 from model import KVCache, config_of, create, load
 from quant import FORMATS
+from zo_optim import ZO, Pair
 
 TOLERANCE = 1e-4
 PADDING = ("no mask", "full", "left", "right")
@@ -546,3 +547,32 @@ def test_a_copied_directory_is_all_that_is_needed(tmp_path):
     digest = load(tmp_path / "in").sha256()
     shutil.move(tmp_path / "in", tmp_path / "elsewhere")
     assert load(str(tmp_path / "elsewhere")).sha256() == digest
+
+
+# ---------------------------------------------------------------- faster forwards
+
+
+@pytest.mark.parametrize("raw", [tiny_llama(), tiny_roberta()], ids=["llama", "roberta"])
+def test_products_of_codes_give_the_logits_of_fake_quantisation(raw):
+    """fp8 products beside bfloat16 products of the same numbers: what is left is bfloat16's rounding."""
+    raw |= {"hidden_size": 64, "intermediate_size": 96}
+    lm = create(raw, seed=0, weights="fp8", dtype=torch.bfloat16)
+    lm.round_activations("fp8")
+    tokens = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+    fake = lm(tokens)
+    lm.fp8_products = True
+    assert 0 < (lm(tokens) - fake).abs().max() < 2**-5 * fake.abs().max()
+
+
+@pytest.mark.parametrize("raw", [tiny_llama(), tiny_roberta()], ids=["llama", "roberta"])
+def test_compiled_blocks(raw):
+    """The same logits from one graph for all layers, batches and lengths, and one for each number of probes."""
+    lm, compiled, graphs = create(raw, seed=0), create(raw, seed=0), []
+    compiled.compile_blocks(lambda graph, inputs: graphs.append(graph) or graph.forward)
+    pairs = [Pair(lm.store, 0, 0, 0, ZO(), torch.float32) for _ in range(2)]
+    with torch.no_grad():
+        for B, T in (5, 9), (3, 12), (2, 7):  # none of which is another size of the model: those would count as one
+            tokens = torch.randint(3, 90, (B, T), generator=torch.Generator().manual_seed(T))
+            assert (compiled(tokens) - lm(tokens)).abs().max() < 1e-5
+            assert (compiled(tokens, view=pairs[0]) - lm(tokens, view=pairs[0])).abs().max() < 1e-5
+    assert len(graphs) == 2

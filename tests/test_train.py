@@ -372,12 +372,26 @@ def test_cuda_and_cpu_take_the_same_first_steps(quick, tmp_path):
 
 
 @pytest.mark.parametrize("flags, told", [
+    ("", ("fp32", False)), ("--device cuda", ("bf16", True)), ("--device cuda --weights fp32", ("fp32", True)),
+    ("--device cuda --weights fp8 --activations fp8", ("fp8", True)), ("--device cuda --method fo", ("fp32", False)),
+    ("--device cuda --weights fp8 --activations fp8 --compute bf16 --no-compile", ("bf16", False)),
+    ("--weights fp8 --activations fp8", ("fp32", False)),
+    ("--device cuda --method lora --weights fp8 --activations fp8", ("bf16", False)),
+])  # fmt: skip
+def test_products_and_compilation_go_by_the_device(flags, told):
+    c = train.parse(["--model", "roberta-base", "--device", "cpu", *flags.split()])
+    assert (c.compute, c.compile) == told
+
+
+@pytest.mark.parametrize("flags, told", [
     ("--weights int4 --estimator q-rge1", "--estimator q-rge1 is about rounding directions"),
     ("--method mezo --estimator q-rge2", "--direction-bits full does not: use 2 to 8"),
     ("--weights fp32 --rounding nearest", "mean nothing beside --weights fp32"),
     ("--method mezo --weights fp32 --probe codes", "mean nothing beside --weights fp32"),
     ("--weights int4 --eps 1e-6", "is under a 4096th of the grid's widest spacing"),
     ("--weights int4 --eps 1e-2 --stride 4000", "is under a 4096th of the grid's widest spacing"),
+    ("--compute fp8", "--compute fp8 multiplies codes by codes"),
+    ("--weights fp8 --activations int8 --compute fp8", "--compute fp8 multiplies codes by codes"),
     ("--weights int8 --stride 2", "--stride is about directions on the grid"),
     ("--method fo --stride 2", "--stride means nothing beside --method fo"),
 ])  # fmt: skip

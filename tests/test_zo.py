@@ -6,6 +6,7 @@ Statistical bounds are 5 standard deviations, computed from the table of normal 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -212,6 +213,20 @@ def test_a_stride_lengthens_the_probe_and_nothing_else(weights):
     for store_, zo_ in ((store, once), (other, zo)):
         update(store_, [0.3, -1.7], 3, 4, zo_, 0.06)
     assert torch.equal(store["w"].read(), other["w"].read()) and not torch.equal(store["w"].read(), weight)
+
+
+@pytest.mark.parametrize("direction", WORDS)
+def test_probes_as_fp8_codes(direction):
+    """To multiply codes by codes: w + eps u and w - eps u at the nearest point, or, as probes of codes, landed."""
+    store = {"w": encode(gaussian(6, 150), "fp8")}
+    zo, scale, grid = ZO(eps=0.05, **WORDS[direction]), store["w"].scale.double(), points("fp8")
+    pair, codes = (way("w") for p in [Pair(store, 3, 4, 5, zo, torch.float32)] for way in (p.read, p.codes))
+    x = (pair.double() / scale).clamp(grid[0], grid[-1])
+    off = (codes.double() - nearest(codes.double(), grid)).abs()
+    assert codes.dtype == torch.float8_e4m3fn and not off.any()
+    assert ((codes.double() - x).abs() <= (nearest(x, grid) - x).abs() + 2**-20 * x.abs()).all()
+    landed = Pair(store, 3, 4, 5, replace(zo, probe="codes"), torch.float32, signs=(-1,))
+    assert torch.equal(landed.codes("w").float() * store["w"].scale, landed.read("w"))
 
 
 @pytest.mark.parametrize("direction", WORDS)
