@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -87,8 +88,15 @@ def check_names(directory: Path, found: set[str], wanted: set[str], ignorable: C
         raise ValueError(f"{directory}: {'; '.join(told)}")
 
 
-def read_tensors(files: dict[str, Path], shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors named in shapes, one at a time: name, tensor on the CPU."""
+def read_tensors(
+    files: dict[str, Path], shapes: dict[str, torch.Size], device: str | torch.device = "cpu"
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors named in shapes, one at a time: name, tensor on the device; on a CPU it is mapped from its file."""
+    device, tensors = torch.device(device), _mapped(files, shapes)
+    return tensors if device.type == "cpu" else staged(tensors, device)
+
+
+def _mapped(files: dict[str, Path], shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
     for path in sorted(set(files.values())):
         with _open(path) as file:
             for name in (n for n in shapes if files[n] == path):
@@ -96,6 +104,34 @@ def read_tensors(files: dict[str, Path], shapes: dict[str, torch.Size]) -> Itera
                 if found != shapes[name]:
                     raise ValueError(f"{path}: {name} is {list(found)}, config.json makes it {list(shapes[name])}")
                 yield name, file.get_tensor(name)
+
+
+BUFFERS, BUFFER_BYTES = 4, 2**24  # all the host memory that loading to a GPU needs besides the page cache
+
+
+def staged(tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Mapped tensors, each copied to a GPU piece by piece through a few pinned buffers.
+
+    Out of pinned memory a GPU copies by itself: it copies and encodes while the next pieces are read from the file, and
+    the host waits for it only where a buffer's last copy is not yet done.  Nothing is pinned for other devices.
+    """
+    gpu = device.type == "cuda"
+    ring = deque((torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=gpu), None) for _ in range(BUFFERS))
+    for name, tensor in tensors:
+        moved = torch.empty_like(tensor, device=device)
+        for piece, place in zip(_pieces(tensor), _pieces(moved), strict=True):
+            buffer, copied = ring.popleft()
+            if copied is not None:
+                copied.synchronize()
+            filled = buffer[: len(piece)].copy_(piece)  # here the file is read
+            place.copy_(filled, non_blocking=gpu)
+            ring.append((buffer, torch.cuda.current_stream(device).record_event() if gpu else None))
+        yield name, moved
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """A tensor's bytes, as many at a time as a buffer holds."""
+    return tensor.view(-1).view(torch.uint8).split(BUFFER_BYTES)
 
 
 # what a saved model takes along from the directory that it was loaded from

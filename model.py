@@ -812,22 +812,30 @@ def load(
 
 
 def _load_dense(directory: Path, config, device: torch.device, form: tuple) -> dict[str, Stored]:
-    shapes, files, store = expected_shapes(config), find_tensors(directory), {}
+    shapes, files, store, finite = expected_shapes(config), find_tensors(directory), {}, {}
     check_names(directory, set(files), set(shapes), lambda name: ignorable(name, config))
-    for name, tensor in read_tensors(files, shapes):
-        tensor = tensor.to(device)
-        _check_dense(files[name], name, tensor)
+    for name, tensor in read_tensors(files, shapes, device):
+        finite[name] = _is_finite(files[name], name, tensor)
         store[name] = encode(tensor, *form)
+    _check_finite(files, finite)
     return {name: store[name] for name in shapes}
 
 
-def _check_dense(file: Path, name: str, tensor: Tensor) -> None:
+def _is_finite(file: Path, name: str, tensor: Tensor) -> Tensor:
+    """A bool on the tensor's device: to ask for its value would make the host wait for a GPU.
+
+    Raises ValueError for a type that no checkpoint has.
+    """
     if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):  # float8 has scales
         raise ValueError(f"{file}: {name} is {tensor.dtype}, expected floating point of 16 bits or more")
-    if tensor.dtype == torch.float64:
-        tensor = tensor.float()  # where 1e300 is infinite
-    if not tensor.isfinite().all():
-        raise ValueError(f"{file}: {name} holds NaN or infinity")
+    ends = torch.stack(tensor.aminmax())  # both are NaN where any element is; isfinite would make copies
+    return ends.float().isfinite().all()  # as float32, where 1e300 is infinite
+
+
+def _check_finite(files: dict[str, Path], finite: dict[str, Tensor]) -> None:
+    for name, verdict in finite.items():
+        if not verdict:
+            raise ValueError(f"{files[name]}: {name} holds NaN or infinity")
 
 
 def _check_same_codes(directory: Path, held: object, weights: str, residual: int) -> None:
@@ -847,14 +855,15 @@ def _load_codes(directory: Path, config, device: torch.device, form: tuple) -> d
     suffixes = {name: stored_parts(shape, *form[:2]) for name, shape in shapes.items()}
     expected = {name + suffix: part for name, parts in suffixes.items() for suffix, part in parts.items()}
     check_names(directory, set(files), set(expected), lambda name: False)
-    tensors = {name: tensor.to(device, copy=True) for name, tensor in read_tensors(
-        files, {name: shape for name, (_, shape) in expected.items()})}  # fmt: skip
-    store = {}
+    read = read_tensors(files, {name: shape for name, (_, shape) in expected.items()}, device)
+    tensors = {name: tensor.clone() for name, tensor in read}  # on a CPU they are mapped from their files
+    store, finite = {}, {}
     for name, shape in shapes.items():
         if len(shape) == 1:
-            _check_dense(files[name], name, tensors[name])
+            finite[name] = _is_finite(files[name], name, tensors[name])
         try:
             store[name] = from_parts({suffix: tensors.pop(name + suffix) for suffix in suffixes[name]}, shape, *form)
         except ValueError as error:
             raise ValueError(f"{files[name]}: {name}{error}") from None
+    _check_finite(files, finite)
     return store

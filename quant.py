@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # ---------------------------------------------------------------- rounding: words are random bits, None is nearest
@@ -92,9 +93,9 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
     The first column is in the lowest bits of a byte; a last byte that is not full ends in zeros.
     """
     per_byte = 8 // bits
-    padded = torch.nn.functional.pad(numbers.to(torch.int32), (0, -numbers.shape[1] % per_byte))
-    fields = (padded & (1 << bits) - 1).view(len(numbers), -1, per_byte)
-    return (fields << _shifts(bits, numbers.device)).sum(-1, dtype=torch.int32).to(torch.uint8)
+    padded = F.pad(numbers.to(torch.int8).view(torch.uint8), (0, -numbers.shape[1] % per_byte))
+    fields = padded & (1 << bits) - 1
+    return sum(fields[:, i::per_byte] << bits * i for i in range(per_byte))
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -303,7 +304,7 @@ def _largest(rows: Tensor, bits: int) -> Tensor:
     """The largest size in each scale group, [r, C] -> [r, G]; the last group may be short."""
     if bits == 8:
         return rows.abs().amax(1, keepdim=True)
-    return torch.stack([group.abs().amax(1) for group in rows.split(GROUP, 1)], 1)
+    return F.pad(rows.abs(), (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, GROUP)).amax(2)
 
 
 SMALLEST = 2.0**-100  # of scales: 1e-30, far from where float32 loses bits, also for the fine steps and fp8's spacing

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
+
+import checkpoint
+import model
 
 
 def tiny_llama(**changes) -> dict:
@@ -102,6 +108,21 @@ def padded_batch(raw: dict, padding: str, T: int = 12, seed: int = 0) -> tuple[T
 @torch.no_grad()
 def oracle_logits(oracle: transformers.PreTrainedModel, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     return oracle(tokens, attention_mask=mask).logits
+
+
+@contextmanager
+def through_buffers(size: int = 1001) -> Iterator[None]:
+    """Loading to the CPU goes a GPU's way, unpinned.  Matrices of the tiny models come in several pieces, which end
+    amid elements."""
+    read_tensors = model.read_tensors
+
+    def read(files, shapes, device):
+        return checkpoint.staged(read_tensors(files, shapes, device), torch.device(device))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "BUFFER_BYTES", size)
+        patch.setattr(model, "read_tensors", read)
+        yield
 
 
 def largest_gap(got: Tensor, want: Tensor, mask: Tensor | None = None) -> float:

@@ -7,17 +7,20 @@ import json
 import pickle
 import shutil
 import struct
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_llama, tiny_roberta
+from helpers import through_buffers, tiny_llama, tiny_roberta
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import model
 from model import create, load
+from quant import FORMATS, encode
 
 LLAMA, ROBERTA = create(tiny_llama()), create(tiny_roberta())
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -38,11 +41,15 @@ def sharded(tmp_path, monkeypatch) -> Path:
 
 
 def refused(directory: Path, *values: str, weights: str = "fp32") -> str:
-    """Loading raises ValueError in one line that holds every value."""
-    with pytest.raises(ValueError) as caught:
-        load(directory, weights=weights)
-    message = str(caught.value)
-    assert type(caught.value) is ValueError and "\n" not in message  # no subclass such as JSONDecodeError either
+    """Loading raises ValueError in one line that holds every value, and the same one on a GPU's way."""
+    messages = []
+    for way in (nullcontext(), through_buffers()):
+        with way, pytest.raises(ValueError) as caught:
+            load(directory, weights=weights)
+        assert type(caught.value) is ValueError  # no subclass such as JSONDecodeError either
+        messages.append(str(caught.value))
+    message = messages[0]
+    assert message == messages[1] and "\n" not in message
     assert all(value in message for value in values), message
     return message
 
@@ -313,6 +320,19 @@ def test_other_floating_point_widths_are_converted(directory, dtype):
     assert torch.equal(load(directory).store[Q_PROJ].value, LLAMA.store[Q_PROJ].value.to(dtype).float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_one_number_that_is_not_finite_is_seen_in_every_place(value, dtype):
+    """Also by the parts of a reduction that take several numbers at a time, and beside the largest finite ones."""
+    top = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).max
+    good = torch.linspace(-1, 1, 131, dtype=dtype).index_fill(0, torch.tensor([3, 70]), top)
+    assert model._is_finite(Path(), "w", good) and model._is_finite(Path(), "w", -good)
+    for place in range(131):
+        bad = good.clone()
+        bad[place] = value
+        assert not model._is_finite(Path(), "w", bad), place
+
+
 def test_a_float64_that_is_infinite_in_float32_is_refused(directory):
     change_tensors(directory, **{Q_PROJ: torch.full((32, 32), 1e300, dtype=torch.float64)})
     refused(directory, Q_PROJ, "NaN or infinity")
@@ -343,6 +363,64 @@ def test_tensors_with_names_near_those_are_not(lm, name, tmp_path):
     lm.save(tmp_path / "m")
     change_tensors(tmp_path / "m", **{name: torch.zeros(4)})
     refused(tmp_path / "m", f"unexpected: {name}")
+
+
+# ---------------------------------------------------------------- a GPU's way, on the CPU
+
+
+KINDS = [(w, r, o) for w in FORMATS for r in ((0, 4, 8) if w.startswith("int") else (0,)) for o in (False, True)
+         if w.startswith("int") or not o]  # fmt: skip
+
+
+@pytest.mark.parametrize("weights, residual, oracle", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_both_ways_give_what_encode_gives(dtype, weights, residual, oracle, directory):
+    path = directory / "model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    for way in (nullcontext(), through_buffers()):
+        with way:
+            store = load(directory, weights=weights, residual=residual, oracle=oracle).store
+        for name, stored in store.items():
+            wanted = encode(tensors[name], weights, residual, oracle).parts()
+            for suffix, part in stored.parts().items():
+                assert part.dtype == wanted[suffix].dtype, name + suffix
+                assert torch.equal(part.view(torch.uint8), wanted[suffix].view(torch.uint8)), name + suffix
+
+
+@pytest.mark.parametrize("size", [1, 7, 4096, 4097, 2**20], ids="{} bytes".format)
+def test_buffers_of_any_size_hand_over_every_byte(size, sharded):
+    files, shapes = checkpoint.find_tensors(sharded), model.expected_shapes(LLAMA.config)
+    mapped = dict(checkpoint.read_tensors(files, shapes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "BUFFER_BYTES", size)
+        moved = dict(checkpoint.staged(iter(mapped.items()), torch.device("cpu")))
+    assert list(moved) == list(mapped)
+    assert all(torch.equal(moved[name], mapped[name]) for name in shapes)
+    assert not {t.data_ptr() for t in moved.values()} & {t.data_ptr() for t in mapped.values()}
+
+
+def test_the_buffers_are_all_that_is_allocated_on_the_host(directory, monkeypatch):
+    """However many tensors there are and however large: the bound on host memory is by construction."""
+    files, shapes = checkpoint.find_tensors(directory), model.expected_shapes(LLAMA.config)
+    real, buffers = torch.empty, []
+
+    def empty(*size, **options):
+        buffers.append(real(*size, **options))
+        return buffers[-1]
+
+    monkeypatch.setattr(torch, "empty", empty)
+    for _ in checkpoint.staged(checkpoint.read_tensors(files, shapes), torch.device("meta")):
+        pass
+    assert [buffer.nbytes for buffer in buffers] == [checkpoint.BUFFER_BYTES] * checkpoint.BUFFERS
+    assert sum(buffer.nbytes for buffer in buffers) <= 2**27
+
+
+def test_loading_to_a_cpu_stages_nothing(codes, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "staged", stop)
+    LLAMA.save(tmp_path / "dense")
+    load(codes, weights="int8")
+    load(tmp_path / "dense", weights="int8")
 
 
 # ---------------------------------------------------------------- int8 codes
@@ -377,6 +455,12 @@ def test_codes_that_no_int8_store_holds(codes, name, tensor):
     path = codes / "codes.safetensors"
     save_file(load_file(path) | {name: tensor}, path)
     refused(codes, name, weights="int8")
+
+
+def test_codes_come_through_buffers_to_the_bit(codes):
+    plain = load(codes, weights="int8").sha256()
+    with through_buffers():
+        assert load(codes, weights="int8").sha256() == plain
 
 
 def test_codes_without_a_scale(codes):

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from helpers import tiny_llama
 from torch import Tensor
 
+from checkpoint import BUFFERS, staged
+from model import create, load
 from quant import Stored, encode
 from random_bits import Key, Use, bits16, bits32, random_words, tensor_id
 from zo_optim import ZO, Pair, direction, estimate, grid_step, update
@@ -69,6 +72,38 @@ def test_encoding_is_the_same_on_both(weights, residual):
     for shape in SHAPES:
         cpu, gpu, _ = (encode(matrix, weights, residual) for matrix in matrices(shape))
         assert same(cpu, gpu)
+
+
+def test_no_buffer_is_filled_while_the_gpu_still_copies_from_it(monkeypatch):
+    """The GPU is held up for some tenths of a second, in which the host could have filled every buffer five times."""
+    monkeypatch.setattr("checkpoint.BUFFER_BYTES", 2**20)
+    tensors = [(str(i), torch.full((2**20,), i, dtype=torch.uint8)) for i in range(5 * BUFFERS)]
+    list(staged(tensors, torch.device("cuda")))  # allocating would wait for the GPU; from now on memory is cached
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**9)  # clock cycles
+    moved = list(staged(tensors, torch.device("cuda")))
+    for (name, tensor), (same_name, copy) in zip(tensors, moved, strict=True):
+        assert name == same_name and copy.is_cuda and torch.equal(copy.cpu(), tensor)
+
+
+@pytest.mark.parametrize("buffer_bytes", [1001, 2**24])
+@every_format
+def test_a_checkpoint_loads_to_the_same_bits(weights, residual, buffer_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr("checkpoint.BUFFER_BYTES", buffer_bytes)
+    create(tiny_llama(), seed=1).save(tmp_path / "m")
+    cpu, gpu = (load(tmp_path / "m", device, weights=weights, residual=residual) for device in ("cpu", "cuda"))
+    assert cpu.sha256() == gpu.sha256() and {s.device.type for s in gpu.store.values()} == {"cuda"}
+    gpu.save_stored(tmp_path / "codes")
+    assert load(tmp_path / "codes", "cuda", weights=weights, residual=residual).sha256() == cpu.sha256()
+
+
+@every_format
+def test_what_is_not_finite_is_named(weights, residual, tmp_path):
+    lm = create(tiny_llama(), seed=1)
+    lm.store["model.norm.weight"].value[-1] = float("nan")
+    lm.save(tmp_path / "m")
+    with pytest.raises(ValueError, match="model.safetensors: model.norm.weight holds NaN or infinity"):
+        load(tmp_path / "m", "cuda", weights=weights, residual=residual)
 
 
 @every_way

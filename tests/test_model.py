@@ -7,6 +7,7 @@ for logits of size 5 to 17.  Bugs planted in the model move logits by far more, 
 import json
 import shutil
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from helpers import (
     padded_batch,
     random_oracle,
     read_oracle,
+    through_buffers,
     tiny_llama,
     tiny_roberta,
 )
@@ -448,7 +450,8 @@ def test_matrices_are_stored_in_the_format_and_vectors_in_fp32(weights, tmp_path
         assert stored.parts()[""].dtype == (dtypes[weights] if len(stored.shape) == 2 else torch.float32), name
 
 
-def test_loading_to_int8_holds_one_dense_tensor_at_a_time(tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", [nullcontext, through_buffers])
+def test_loading_to_int8_holds_one_dense_tensor_at_a_time(way, tmp_path, monkeypatch):
     """Bounds memory beyond the store: by the time a tensor is encoded, all those read before it are gone."""
     random_oracle(tiny_llama(), tmp_path)
     before: list[tuple[str, weakref.ref]] = []
@@ -462,7 +465,8 @@ def test_loading_to_int8_holds_one_dense_tensor_at_a_time(tmp_path, monkeypatch)
 
     real_encode = model.encode
     monkeypatch.setattr(model, "encode", encode)
-    load(tmp_path, weights="int8")
+    with way():
+        load(tmp_path, weights="int8")
     assert len(before) == 2 + 7 * 2
 
 
