@@ -1,6 +1,6 @@
 """The command line: one dataclass with every flag, each method's defaults, and the checks that need no file.
 
-A flag that is not given takes its method's default.  Imports data, quant, tensor_train.
+A flag that is not given takes its method's default.  Imports data, profiler, quant, tensor_train.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from data.hub import PRESETS, check_known
 from data.tasks import TASKS, get_task
+from profiler import WARM_UP
 from quant import ACTIVATIONS, FLOATS, FORMATS, RESIDUALS, check_format
 from tensor_train import Spec
 
@@ -98,6 +99,9 @@ class Config:
                                     "its own flags (zeroth order)")  # fmt: skip
     replay: str | None = flag(None, "a run folder: redo its updates from the base weights without a forward, and say "
                                     "whether the weights are those that it recorded")  # fmt: skip
+    profile: int = flag(0, f"measure so many steps, after {WARM_UP} to warm up: each phase's time, and how far that is "
+                           "from the machine's pace; a run is no longer then, unless --steps is given (zeroth order)"
+                        )  # fmt: skip
     dry_run: bool = flag(False, "print what the run would hold in memory, from shapes alone, and stop")
 
 
@@ -202,6 +206,8 @@ def resolve_defaults(c: Config) -> Config:
         table = {name: value for name, value in table.items() if name not in ("alpha", "beta", "max_queries")}
     elif c.method != "adazeta" and optimizer == "zo":
         table["queries"] = 1
+    if c.profile:
+        table["steps"] = WARM_UP + c.profile + 1  # the last one's evaluation need not be recorded
     table["task"] = c.task or ("tiny" if c.model == "tiny" else "sst2")
     if not get_task(table["task"]).embedded:
         table |= FILE_DEFAULTS["k-shot files" if c.k else "full files"]
@@ -242,7 +248,7 @@ def recorded(c: Config, flags: dict) -> Config:
     if flags["optimizer"] != "zo":
         raise ValueError(f"{run} cannot be redone: AdamW's moments are not kept")
     moved = {name: getattr(c, name) for name in given & set(MOVED)}
-    return Config(**flags | moved | {"out": run})
+    return Config(**flags | moved | {"out": run, "profile": 0})
 
 
 COUNT = (1, 2**31 - 1)
@@ -252,7 +258,7 @@ RANGES = {
     "probes_per_forward": COUNT, "max_queries": (1, 2**28 - 1), "alpha": (0, 1e6), "beta": (0, 10),
     "bottleneck": (1, 2**16), "tt_rank": (1, 2**16), "lora_rank": (1, 2**16), "lora_alpha": (1e-6, 1e6),
     "lr": (0, 1e6), "eps": (1e-8, 1e3), "stride": (1, 4096), "weight_decay": (0, 1e3), "seed": (0, 2**64 - 1),
-    "data_seed": (0, 2**32 - 1),
+    "data_seed": (0, 2**32 - 1), "profile": (0, 1000),
 }  # fmt: skip
 
 
@@ -271,6 +277,8 @@ def validate(c: Config) -> None:
             raise ValueError(f"--{name.replace('_', '-')} means nothing beside {beside}")
     check_format(c.weights, c.residual, c.oracle)
     check_method(c)
+    if c.profile and c.steps < WARM_UP + c.profile:
+        raise ValueError(f"--profile {c.profile} needs --steps of {WARM_UP + c.profile} or more, got {c.steps}")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", c.device):
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {c.device!r}")
     if c.device != "cpu" and not c.dry_run and int(c.device.partition(":")[2] or 0) >= torch.cuda.device_count():
@@ -300,6 +308,7 @@ def _meaningless(c: Config) -> list[str]:
     zo, kind = c.optimizer == "zo", ADAPTERS.get(c.method)
     groups = {
         ("direction_bits", "eps", "stride", "queries", "estimator", "probe", "rounding", "probes_per_forward"): zo,
+        ("profile",): zo,
         ("residual", "oracle"): zo and not kind,
         ("weight_decay",): c.method in FIRST_ORDER,
         ("master",): c.method == "fo-ste",

@@ -8,7 +8,7 @@ LLaMA: Touvron et al. 2023; RMSNorm, rotary embedding in split halves (as in Hug
 grouped-query attention.  RoBERTa: Liu et al. 2019; post-norm, learned positions, masked-LM head.
 
 Shape key: P probes, B batch, T tokens, S cached + new tokens, D hidden, H heads, K key-value heads, d head
-width, V vocabulary.  Imports checkpoint and quant, and only to load, store and save.
+width, V vocabulary.  Imports checkpoint and quant, and only to load, store and save; profiler names the phases.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from checkpoint import COMPANIONS, check_names, find_tensors, read_tensors, write_directory
+from profiler import bytes_decoded, phase
 from quant import (
     FLOATS,
     Fp8,
@@ -452,6 +453,7 @@ class StoredView:
     def __init__(self, store: dict[str, Stored], dtype: torch.dtype):
         self.store, self.dtype = store, dtype
 
+    @phase("materialise", bytes_decoded)
     def read(self, name: str) -> Tensor:
         stored = self.store[name]
         if len(stored.shape) != 2:
@@ -465,6 +467,7 @@ class StoredView:
             weight[0, rows] = stored.read(rows)
         return weight
 
+    @phase("materialise", bytes_decoded)
     def rows(self, name: str, index: Tensor) -> Tensor:
         stored = self.store[name]
         if fused is not None and fused.serves(stored):
@@ -631,7 +634,7 @@ class Llama(LanguageModel):
         angles = positions[..., None] * rope_frequencies(self.config.rope, self.config.head_dim, tokens.device)
         angles = torch.cat((angles, angles), -1)
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-        x = self.words(view, tokens)
+        x = self.words(view, tokens).clone()  # a view would be another kind of input to torch.compile than a layer's x
         seen = causal(mask, T).repeat(len(x), 1, 1, 1)
         for i in range(self.config.num_hidden_layers):
             kept = () if cache is None else (cache, i)  # torch.compile would make a graph for every number

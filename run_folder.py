@@ -6,6 +6,7 @@ trajectory     one line a step: the projected gradient of each query, in digits 
                config.json and the base checkpoint it redoes every update (zo_optim.update) without a forward
 model/         the best-dev weights as they are stored, with config.json and tokenizer; model.load reads it
 curve.svg      loss and dev accuracy over steps
+profile.json   with --profile, where a step's time goes
 result.json    the last line of standard output
 """
 
@@ -74,6 +75,9 @@ class RunFolder:
         self.draw()
         self._metrics.close()
         self._trajectory.close()
+
+    def profile(self, profile: dict) -> None:
+        self._write_json("profile.json", profile)
 
     def draw(self) -> None:
         self._write("curve.svg", curve_svg(self.losses, self.devs))

@@ -14,7 +14,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import profiler
 import tensor_train
 from config import FIRST_ORDER, Config, parse, probes_at_once, recorded, spec_of, validate
 from data.hub import raw_config, resolve
@@ -33,6 +34,7 @@ from data.tokenizer import Tokenizer
 from dry_run import predict, table
 from first_order import adamw_step, make_trainable, optimizer
 from model import LanguageModel, config_of, load, read_config
+from profiler import phase
 from quant import Stored
 from random_bits import permutation
 from run_folder import Past, RunFolder, check_free, hashed, read_past
@@ -111,6 +113,7 @@ def epoch(c: Config, step: int, n: int) -> int:
 _order = lru_cache(maxsize=2)(permutation)  # a batch may span two epochs
 
 
+@phase("data")
 def batch_indices(seed: int, step: int, batch_size: int, n: int) -> list[int]:
     """Examples of step `step` (from 0): one endless stream of keyed permutations, cut every batch_size."""
     positions = range(step * batch_size, (step + 1) * batch_size)
@@ -125,6 +128,7 @@ def loss_parts(problem: Problem, examples: list[Encoded], micro_batch_size: int,
         yield losses(problem.lm, batch, view) * (len(chunk) / len(examples))
 
 
+@phase("other forward")
 def loss_of(*args) -> Tensor:
     return sum(loss_parts(*args))
 
@@ -167,7 +171,7 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
     take_step = (first_order if c.optimizer == "adamw" else zeroth_order)(c, problem)
     bar = tqdm(range(progress.steps, c.steps), unit="step", file=sys.stderr, dynamic_ncols=True)
     with Recorder(folder) as recorder:
-        for step in bar:
+        for step in with_profile(c, problem.lm, folder, bar):
             if stop.number:
                 break
             examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, len(problem.train))]
@@ -212,10 +216,21 @@ class Recorder:
         self.folder.step(number, done.slopes, done.loss, done.metrics | shares | more)
 
 
+def with_profile(c: Config, lm: LanguageModel, folder: RunFolder, steps: Iterable[int]) -> Iterable[int]:
+    """The same steps, some of which --profile looks at."""
+
+    def report(profile: dict) -> None:
+        folder.profile(profile)
+        tqdm.write(profiler.table(profile), sys.stderr)
+
+    return profiler.profiled(steps, c.profile, lm.device, lm.dtype, report) if c.profile else steps
+
+
 def is_due(c: Config, steps: int) -> bool:
     return steps > 0 and (steps % c.eval_every == 0 or steps == c.steps)
 
 
+@phase("evaluation")
 def judge(c: Config, problem: Problem, folder: RunFolder, progress: Progress) -> None:
     """Evaluate on dev, and keep the weights if they are the best.  Kept first, recorded then: a record is true."""
     dev = problem.quality(problem.dev)

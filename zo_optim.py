@@ -8,7 +8,7 @@ first place, so that a step needs next to no rounding.
 
 Nothing here keeps a direction: it is drawn again, element by element, wherever it is needed.
 
-Shape key: P probes, R rows, C columns, r some of the rows, n queries.  Imports quant and random_bits.
+Shape key: P probes, R rows, C columns, r some of the rows, n queries.  Imports profiler, quant and random_bits.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from profiler import bytes_coded, bytes_probed, bytes_stepped, phase
 from quant import Stored, matrix_shape, row_chunks
 from random_bits import Key, Use, bits16, bits32, random_words, tensor_id
 
@@ -199,6 +200,7 @@ class Pair:
         self.store, self.zo, self.dtype, self.plain, self.signs = store, zo, dtype, plain, signs
         self.place, self.probes = (seed, step, query), len(signs)
 
+    @phase("materialise", bytes_probed)
     def read(self, name: str) -> Tensor:
         """[P, *shape]; matrices in the compute dtype, all else in float32."""
         stored = self.store[name]
@@ -212,6 +214,8 @@ class Pair:
             pair[:, rows] = self._signed(name, rows)
         return pair.view(-1, *stored.shape)
 
+    @phase("materialise", bytes_probed)
+    @phase("materialise", bytes_coded)
     def codes(self, name: str) -> Tensor:
         """Of an fp8 matrix, rounded to nearest (probe float) or landed (codes): [P, R, C] e4m3."""
         stored, key = self.store[name], Key(*self.place, tensor_id(name))
@@ -225,6 +229,7 @@ class Pair:
                 pair[probe, rows] = stored.landed(rows, d if sign > 0 else -d, words)
         return pair
 
+    @phase("materialise", bytes_probed)
     def rows(self, name: str, index: Tensor) -> Tensor:
         """index [n] int64 -> [P, n, C] float32.  Draws those rows only."""
         stored = self.store[name]
@@ -324,6 +329,7 @@ def coin(seed: int, step: int, query: int) -> int:
     return 1 if random_words(Key(seed, step, query), Use.COIN, torch.zeros(1, dtype=torch.int64))[0, 0] < 0 else -1
 
 
+@phase("update", bytes_stepped)
 @torch.no_grad()
 def update(
     store: Store, slopes: list[float], seed: int, step: int, zo: ZO, lr: float, plain: bool = False

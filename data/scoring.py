@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data.tasks import Example, Task
 from data.tokenizer import Tokenizer
+from profiler import phase
 
 MASK = "<mask>"
 
@@ -105,6 +106,7 @@ class Encoder:
         return Encoded(sequences, answers, -1, example.label)
 
 
+@phase("data")
 def collate(examples: list[Encoded], pad: int, device: torch.device) -> Batch:
     """Examples -> one batch.  If any example needs a sequence an option, all get one, so that scores compare."""
     options = len(examples[0].answers)
@@ -157,7 +159,13 @@ def option_scores(lm, batch: Batch, view) -> Tensor:
 
 def losses(lm, batch: Batch, view) -> Tensor:
     """Cross-entropy of the right option, mean over the batch: -> [P]."""
-    return torch.stack([F.cross_entropy(scores, batch.labels) for scores in option_scores(lm, batch, view)])
+    return cross_entropies(option_scores(lm, batch, view), batch.labels)
+
+
+@phase("loss")
+def cross_entropies(scores: Tensor, labels: Tensor) -> Tensor:
+    """[P, B, O] and [B] -> [P], each probe's mean over the batch."""
+    return torch.stack([F.cross_entropy(of_probe, labels) for of_probe in scores])
 
 
 class Quality(NamedTuple):
