@@ -625,17 +625,24 @@ class Llama(LanguageModel):
     def parts(self) -> tuple[nn.Module, ...]:
         return self.block, self.norm
 
-    def hidden(self, tokens: Tensor, mask: Tensor | None, view: View, cache: KVCache | None = None) -> Tensor:
-        """mask covers cached and new tokens, [B, S]."""
+    def hidden(
+        self, tokens: Tensor, mask: Tensor | None, view: View, cache: KVCache | None = None,
+        branch: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """mask covers cached and new tokens, [B, S].
+
+        branch [B, T], without a cache: several continuations of one beginning at once.  Tokens of branch 0 are the
+        beginning; those of branch k go on from there, and do not see the others.
+        """
         mask = torch.ones_like(tokens) if mask is None else mask
         view = view if self.adapters is None else self.adapters.view(view)
-        T = tokens.shape[1]
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -T:]
+        seen = causal(mask, tokens.shape[1], branch)
+        positions = seen.sum(-1)[:, 0] - 1  # as many as a token sees before itself
         angles = positions[..., None] * rope_frequencies(self.config.rope, self.config.head_dim, tokens.device)
         angles = torch.cat((angles, angles), -1)
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         x = self.words(view, tokens).clone()  # a view would be another kind of input to torch.compile than a layer's x
-        seen = causal(mask, T).repeat(len(x), 1, 1, 1)
+        seen = seen.repeat(len(x), 1, 1, 1)
         for i in range(self.config.num_hidden_layers):
             kept = () if cache is None else (cache, i)  # torch.compile would make a graph for every number
             x = self.apply(self.block, f"model.layers.{i}.", view, x, cos, sin, seen, *kept)
@@ -665,14 +672,18 @@ class Llama(LanguageModel):
         return tokens
 
 
-def causal(mask: Tensor, T: int) -> Tensor:
+def causal(mask: Tensor, T: int, branch: Tensor | None = None) -> Tensor:
     """mask [B, S] -> [B, 1, T, S] bool: the last T tokens see themselves and the real tokens before them.
 
-    Padding sees itself, because a row that sees nothing would be NaN.
+    Padding sees itself, because a row that sees nothing would be NaN.  Tokens of a branch (Llama.hidden) see branch 0
+    and their own.
     """
     at = torch.arange(mask.shape[1], device=mask.device)
     query = at[-T:, None]
-    return (((at <= query) & mask[:, None].bool()) | (at == query))[:, None]
+    seen = ((at <= query) & mask[:, None].bool()) | (at == query)
+    if branch is not None:
+        seen &= (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
+    return seen[:, None]
 
 
 class Roberta(LanguageModel):

@@ -28,7 +28,7 @@ import profiler
 import tensor_train
 from config import FIRST_ORDER, Config, parse, probes_at_once, recorded, spec_of, validate
 from data.hub import raw_config, resolve
-from data.scoring import Encoded, Encoder, Quality, collate, evaluate, losses
+from data.scoring import Encoded, Encoder, Quality, collate, evaluate, losses, width
 from data.tasks import Splits, get_task, load_splits
 from data.tokenizer import Tokenizer
 from dry_run import predict, table
@@ -177,7 +177,7 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
             examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, len(problem.train))]
             lr = learning_rate(c.lr, c.lr_schedule, step, c.steps)
             done = take_step(step, examples, lr)
-            tokens = sum(len(sequence) for example in examples for sequence in example.sequences)
+            tokens = sum(map(width, examples))
             recorder.take(step + 1, done, {"lr": lr, "tokens": tokens})
             progress.steps = step + 1
             progress.forwards += 2 * len(done.slopes) or 1
@@ -426,7 +426,7 @@ def longest_sequence(c: Config) -> int | None:
     directory = resolve(c.model)
     splits = load_splits(task, c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval)
     encode = Encoder(Tokenizer(directory), task, read_config(directory)[0], c.max_length)
-    return max(len(s) for split in splits[:3] for example in split for s in encode(example).sequences)
+    return max(width(encode(example)) for split in splits[:3] for example in split)
 
 
 def main(argv: list[str]) -> int:

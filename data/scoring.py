@@ -4,12 +4,13 @@ A causal model scores an option by the mean log-probability of its tokens after 
 Where every option is one token, one forward per example is enough, and the softmax over options cancels the
 vocabulary's normaliser, so the options' logits alone are the scores.  A masked model is read at the mask.
 
-Shape key: P probes, B examples, O options, N sequences, T tokens, M answer tokens.
+Shape key: P probes, B examples, O options, T tokens, M answer tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os.path import commonprefix  # of any sequences
 from typing import NamedTuple
 
 import torch
@@ -36,15 +37,16 @@ class Encoded(NamedTuple):
 class Batch:
     """Everything is on the model's device.  words is None where options have sequences of their own."""
 
-    tokens: Tensor  # [N, T] int64, padded on the right
-    mask: Tensor  # [N, T]
+    tokens: Tensor  # [B, T] int64, padded on the right
+    mask: Tensor  # [B, T]
     labels: Tensor  # [B]
-    row: Tensor  # [M] which sequence a read is in
+    row: Tensor  # [M] which example a read is in
     at: Tensor  # [M] and at which position: the token before the answer, or the mask
     words: Tensor | None  # [O] the options' token ids
     target: Tensor  # [M] answer token of each read
     owner: Tensor  # [M] in [0, B * O): the option that a read belongs to
     lengths: Tensor  # [B * O] tokens of each option
+    branch: Tensor | None  # [B, T]; None where all options are read off one token
 
 
 class Encoder:
@@ -107,31 +109,59 @@ class Encoder:
 
 
 @phase("data")
+class Packed(NamedTuple):
+    """An example's tokens as they go through the model."""
+
+    tokens: list[int]
+    branch: list[int]  # of each token: 0 in what all options begin with, then 1, 2, ... (model.Llama.hidden)
+    reads: list[tuple[int, int, int]]  # where to read, the answer's token there, its option
+
+
+def pack(e: Encoded) -> Packed:
+    """What all options begin with once, then what each goes on with; an option's last token is only predicted."""
+    sequences = e.sequences
+    if len(sequences) == 1 and len(e.answers) > 1:
+        sequences = [sequences[0] + answer for answer in e.answers]
+    bodies = [sequence[:-1] for sequence in sequences]
+    same = len(commonprefix(bodies))
+    tokens, branch, reads = bodies[0][:same], [0] * same, []
+    for option, (body, answer) in enumerate(zip(bodies, e.answers, strict=True)):
+        shift = len(tokens) - same  # of the option's own tokens
+        places = [*range(same), *range(same + shift, len(body) + shift)]
+        tokens, branch = tokens + body[same:], branch + [option + 1] * (len(body) - same)
+        reads += [(at, token, option) for at, token in zip(places[-len(answer) :], answer, strict=True)]
+    return Packed(tokens, branch, reads)
+
+
+def width(e: Encoded) -> int:
+    """Tokens of an example in a forward."""
+    return len(e.sequences[0]) if len(e.sequences) == 1 else len(pack(e).tokens)
+
+
 def collate(examples: list[Encoded], pad: int, device: torch.device) -> Batch:
-    """Examples -> one batch.  If any example needs a sequence an option, all get one, so that scores compare."""
-    options = len(examples[0].answers)
+    """Examples -> one batch.  If any example needs the tokens of its options, all are read so: scores then compare."""
     shared = all(len(e.sequences) == 1 for e in examples) and len({str(e.answers) for e in examples}) == 1
-    if not shared:
-        examples = [_unshare(e) for e in examples]
-    sequences = [s for e in examples for s in e.sequences]
-    width = max(map(len, sequences))
-    tokens = torch.tensor([s + [pad] * (width - len(s)) for s in sequences])
-    mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences])
     if shared:
+        rows, branch = [e.sequences[0] for e in examples], None
         reads = [(i, e.at, 0, 0) for i, e in enumerate(examples)]
     else:
-        answers = [a for e in examples for a in e.answers]
-        reads = [
-            (i, len(s) - len(a) - 1 + j, token, i)
-            for i, (s, a) in enumerate(zip(sequences, answers, strict=True))
-            for j, token in enumerate(a)
-        ]
-    assert shared or len(sequences) == options * len(examples)
+        packed, options = [pack(e) for e in examples], len(examples[0].answers)
+        rows, branch = [p.tokens for p in packed], padded([p.branch for p in packed], 0)
+        reads = [(i, at, token, i * options + option) for i, p in enumerate(packed) for at, token, option in p.reads]
+    mask = padded([[1] * len(row) for row in rows], 0)
     row, at, target, owner = put(torch.tensor(reads), device).unbind(1)
     lengths = put(torch.tensor([len(a) for e in examples for a in e.answers]), device)
     words = put(torch.tensor([a[0] for a in examples[0].answers]), device) if shared else None
     labels = put(torch.tensor([e.label for e in examples]), device)
-    return Batch(put(tokens, device), put(mask, device), labels, row, at, words, target, owner, lengths)
+    branch = None if branch is None else put(branch, device)
+    tokens, mask = put(padded(rows, pad), device), put(mask, device)
+    return Batch(tokens, mask, labels, row, at, words, target, owner, lengths, branch)
+
+
+def padded(rows: list[list[int]], pad: int) -> Tensor:
+    """[B, T] int64, on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
 
 
 def put(tensor: Tensor, device: torch.device) -> Tensor:
@@ -139,21 +169,15 @@ def put(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _unshare(e: Encoded) -> Encoded:
-    """One sequence for each option, the option's token at its end."""
-    if len(e.sequences) > 1:
-        return e
-    return e._replace(sequences=[e.sequences[0] + answer for answer in e.answers])
-
-
 def option_scores(lm, batch: Batch, view) -> Tensor:
     """[P, B, O] float32, comparable within an example: softmax over O is the model's choice."""
-    hidden = lm.hidden(batch.tokens, batch.mask, view)[:, batch.row, batch.at]  # [P, M, D]
+    branches = {} if batch.branch is None else {"branch": batch.branch}  # a masked model has none
+    hidden = lm.hidden(batch.tokens, batch.mask, view, **branches)[:, batch.row, batch.at]  # [P, M, D]
     if batch.words is not None:
         return lm.score(hidden, view, batch.words)
     log_p = F.log_softmax(lm.score(hidden, view), -1)
     log_p = log_p.gather(-1, batch.target.expand(len(log_p), -1)[..., None])[..., 0]  # [P, M]
-    sums = log_p.new_zeros(len(log_p), len(batch.tokens)).index_add_(1, batch.owner, log_p)
+    sums = log_p.new_zeros(len(log_p), len(batch.lengths)).index_add_(1, batch.owner, log_p)
     return (sums / batch.lengths).view(len(log_p), len(batch.labels), -1)
 
 

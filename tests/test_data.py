@@ -8,7 +8,7 @@ import tokenizers
 import torch
 from helpers import tiny_llama, tiny_roberta
 
-from data.scoring import Encoder, collate, evaluate, losses, option_scores
+from data.scoring import Encoded, Encoder, collate, evaluate, losses, option_scores, pack
 from data.tasks import TASKS, Example, Task, get_task, load_splits, read_examples
 from data.tokenizer import Tokenizer
 from model import create, load
@@ -237,17 +237,33 @@ def test_an_example_scores_alike_whatever_it_is_batched_with(words, masked):
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
-def test_scores_are_log_probabilities_of_the_answer_tokens(words):
-    """By hand: log-softmax of the full logits at the position before each token, mean over the option's tokens."""
+OPTIONS = {"apart": (" not great", " dull"), "alike": (" not great", " not dull", " not"),
+           "one token": (" great", " dull")}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_scores_are_log_probabilities_of_the_answer_tokens(words, options):
+    """By hand: log-softmax of the full logits at the position before each token, mean over the option's tokens.  Each
+    option has a forward of its own there; here all options of all examples share one, and their prompts."""
     lm, _ = lm_and_batches(words, share=True)
-    e = Encoder(words, Task("t", "", " It was", (" not great", " dull")), lm.config, 64)(Example("fun", 0))
-    batch = collate([e], pad=2, device=torch.device("cpu"))
-    by_hand = []
-    for sequence, answer in zip(e.sequences, e.answers, strict=True):
-        log_p = lm(torch.tensor([sequence]))[0].log_softmax(-1)
-        start = len(sequence) - len(answer)
-        by_hand.append(sum(log_p[start - 1 + j, token] for j, token in enumerate(answer)) / len(answer))
-    torch.testing.assert_close(option_scores(lm, batch, lm.stored_view())[0, 0], torch.stack(by_hand))
+    encode = Encoder(words, Task("t", "", " It was", options), lm.config, 64, share=False)
+    encoded = [encode(Example(sentence, 0)) for sentence in ("fun", "dull . very fun .", "very dull")]
+    batch = collate(encoded, pad=2, device=torch.device("cpu"))
+    assert batch.tokens.numel() < sum(len(s) for e in encoded for s in e.sequences)
+    for e, scores in zip(encoded, option_scores(lm, batch, lm.stored_view())[0], strict=True):
+        by_hand = []
+        for sequence, answer in zip(e.sequences, e.answers, strict=True):
+            log_p = lm(torch.tensor([sequence]))[0].log_softmax(-1)
+            start = len(sequence) - len(answer)
+            by_hand.append(sum(log_p[start - 1 + j, token] for j, token in enumerate(answer)) / len(answer))
+        torch.testing.assert_close(scores, torch.stack(by_hand))
+
+
+def test_an_option_sees_the_prompt_and_itself_alone():
+    """Packed: the prompt once, then what each option's tokens need; the last one is only predicted."""
+    packed = pack(Encoded([[1, 2, 3, 4, 5], [1, 2, 3, 6, 7, 8], [1, 2, 3, 9]], [[4, 5], [6, 7, 8], [9]], -1, 0))
+    assert packed.tokens == [1, 2, 3, 4, 6, 7] and packed.branch == [0, 0, 0, 1, 2, 2]
+    assert packed.reads == [(2, 4, 0), (3, 5, 0), (2, 6, 1), (4, 7, 1), (5, 8, 1), (2, 9, 2)]
 
 
 def test_quality_is_the_mean_over_examples_not_over_batches(words):
