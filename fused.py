@@ -218,18 +218,22 @@ def _to_byte(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _place(N, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's groups [BLOCK], and its elements [BLOCK, 8] with their mask."""
+def _place(N, TAIL: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's groups [BLOCK], its elements [BLOCK, 8], and masks of both.
+
+    TAIL: what the last program may have too many of: "" nothing, "groups", or "elements" (of floats alone).
+    """
     group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     at = group.to(tl.int64)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    return group, at, (group < N // 8)[:, None] if WHOLE else at < N
+    whole = tl.full([BLOCK], True, tl.int1) if TAIL == "" else group < N // 8
+    return group, at, whole, at < N if TAIL == "elements" else whole[:, None]
 
 
 @triton.jit
-def _code(value, group, at, live, N, KIND: tl.constexpr):
+def _code(value, group, at, whole, live, KIND: tl.constexpr):
     """The stored numbers as float32, before their scale."""
     if KIND == "int4":
-        code = _fields(value, group, group < N // 8, 4).to(tl.float32)
+        code = _fields(value, group, whole, 4).to(tl.float32)
     elif KIND == "fp8" or KIND == "fp8-e5m2":
         code = _from_byte(tl.load(value + at, mask=live, other=0).to(tl.int32), KIND)
     else:
@@ -238,10 +242,10 @@ def _code(value, group, at, live, N, KIND: tl.constexpr):
 
 
 @triton.jit
-def _store(value, new, group, at, live, N, KIND: tl.constexpr):
+def _store(value, new, group, at, whole, live, KIND: tl.constexpr):
     """The inverse of _code."""
     if KIND == "int4":
-        _store_fields(value, new.to(tl.int32), group, group < N // 8, 4)
+        _store_fields(value, new.to(tl.int32), group, whole, 4)
     elif KIND == "fp8" or KIND == "fp8-e5m2":
         tl.store(value + at, _to_byte(new, KIND), mask=live)
     else:
@@ -249,7 +253,7 @@ def _store(value, new, group, at, live, N, KIND: tl.constexpr):
 
 
 @triton.jit
-def _unit(scale, group, N, PER_ROW, KIND: tl.constexpr):
+def _unit(scale, group, whole, PER_ROW, KIND: tl.constexpr):
     """The scale of each group of 8, [BLOCK, 1]; floats have none."""
     if KIND == "fp32" or KIND == "bf16":
         unit = tl.full([group.shape[0], 1], 1.0, tl.float32)
@@ -257,7 +261,7 @@ def _unit(scale, group, N, PER_ROW, KIND: tl.constexpr):
         row = group // PER_ROW
         if KIND == "int4":
             row = row * tl.cdiv(PER_ROW * 8, GROUP_) + (group - row * PER_ROW) * 8 // GROUP_
-        unit = tl.load(scale + row, mask=group < N // 8, other=1)[:, None]
+        unit = tl.load(scale + row, mask=whole, other=1)[:, None]
     return unit
 
 
@@ -299,18 +303,18 @@ VARYING = ["factor", "grain", "step", "tensor", "query", "k0", "k1"]  # never co
 
 @triton.jit(do_not_specialize=VARYING)
 def _pair_kernel(
-    pair, value, scale, knots, rows, N, PER_ROW, LENGTH, factor, grain, step, tensor, query, k0, k1,
+    pair, value, scale, knots, rows, PER_ROW, LENGTH, factor, grain, step, tensor, query, k0, k1,
     KIND: tl.constexpr, TOP: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr, PLUS: tl.constexpr,
-    MINUS: tl.constexpr, CHOSEN: tl.constexpr, BYTES: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    MINUS: tl.constexpr, CHOSEN: tl.constexpr, BYTES: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    group, at, live = _place(LENGTH, WHOLE, BLOCK)
+    group, at, whole, live = _place(LENGTH, TAIL, BLOCK)
     to = at
     if CHOSEN:  # groups of the rows' rows
         row = group // PER_ROW
-        row, column = tl.load(rows + row, mask=group < LENGTH // 8, other=0), group - row * PER_ROW
+        row, column = tl.load(rows + row, mask=whole, other=0), group - row * PER_ROW
         group = (row * PER_ROW + column).to(tl.int32)
         at = group.to(tl.int64)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    code, unit = _code(value, group, at, live, N, KIND), _unit(scale, group, N, PER_ROW, KIND)
+    code, unit = _code(value, group, at, whole, live, KIND), _unit(scale, group, whole, PER_ROW, KIND)
     if LEVELS == NO_DIRECTION:
         d = unit * 0
     else:
@@ -339,10 +343,10 @@ def _pair_kernel(
 def _update_kernel(
     value, scale, residual, counts, knots, factors, N, PER_ROW, grain, step, tensor, query, k0, k1,
     QUERIES: tl.constexpr, KIND: tl.constexpr, TOP: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr,
-    ROUNDING: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    ROUNDING: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    group, at, live = _place(N, WHOLE, BLOCK)
-    old, unit = _code(value, group, at, live, N, KIND), _unit(scale, group, N, PER_ROW, KIND)
+    group, at, whole, live = _place(N, TAIL, BLOCK)
+    old, unit = _code(value, group, at, whole, live, KIND), _unit(scale, group, whole, PER_ROW, KIND)
     power = _power(old, unit, KIND)
     delta = _along(
         tl.load(factors), grain, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS
@@ -353,7 +357,7 @@ def _update_kernel(
         )
     words = _bits32(group, step, tensor, query, WEIGHT_ROUNDING, k0, k1)
     if RESIDUAL:
-        old = old * (1 << RESIDUAL) + _fields(residual, group, group < N // 8, RESIDUAL).to(tl.float32)
+        old = old * (1 << RESIDUAL) + _fields(residual, group, whole, RESIDUAL).to(tl.float32)
         unit = unit * (1.0 / (1 << RESIDUAL))
     if KIND == "int8" or KIND == "int4":
         wanted = _stochastic_round(_divide(delta, unit), words) + old
@@ -369,9 +373,9 @@ def _update_kernel(
     tl.atomic_add(counts + 1, (both >> 16).to(tl.int64))
     if RESIDUAL:
         code = tl.floor((new + (1 << (RESIDUAL - 1))) * (1.0 / (1 << RESIDUAL)))
-        _store_fields(residual, (new - code * (1 << RESIDUAL)).to(tl.int32), group, group < N // 8, RESIDUAL)
+        _store_fields(residual, (new - code * (1 << RESIDUAL)).to(tl.int32), group, whole, RESIDUAL)
         new = code
-    _store(value, new, group, at, live, N, KIND)
+    _store(value, new, group, at, whole, live, KIND)
 
 
 def serves(stored: Stored) -> bool:
@@ -408,6 +412,11 @@ def _arguments(stored: Stored, key: Key) -> tuple[Tensor, Tensor, int, int, list
     return value, stored.scale, R * C, C // 8, words
 
 
+def _tail(n: int) -> str:
+    """_place's."""
+    return "elements" if n % 8 else "groups" if n % (8 * BLOCK) else ""
+
+
 def _programs(n: int) -> tuple[int]:
     return (triton.cdiv(n, 8 * BLOCK),)
 
@@ -442,8 +451,8 @@ def _materialise(
     out, unused = pair.view(torch.uint8) if is_codes else pair, value  # kernels take no None
     knots, chosen = unused if knots is None else knots, unused if rows is None else rows
     _pair_kernel[_programs(length)](
-        out, value, scale, knots, chosen, n, per_row, length, factor, grain, *words, KIND=kind, TOP=top,
-        CHOSEN=rows is not None, BYTES=is_codes, WHOLE=length % 8 == 0, BLOCK=BLOCK, **options, **EXACT,
+        out, value, scale, knots, chosen, per_row, length, factor, grain, *words, KIND=kind, TOP=top,
+        CHOSEN=rows is not None, BYTES=is_codes, TAIL=_tail(length), BLOCK=BLOCK, **options, **EXACT,
     )  # fmt: skip
     return pair
 
@@ -460,5 +469,5 @@ def update_(stored: Stored, key: Key, factors: Tensor, zo: ZO, knots: Tensor, co
     _update_kernel[_programs(n)](
         value, scale, stored.residual.view(WORDS[bits]) if bits else value, counts, knots, factors, n, per_row,
         zo.grain, *words, QUERIES=len(factors), KIND=kind, TOP=float(stored.limit) if bits else top, RESIDUAL=bits,
-        LEVELS=zo.levels, ROUNDING=int(zo.step_rounding), WHOLE=n % 8 == 0, BLOCK=BLOCK, **EXACT,
+        LEVELS=zo.levels, ROUNDING=int(zo.step_rounding), TAIL=_tail(n), BLOCK=BLOCK, **EXACT,
     )  # fmt: skip

@@ -47,9 +47,10 @@ SEED = 2**63 + 2**40 + 1  # both halves have their top bit, or bits of their own
 KNOTS = normal_knots(torch.device("cpu"))
 FORMATS = [("fp32", 0), ("bf16", 0), ("int8", 0), ("int8", 4), ("int8", 8), ("int4", 0), ("int4", 1), ("int4", 2),
            ("int4", 4), ("int4", 8), ("fp8", 0), ("fp8-e5m2", 0)]  # fmt: skip
-CASES = [  # every direction, estimator, probe; rows of several scale groups, with a short last one, and of few elements
+CASES = [  # every direction, estimator, probe; rows of several scale groups, with a short last one, and of few
+          # elements; 16 x 128 are a program without a tail
     ((9, 136), ZO(bits=4, queries=2, eps=0.02)),
-    ((8, 128), ZO(grid=True, estimator="q-rge1", probe="codes", eps=3e-3, stride=3)),
+    ((16, 128), ZO(grid=True, estimator="q-rge1", probe="codes", eps=3e-3, stride=3)),
     ((3, 264), ZO(grid=True, queries=3, eps=5e-3)),
     ((150, 8), ZO(bits=None, estimator="q-rge1", probe="codes", eps=0.02)),
     ((5, 24), ZO(bits=2, estimator="q-rge1", eps=0.3)),

@@ -203,23 +203,22 @@ def loss_of(lm):
     return partial(losses, lm, collate(encoded, 0, lm.device))
 
 
-@every_way
-@every_format
-def test_fifty_steps_of_training_are_the_same_with_and_without_kernels(weights, residual, zo, monkeypatch):
+@pytest.mark.parametrize("way", ["4 bits, one rounding", "8 bits, codes", "grid"])
+@pytest.mark.parametrize("weights, residual", [("fp32", 0), ("int8", 0), ("int4", 0), ("int4", 4), ("fp8", 0)])
+def test_fifty_steps_of_training_are_the_same_with_and_without_kernels(weights, residual, way, monkeypatch):
     """Slopes and all bits; and the CPU redoes the same updates from the slopes."""
     raw = tiny_llama(intermediate_size=136, hidden_size=40, head_dim=8)
     models = [create(raw, device="cpu", weights=weights, residual=residual)]
     models += [load_like(models[0]) for _ in range(2)]
-    slopes = {}
-    for way, lm in zip(("plain", "fused"), models[1:], strict=True):
+    zo, slopes = WAYS[way], {"plain": [], "fused": []}
+    for path, lm in zip(slopes, models[1:], strict=True):
         with monkeypatch.context() as patch:
-            if way == "plain":
+            if path == "plain":
                 patch.setattr(zo_optim, "has_kernels", lambda stored: False)
-            slopes[way] = []
             for step in range(50):
                 queries = estimate(lm.store, loss_of(lm), 7, step, zo, torch.float32)
-                slopes[way].append([query.slope for query in queries])
-                update(lm.store, slopes[way][-1], 7, step, zo, 1e-3)
+                slopes[path].append([query.slope for query in queries])
+                update(lm.store, slopes[path][-1], 7, step, zo, 1e-3)
     for step, of_step in enumerate(slopes["plain"]):
         update(models[0].store, of_step, 7, step, zo, 1e-3)
     assert slopes["plain"] == slopes["fused"]
