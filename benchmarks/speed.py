@@ -30,6 +30,7 @@ from functools import partial
 
 import torch
 
+import profiler
 import tensor_train
 from benchmarks.memory import build, examples
 from benchmarks.peers import full_loss, last_loss, mezo_step, quzo_step
@@ -92,8 +93,10 @@ CASES = {
 # ---------------------------------------------------------------- one case, in its own process
 
 
-def measure(name: str, model: str, device: str, repeats: int, extra: tuple[str, ...] = ()) -> list[dict]:
-    """The rows of one case.  extra: flags for train.py beside the case's own."""
+def measure(
+    name: str, model: str, device: str, repeats: int, extra: tuple[str, ...] = (), profile: int = 0
+) -> list[dict]:
+    """The rows of one case.  extra: flags for train.py beside the case's own.  profile: steps to look at (profiler)."""
     case = CASES[name]
     model, problem, rates, rows = case.model or model, None, {}, []
     raw = SHAPES[model] if model in SHAPES else raw_config(model)
@@ -107,12 +110,16 @@ def measure(name: str, model: str, device: str, repeats: int, extra: tuple[str, 
                 torch.compiler.reset()  # or what is compiled would go on without adapters
                 tensor_train.attach(problem.lm, spec_of(c, raw["model_type"]), c.seed)
         clear(c.device)
-        row = timed(step_of(case, c, problem, tokens), repeats, c.device)
+        take_step = step_of(case, c, problem, tokens)
+        row = timed(take_step, repeats, c.device)
+        peak = peak_memory(c.device)
+        if profile:
+            row["profile"] = profile_of(take_step, profile, problem)
         if rates:
             rates["tokens_per_second"] = probed(c) * batch_size * tokens / row["ms"] * 1e3
         rows.append({
             "case": name, "model": model, "parameters": parameters(problem.lm.store), "sequences": batch_size,
-            "tokens": tokens, **row, **rates, "peak_bytes": peak_memory(c.device),
+            "tokens": tokens, **row, **rates, "peak_bytes": peak,
             "target": case.target if model == (case.model or "llama2-7b") else "",
         })  # fmt: skip
     return rows
@@ -157,6 +164,14 @@ def timed(take_step: Callable[[int], object], repeats: int, device: str) -> dict
             "run_ms": 1e3 * (clock[-1] - clock[0]) / repeats}  # fmt: skip
 
 
+def profile_of(take_step: Callable[[int], object], steps: int, problem: Problem) -> dict:
+    reports, lm = [], problem.lm
+    numbers = range(profiler.WARM_UP + steps + 1)
+    for at in profiler.profiled(numbers, steps, lm.device, lm.dtype, reports.append):
+        take_step(at)
+    return reports[0]
+
+
 @torch.no_grad()
 def forward_rates(c: Config, problem: Problem, tokens: int, repeats: int) -> dict:
     """Tokens a second of a plain forward by the base without adapters: of one batch, and of as many as a step has."""
@@ -191,7 +206,7 @@ def told(row: dict, reference: dict | None) -> str:
     if "tokens_per_second" in row:
         rates = [row[name] for name in row if name.endswith("tokens_per_second")]
         line += "\n    tokens/s: plain forward {:,.0f}, of as many as a step {:,.0f}; probes {:,.0f}".format(*rates)
-    return line
+    return line + ("\n" + profiler.table(row["profile"]) if "profile" in row else "")
 
 
 def reference_of(row: dict, rows: list[dict]) -> dict | None:
@@ -233,6 +248,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", metavar="NAME", default=[""], help="rows whose names hold one of these")
     parser.add_argument("--repeats", type=int, default=10, help="timed steps, after two that warm up")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    parser.add_argument("--profile", type=int, default=0, help="show where the time of this many further steps goes")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="as train.py's")
     args = parser.parse_args(argv)
     try:
@@ -244,8 +260,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     for name in args.cases:
         if not any(name in case for case in CASES):
             parser.error(f"no case's name holds {name!r}; there are: {'; '.join(CASES)}")
-    if args.compile is not None and "compile" not in {f.name for f in dataclasses.fields(Config)}:
-        parser.error("train.py has no --compile")
     return args
 
 
@@ -258,7 +272,7 @@ def main(argv: list[str]) -> int:
         if not any(part in name for part in args.cases):
             continue
         try:
-            measured = alone(name, args.model, args.device, args.repeats, extra)
+            measured = alone(name, args.model, args.device, args.repeats, extra, args.profile)
         except RuntimeError as error:  # torch's, out of memory among them, and a process that died
             failed[name] = (str(error) or repr(error)).splitlines()[0]
             print(f"{name:36} | {failed[name]}", flush=True)

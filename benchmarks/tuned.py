@@ -87,7 +87,8 @@ def run(args: argparse.Namespace, gpu: int, row: dict) -> dict:
     paths = ["--model", args.model, "--data-dir", args.data_dir, "--out", str(out)]
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
     env |= {"CUDA_VISIBLE_DEVICES": str(gpu)} if torch.cuda.device_count() > 1 else {}
-    command = [sys.executable, TRAIN, *row["flags"].split(), *paths]
+    # small models, many processes: to compile would take each longer than it saves
+    command = [sys.executable, TRAIN, *row["flags"].split(), *paths, "--no-compile"]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode and "the loss is not finite" not in done.stderr:
         raise RuntimeError(f"{told}: {done.stderr[-2000:]}")
