@@ -87,8 +87,8 @@ def run(args: argparse.Namespace, gpu: int, row: dict) -> dict:
     paths = ["--model", args.model, "--data-dir", args.data_dir, "--out", str(out)]
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
     env |= {"CUDA_VISIBLE_DEVICES": str(gpu)} if torch.cuda.device_count() > 1 else {}
-    # small models, many processes: to compile would take each longer than it saves
-    command = [sys.executable, TRAIN, *row["flags"].split(), *paths, "--no-compile"]
+    compiled = "--compile" if args.compile else "--no-compile"
+    command = [sys.executable, TRAIN, *row["flags"].split(), *paths, compiled]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode and "the loss is not finite" not in done.stderr:
         raise RuntimeError(f"{told}: {done.stderr[-2000:]}")
@@ -178,5 +178,6 @@ def parse(arms: Arms, told: str, out: str) -> argparse.Namespace:
     parser.add_argument("--tune-seeds", type=int, nargs="+", default=[0, 10, 11])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", choices=arms, metavar="ARM", help="all of them where not given")
+    parser.add_argument("--compile", action="store_true", help="as train.py's: short runs gain little")
     parser.add_argument("--minutes", type=float, default=1e6, help="start no run after this long")
     return parser.parse_args()
