@@ -4,7 +4,7 @@ The plain definitions draw, round and add in some fifty small kernels a tensor, 
 launches and a large one for memory.  These do the same arithmetic on the same Philox words in one pass;
 tests/test_gpu.py demands equal codes and equal floats (hence no fused multiply-add and division to nearest).
 
-Each program takes BLOCK groups of 8 neighbouring elements: one Philox block of 16-bit draws, or two of 32-bit draws.
+Each program takes BLOCK groups of 8 neighbouring elements, which share a Philox block a draw.
 A group is in one row and under one scale, so what belongs to those is computed once for the 8, and a thread keeps all
 of them: tensors are [BLOCK], [BLOCK, 1] or [BLOCK, 8], and nothing moves between threads.  (The first version had
 [8 * BLOCK] elements with a row, a column and a scale each: twice the instructions, half of them integer divisions and
@@ -62,10 +62,9 @@ def _bits16(group, step, tensor, query, USE: tl.constexpr, k0, k1):
 
 @triton.jit
 def _bits32(group, step, tensor, query, USE: tl.constexpr, k0, k1):
-    """[BLOCK] -> [BLOCK, 8] uint32: a block has 4 draws, so a group has two."""
-    a, b, c, d = _words(group * 2, step, tensor, query, USE, k0, k1)
-    e, f, g, h = _words(group * 2 + 1, step, tensor, query, USE, k0, k1)
-    return _in_order(a, b, c, d, e, f, g, h)
+    """[BLOCK] -> [BLOCK, 8] uint32."""
+    a, b, c, d = _words(group, step, tensor, query, USE, k0, k1)
+    return _in_order(a, b << 16 | a >> 16, b, c << 16 | b >> 16, c, d << 16 | c >> 16, d, a << 16 | d >> 16)
 
 
 @triton.jit

@@ -83,22 +83,20 @@ def test_philox_equals_its_slow_twin(counter, key):
     assert [int(word[1]) for word in got] == slow_philox([0] * 4, key)
 
 
-def slow_bits(key: Key, use: Use, row: int, column: int, columns: int, lanes: int) -> int:
-    """One element: its block is of its row alone, and a block holds 4 words or 8 halves, low half first."""
-    block = row * -(-columns // lanes) + column // lanes
+def slow_halves(key: Key, use: Use, row: int, column: int, columns: int) -> list[int]:
+    """An element's half of 16 bits and the next one.  A block is of its row alone: 8 halves, a word's low one first."""
+    block = row * -(-columns // 8) + column // 8
     words = slow_philox([block, key.step, key.tensor, key.query * 16 + use], [key.seed % 2**32, key.seed >> 32])
-    if lanes == 4:
-        return signed(words[column % 4])
-    return words[column % 8 // 2] >> 16 * (column % 2) & 0xFFFF
+    return [words[half % 8 // 2] >> 16 * (half % 2) & 0xFFFF for half in (column, column + 1)]
 
 
-@pytest.mark.parametrize("draw, lanes", [(bits16, 8), (bits32, 4)])
 @pytest.mark.parametrize("columns", [1, 3, 8, 13])
-def test_bits_are_the_layouts_bits(draw, lanes, columns):
+def test_bits_are_the_layouts_bits(columns):
     rows = [0, 5, 2**20]
-    got = draw(KEY, Use.UPDATE_ROUNDING, torch.tensor(rows), columns)
-    want = [[slow_bits(KEY, Use.UPDATE_ROUNDING, r, c, columns, lanes) for c in range(columns)] for r in rows]
-    assert got.tolist() == want
+    halves = [[slow_halves(KEY, Use.UPDATE_ROUNDING, r, c, columns) for c in range(columns)] for r in rows]
+    draw = (KEY, Use.UPDATE_ROUNDING, torch.tensor(rows), columns)
+    assert bits16(*draw).tolist() == [[low for low, _ in row] for row in halves]
+    assert bits32(*draw).tolist() == [[signed(high << 16 | low) for low, high in row] for row in halves]
 
 
 @pytest.mark.parametrize("draw", [bits16, bits32])
@@ -137,6 +135,23 @@ def test_bits_are_fair():
     words = bits32(KEY, Use.DIRECTION, torch.arange(100), 1000).flatten()
     for place in range(32):
         assert abs((words >> place & 1).double().mean() - 0.5) < 5 * 0.5 / len(words) ** 0.5
+
+
+@pytest.mark.parametrize("chance", [2.0**-16, 2.0**-12, 0.01, 0.3, 0.7])
+def test_neighbours_that_share_bits_decide_apart(chance):
+    """Of eight neighbours, each pair is below a threshold together as often as apart, and up or down as often.
+
+    Where an upper half is as small as the threshold's, a neighbour's lower half is too: that is 2^-15 of the cases.
+    """
+    n, generator = 2**19, torch.Generator().manual_seed(0)
+    words = bits32(KEY, Use.DIRECTION, torch.randint(2**28, (n,), generator=generator), 8)
+    below = ((words & 0x7FFFFFFF) < int(chance * 2**31)).double()
+    sign = torch.where(words < 0, -1.0, 1.0).double()
+    together, product = below.T @ below / n, (below * sign).T @ (below * sign) / n
+    for j, k in itertools.combinations(range(8), 2):
+        assert abs(together[j, k] - chance**2) < 5 * (chance**2 / n) ** 0.5 + 3 / n + 2.0**-15 * chance
+        assert abs(product[j, k]) < 5 * (chance**2 / n) ** 0.5 + 3 / n
+    assert ((below.mean(0) - chance).abs() < 5 * (chance / n) ** 0.5 + 3 / n).all()
 
 
 def test_nothing_touches_the_global_generator():
