@@ -336,8 +336,9 @@ class LlamaAttention(nn.Module):
         if cache is not None:
             k_PBTKd, v_PBTKd = cache.extend(layer, k_PBTKd, v_PBTKd)
         group = self.heads // self.kv_heads
-        k_PBSHd, v_PBSHd = k_PBTKd.repeat_interleave(group, 3), v_PBTKd.repeat_interleave(group, 3)
-        return self.o_proj(attend(q_PBTHd, k_PBSHd, v_PBSHd, seen))
+        if group > 1:  # once each would be a copy
+            k_PBTKd, v_PBTKd = k_PBTKd.repeat_interleave(group, 3), v_PBTKd.repeat_interleave(group, 3)
+        return self.o_proj(attend(q_PBTHd, k_PBTKd, v_PBTKd, seen))
 
 
 class LlamaMLP(nn.Module):
