@@ -61,7 +61,8 @@ class Config:
     compute: str = flag("auto", "what matrices are multiplied in; auto: fp32 on a CPU and for fp32 weights; on cuda "
                                 "fp8 for fp8 weights with fp8 activations by forwards alone, else bf16",
                         ("auto", "fp32", "bf16", "fp8"))  # fmt: skip
-    compile: bool | None = flag(None, "compile the model's block, once for all layers and lengths; on for zo on cuda")
+    compile: bool | None = flag(None, "compile the model's block, once for all layers and lengths; on for zo on "
+                                        "cuda with a fixed number of queries")  # fmt: skip
     steps: int | None = flag(None, "updates")
     lr: float | None = flag(None, "learning rate")
     lr_schedule: str | None = flag(None, "constant, or linear down to 0", ("constant", "linear"))
@@ -95,8 +96,8 @@ class Config:
     eval_every: int | None = flag(None, "steps between dev evaluations")
     device: str = flag("auto", "cpu, cuda, cuda:N, or auto")
     out: str | None = flag(None, "run folder; must be new or empty (runs/DATE-TIME-...)")
-    resume: str | None = flag(None, "a run folder whose run was interrupted: finish it there, to the same bits, with "
-                                    "its own flags (zeroth order)")  # fmt: skip
+    resume: str | None = flag(None, "a run folder whose run was interrupted: finish it there, to the same bits (where "
+                                    "nothing is compiled), with its own flags (zeroth order)")  # fmt: skip
     replay: str | None = flag(None, "a run folder: redo its updates from the base weights without a forward, and say "
                                     "whether the weights are those that it recorded")  # fmt: skip
     profile: int = flag(0, f"measure so many steps, after {WARM_UP} to warm up: each phase's time, and how far that is "
@@ -218,16 +219,29 @@ def resolve_defaults(c: Config) -> Config:
     return dataclasses.replace(
         c,
         compute=products(c) if c.compute == "auto" else c.compute,
-        compile=cuda and optimizer == "zo" if c.compile is None else c.compile,
+        compile=cuda and optimizer == "zo" and not grows(c) if c.compile is None else c.compile,
         micro_batch_size=c.batch_size if c.micro_batch_size is None else c.micro_batch_size,
     )
+
+
+def grows(c: Config) -> bool:
+    """Whether a step's number of probes does, each of which would be compiled anew."""
+    return c.method == "adazeta" and c.queries is None
 
 
 def products(c: Config) -> str:
     """What matrices are multiplied in where it is not said."""
     if not c.device.startswith("cuda") or c.weights == "fp32":
         return "fp32"
-    return "fp8" if (c.weights, c.activations, c.optimizer) == ("fp8", "fp8", "zo") else "bf16"
+    new_enough = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
+    return "fp8" if new_enough and suits_codes(c) else "bf16"
+
+
+def suits_codes(c: Config) -> bool:
+    """Whether blocks can multiply fp8 codes.  A probe's weights are then rounded to codes, which a step of eps in every
+    weight does not survive."""
+    whole = c.method != "quzo" or c.direction_bits == "grid" or c.probe == "codes"
+    return whole and (c.weights, c.activations, c.optimizer) == ("fp8", "fp8", "zo")
 
 
 MOVED = ("model", "data_dir", "device")  # what may be elsewhere when a run is taken up again
@@ -277,6 +291,7 @@ def validate(c: Config) -> None:
             raise ValueError(f"--{name.replace('_', '-')} means nothing beside {beside}")
     check_format(c.weights, c.residual, c.oracle)
     check_method(c)
+    check_products(c)
     if c.profile and c.steps < WARM_UP + c.profile:
         raise ValueError(f"--profile {c.profile} needs --steps of {WARM_UP + c.profile} or more, got {c.steps}")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", c.device):
@@ -341,10 +356,17 @@ def check_method(c: Config) -> None:
         raise ValueError(f"--method fo-ste fake-quantises its weights; use fo for {c.weights}")
     if c.method == "mezo" and c.direction_bits != "full":
         raise ValueError(f"--method mezo means Gaussian directions; use quzo for --direction-bits {c.direction_bits}")
-    if c.compute == "fp8" and (c.weights, c.activations, c.optimizer) != ("fp8", "fp8", "zo"):
-        raise ValueError("--compute fp8 multiplies codes by codes: --weights fp8 --activations fp8, trained by zo")
     if c.optimizer == "zo":
         check_estimator(c)
+
+
+def check_products(c: Config) -> None:
+    """Raises ValueError for ways of computing that the rest does not suit."""
+    if c.compute == "fp8" and not suits_codes(c):
+        raise ValueError("--compute fp8 multiplies codes by codes: --weights fp8 --activations fp8, trained by zo, and "
+                         "by quzo with --direction-bits grid or --probe codes")  # fmt: skip
+    if c.compile and grows(c):
+        raise ValueError("--compile makes code for each number of probes, which grows here: give --queries")
 
 
 def check_estimator(c: Config) -> None:
@@ -352,6 +374,8 @@ def check_estimator(c: Config) -> None:
     if c.estimator in ("q-rge1", "q-rge2") and c.direction_bits in ("full", "grid"):
         raise ValueError(f"--estimator {c.estimator} is about rounding directions, which --direction-bits "
                          f"{c.direction_bits} does not: use 2 to 8")  # fmt: skip
+    if (c.stride or 1) > 1 and c.probe == "codes":
+        raise ValueError(f"--probe codes would hold --stride {c.stride} back at the edge of the grid: use float")
     if c.stride is not None and c.direction_bits != "grid":
         raise ValueError(f"--stride is about directions on the grid; --direction-bits is {c.direction_bits}")
     if c.weights == "fp32" and (c.rounding == "nearest" or c.probe == "codes"):

@@ -14,6 +14,7 @@ copies through shared memory.)  Imports quant and random_bits.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -126,7 +127,7 @@ def _divide(x, unit):
         inverse = tl.div_rn(unit * 0 + 1.0, unit)
         rough, away = x * inverse, unit * -1.0
         quotient = tl.fma(tl.fma(rough, tl.broadcast_to(away, x.shape), x), tl.broadcast_to(inverse, x.shape), rough)
-    return quotient
+    return tl.where(x == 0, x, quotient)  # the fused steps make +0 of -0
 
 
 @triton.jit
@@ -302,7 +303,7 @@ VARYING = ["factor", "grain", "step", "tensor", "query", "k0", "k1"]  # never co
 
 @triton.jit(do_not_specialize=VARYING)
 def _pair_kernel(
-    pair, value, scale, knots, rows, PER_ROW, LENGTH, factor, grain, step, tensor, query, k0, k1,
+    pair, value, scale, knots, rows, ROWS, PER_ROW, LENGTH, factor, grain, step, tensor, query, k0, k1,
     KIND: tl.constexpr, TOP: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr, PLUS: tl.constexpr,
     MINUS: tl.constexpr, CHOSEN: tl.constexpr, BYTES: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -311,9 +312,13 @@ def _pair_kernel(
     if CHOSEN:  # groups of the rows' rows
         row = group // PER_ROW
         row, column = tl.load(rows + row, mask=whole, other=0), group - row * PER_ROW
+        known = (row >= 0) & (row < ROWS)
+        row = tl.where(known, row, 0)
         group = (row * PER_ROW + column).to(tl.int32)
         at = group.to(tl.int64)[:, None] * 8 + tl.arange(0, 8)[None, :]
     code, unit = _code(value, group, at, whole, live, KIND), _unit(scale, group, whole, PER_ROW, KIND)
+    if CHOSEN:  # a row that is not there is not a number: no wrong memory is read, and no loss looks right
+        unit = tl.where(known[:, None], unit, float("nan"))
     if LEVELS == NO_DIRECTION:
         d = unit * 0
     else:
@@ -411,6 +416,11 @@ def _arguments(stored: Stored, key: Key) -> tuple[Tensor, Tensor, int, int, list
     return value, stored.scale, R * C, C // 8, words
 
 
+def _on(device: torch.device):
+    """Triton launches on the current device, whatever its arguments are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _tail(n: int) -> str:
     """_place's."""
     return "elements" if n % 8 else "groups" if n % (8 * BLOCK) else ""
@@ -449,10 +459,11 @@ def _materialise(
     length, is_codes = pair[0].numel(), dtype.itemsize == 1  # which Triton is given as bytes
     out, unused = pair.view(torch.uint8) if is_codes else pair, value  # kernels take no None
     knots, chosen = unused if knots is None else knots, unused if rows is None else rows
-    _pair_kernel[_programs(length)](
-        out, value, scale, knots, chosen, per_row, length, factor, grain, *words, KIND=kind, TOP=top,
-        CHOSEN=rows is not None, BYTES=is_codes, TAIL=_tail(length), BLOCK=BLOCK, **options, **EXACT,
-    )  # fmt: skip
+    with _on(value.device):
+        _pair_kernel[_programs(length)](
+            out, value, scale, knots, chosen, R, per_row, length, factor, grain, *words, KIND=kind, TOP=top,
+            CHOSEN=rows is not None, BYTES=is_codes, TAIL=_tail(length), BLOCK=BLOCK, **options, **EXACT,
+        )  # fmt: skip
     return pair
 
 
@@ -465,8 +476,9 @@ def update_(stored: Stored, key: Key, factors: Tensor, zo: ZO, knots: Tensor, co
     value, scale, n, per_row, words = _arguments(stored, key)
     kind, top = _kind(stored)
     bits = stored.residual_bits if isinstance(stored, Integers) else 0
-    _update_kernel[_programs(n)](
-        value, scale, stored.residual.view(WORDS[bits]) if bits else value, counts, knots, factors, n, per_row,
-        zo.grain, *words, QUERIES=len(factors), KIND=kind, TOP=float(stored.limit) if bits else top, RESIDUAL=bits,
-        LEVELS=zo.levels, ROUNDING=int(zo.step_rounding), TAIL=_tail(n), BLOCK=BLOCK, **EXACT,
-    )  # fmt: skip
+    with _on(value.device):
+        _update_kernel[_programs(n)](
+            value, scale, stored.residual.view(WORDS[bits]) if bits else value, counts, knots, factors, n, per_row,
+            zo.grain, *words, QUERIES=len(factors), KIND=kind, TOP=float(stored.limit) if bits else top, RESIDUAL=bits,
+            LEVELS=zo.levels, ROUNDING=int(zo.step_rounding), TAIL=_tail(n), BLOCK=BLOCK, **EXACT,
+        )  # fmt: skip

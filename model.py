@@ -8,7 +8,8 @@ LLaMA: Touvron et al. 2023; RMSNorm, rotary embedding in split halves (as in Hug
 grouped-query attention.  RoBERTa: Liu et al. 2019; post-norm, learned positions, masked-LM head.
 
 Shape key: P probes, B batch, T tokens, S cached + new tokens, D hidden, H heads, K key-value heads, d head
-width, V vocabulary.  Imports checkpoint and quant, and only to load, store and save; profiler names the phases.
+width, V vocabulary.  Imports checkpoint, quant and fused, to store weights and to round what is multiplied, and
+profiler, which names the phases.
 """
 
 from __future__ import annotations
@@ -446,6 +447,11 @@ class View(Protocol):
         """An fp8 matrix as codes, [P, R, C] e4m3; its row scales are the store's."""
 
 
+def has_read_kernel(stored: Stored) -> bool:
+    """Codes on a GPU; floats are there already, and may want a gradient."""
+    return fused is not None and isinstance(stored, Integers | Fp8) and fused.serves(stored)
+
+
 class StoredView:
     """The weights as they are stored: P = 1."""
 
@@ -461,7 +467,7 @@ class StoredView:
             return stored.read().view(1, *stored.shape)
         if not isinstance(stored, Integers | Fp8 | Oracle):
             return stored.read().to(self.dtype)[None]
-        if fused is not None and fused.serves(stored):
+        if has_read_kernel(stored):
             return fused.read(stored, self.dtype)
         weight = torch.empty(1, *stored.shape, dtype=self.dtype, device=stored.device)
         for rows in row_chunks(stored.shape, stored.device):  # codes are unpacked through numbers of 32 bits
@@ -471,7 +477,7 @@ class StoredView:
     @phase("materialise", bytes_decoded)
     def rows(self, name: str, index: Tensor) -> Tensor:
         stored = self.store[name]
-        if fused is not None and fused.serves(stored):
+        if has_read_kernel(stored):
             return fused.read(stored, torch.float32, index)
         return stored.read(index).float()[None]
 
@@ -497,7 +503,7 @@ class LanguageModel:
     ):
         self.config, self.raw_config, self.store, self.dtype = config, raw_config, store, dtype
         self.weights, self.residual = weights, residual
-        self.activations, self.fp8_products = "none", False
+        self.activations, self.multiplies_codes, self.is_compiled = "none", False, False
         self.adapters: Adapters | None = None  # tensor_train.attach
         self.other_files: list[Path] = []  # tokenizer and such, copied along by `save`
 
@@ -560,15 +566,32 @@ class LanguageModel:
         return view.rows(name, used)[:, place]
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile the block, once for all layers and lengths: weights are inputs, lengths are symbols."""
+        """Compile the block, for all layers, batches and lengths at once: weights are inputs, sizes are symbols.  Only
+        the number of probes is not."""
         self.block.compile(backend=backend, dynamic=True)
+        self.is_compiled = True
+
+    def multiply_codes(self) -> None:
+        """Let the blocks multiply fp8 codes by fp8 codes (quant.multiply_fp8).
+
+        Raises ValueError for other weights, activations or products around them, and for sizes that torch does not
+        multiply so.
+        """
+        if (self.weights, self.activations, self.dtype) != ("fp8", "fp8", torch.bfloat16):
+            raise ValueError(f"products of fp8 codes need fp8 weights and activations, and bf16 around them, got "
+                             f"{self.weights}, {self.activations} and {self.dtype}")  # fmt: skip
+        for name, stored in self.store.items():
+            if name.startswith(self.layers) and isinstance(stored, Fp8) and any(n % 16 for n in stored.shape):
+                told = f"products of fp8 codes need sizes that 16 divides, and {name} is {list(stored.shape)}"
+                raise ValueError(f"{told}: use --compute bf16")
+        self.multiplies_codes = True
 
     def apply(self, part: nn.Module, prefix: str, view: View, x: Tensor, *context) -> Tensor:
         """Run one weightless module on x [P, B, T, D], each probe with the weights that the view gives it."""
         weights = {}
         for name, _ in part.named_parameters():
             stored = self.store.get(prefix + name)
-            if self.fp8_products and isinstance(stored, Fp8):
+            if self.multiplies_codes and isinstance(stored, Fp8):
                 weights |= {name: view.codes(prefix + name), name + "_scale": stored.scale}
             else:
                 weights[name] = view.read(prefix + name)

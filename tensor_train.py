@@ -315,6 +315,8 @@ def attach(lm: LanguageModel, spec: Spec, seed: int) -> None:
     """
     if lm.adapters is not None:
         raise ValueError(f"the model already has adapters: {lm.adapters.spec}")
+    if lm.is_compiled:
+        torch.compiler.reset()  # or what is compiled would go on without adapters
     targets = targets_of(lm.raw_config["model_type"], spec)
     lm.adapters = Adapters(spec, places := {})
     parts = {TRAINED: [], FIRST: []}

@@ -84,7 +84,8 @@ def load_weights(c: Config, directory: Path) -> LanguageModel:
 def set_up(c: Config, lm: LanguageModel) -> None:
     """What a run asks of its forwards."""
     lm.round_activations(c.activations)
-    lm.fp8_products = c.compute == "fp8"
+    if c.compute == "fp8":
+        lm.multiply_codes()
     if c.compile:
         lm.compile_blocks()
 
@@ -191,10 +192,10 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
 
 
 class Recorder:
-    """Writes a step down when the next one is done, so that a GPU is not waited for between its update and that."""
+    """Writes a step down when the next one's losses are there, so that a GPU's update is not waited for."""
 
     def __init__(self, folder: RunFolder):
-        self.folder, self.waiting = folder, None
+        self.folder, self.waiting, self.arrived = folder, None, None
 
     def __enter__(self) -> Recorder:
         return self
@@ -204,11 +205,17 @@ class Recorder:
 
     def take(self, number: int, done: Step, more: dict) -> None:
         self.write()
+        if done.counts is not None and done.counts.is_cuda:
+            done = done._replace(counts=done.counts.to("cpu", non_blocking=True))  # into pinned memory
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
         self.waiting = number, done, more
 
     def write(self) -> None:
         if self.waiting is None:
             return
+        if self.arrived is not None:
+            self.arrived.synchronize()
         (number, done, more), self.waiting = self.waiting, None
         shares = {}
         if done.counts is not None:

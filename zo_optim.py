@@ -214,7 +214,6 @@ class Pair:
             pair[:, rows] = self._signed(name, rows)
         return pair.view(-1, *stored.shape)
 
-    @phase("materialise", bytes_probed)
     @phase("materialise", bytes_coded)
     def codes(self, name: str) -> Tensor:
         """Of an fp8 matrix, rounded to nearest (probe float) or landed (codes): [P, R, C] e4m3."""

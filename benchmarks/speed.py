@@ -8,8 +8,9 @@ A step is all of it: its losses and its update.  Every case has a process of its
 then a timed run; `ms` is the median step, beside the fastest and the slowest, each ended by a synchronisation (the
 run by the clock is in the JSON).  The peak is the allocator's, warm-up included, building not (on a CPU the whole
 process's).  Ratios are to the peer that perturbs in place, at the same model and size.  Peers use our own forward,
-over bf16 tensors, so that the method alone differs (benchmarks/peers.py); they compute the logits of every word at
-every position, as released, except where a row says last position.  Targets are what is to be reached at most on an
+over bf16 tensors (benchmarks/peers.py); they compute the logits of every word at
+every position, as released, except where a row says last position, and nothing of theirs is compiled, except where a
+row says so.  Targets are what is to be reached at most on an
 H200.  Last line JSON, with what failed if anything did.
 """
 
@@ -71,6 +72,7 @@ DOUBLING = tuple((2**i, 256) for i in range(7))  # 256 to 16,384 tokens
 CASES = {
     REFERENCE: Case(EAGER, ((16, 64), (16, 256)), peer="mezo"),
     "peer: MeZO in place, last position": Case(EAGER, peer="mezo, last position"),
+    "peer: MeZO in place, last, compiled": Case(BF16, peer="mezo, last position"),
     "peer: QuZO in place": Case(EAGER, peer="quzo"),
     "peer: AdamW, bf16": Case("--method fo --weights bf16"),
     "peer: AdamW, fo-ste int8": Case("--method fo-ste --weights int8"),
@@ -107,7 +109,6 @@ def measure(
             problem = build(c, raw)
             if spec_of(c, raw["model_type"]):
                 rates = forward_rates(c, problem, tokens, repeats)
-                torch.compiler.reset()  # or what is compiled would go on without adapters
                 tensor_train.attach(problem.lm, spec_of(c, raw["model_type"]), c.seed)
         clear(c.device)
         take_step = step_of(case, c, problem, tokens)

@@ -108,7 +108,6 @@ class Encoder:
         return Encoded(sequences, answers, -1, example.label)
 
 
-@phase("data")
 class Packed(NamedTuple):
     """An example's tokens as they go through the model."""
 
@@ -138,6 +137,7 @@ def width(e: Encoded) -> int:
     return len(e.sequences[0]) if len(e.sequences) == 1 else len(pack(e).tokens)
 
 
+@phase("data")
 def collate(examples: list[Encoded], pad: int, device: torch.device) -> Batch:
     """Examples -> one batch.  If any example needs the tokens of its options, all are read so: scores then compare."""
     shared = all(len(e.sequences) == 1 for e in examples) and len({str(e.answers) for e in examples}) == 1

@@ -111,9 +111,14 @@ def test_matrices(weights, residual, shape, zo):
 
 
 @inside
+@pytest.mark.parametrize("interpreted", [True, False])
 @pytest.mark.parametrize("weights", ["fp8", "fp8-e5m2"])
-def test_minus_zero(weights):
-    """By the bits of the codes, which are what is hashed.  Weights of a thousandth of the smallest fp8 number."""
+def test_minus_zero(weights, interpreted, monkeypatch):
+    """By the bits of the codes, which are what is hashed.  Weights of a thousandth of the smallest fp8 number.
+
+    Not interpreted: division as a GPU does it, but for the fusing, which only quotients that are not 0 feel.
+    """
+    monkeypatch.setattr(fused, "INTERPRETED", tl.constexpr(interpreted))
     x = torch.full((8, 40), -1e-12)
     x[:, 0] = 1.0
     plain, quick = ({"w": encode(x, weights)} for _ in range(2))
@@ -193,6 +198,17 @@ def test_chosen_rows(weights, residual, shape, zo):
     index = torch.tensor([7, 0, 0, 3, shape[0] - 1])
     got = fused.read_pair(quick["w"], Key(SEED, 3, 5, tensor_id("w")), zo, KNOTS, torch.float32, rows=index)
     assert torch.equal(got, Pair(plain, SEED, 3, 5, zo, torch.float32).rows("w", index))
+
+
+@inside
+@pytest.mark.parametrize("weights", ["fp32", "int4", "fp8"])
+@pytest.mark.parametrize("row", [9, -1, 2**40])
+def test_a_row_that_is_not_there_is_not_a_number(weights, row):
+    stored = stores((9, 136), weights, 0)[0]["w"]
+    read = fused.read(stored, torch.float32, torch.tensor([8, row, 0]))
+    assert read[:, 1].isnan().all() and read[:, [0, 2]].isfinite().all()
+    pair = fused.read_pair(stored, Key(SEED, 0), ZO(grid=True), KNOTS, torch.float32, rows=torch.tensor([8, row, 0]))
+    assert pair[:, 1].isnan().all() and pair[:, [0, 2]].isfinite().all()
 
 
 @inside

@@ -28,6 +28,7 @@ import model
 from data.tokenizer import Tokenizer
 from model import KVCache, config_of, create, load
 from quant import FORMATS
+from tensor_train import TRAINED, Spec, attach
 from zo_optim import ZO, Pair
 
 TOLERANCE = 1e-4
@@ -564,12 +565,32 @@ def test_products_of_codes_give_the_logits_of_fake_quantisation(raw):
     lm.round_activations("fp8")
     tokens = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
     fake = lm(tokens)
-    lm.fp8_products = True
+    lm.multiply_codes()
     assert 0 < (lm(tokens) - fake).abs().max() < 2**-5 * fake.abs().max()
 
 
+@pytest.mark.parametrize("weights, activations, dtype, size", [
+    ("fp8", "fp8", torch.float32, 64), ("fp8", "int8", torch.bfloat16, 64), ("int8", "fp8", torch.bfloat16, 64),
+    ("fp8-e5m2", "fp8", torch.bfloat16, 64), ("fp8", "fp8", torch.bfloat16, 56),
+])  # fmt: skip
+def test_codes_that_are_not_multiplied(weights, activations, dtype, size):
+    lm = create(tiny_llama(hidden_size=64, intermediate_size=size), weights=weights, dtype=dtype)
+    lm.round_activations(activations)
+    with pytest.raises(ValueError, match="products of fp8 codes need"):
+        lm.multiply_codes()
+
+
+@pytest.fixture
+def compiler():
+    """What is compiled is kept by code object, of all models together, and no more than eight of each."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("raw", [tiny_llama(), tiny_roberta()], ids=["llama", "roberta"])
-def test_compiled_blocks(raw):
+def test_compiled_blocks(raw, compiler):
     """The same logits from one graph for all layers, batches and lengths, and one for each number of probes."""
     lm, compiled, graphs = create(raw, seed=0), create(raw, seed=0), []
     compiled.compile_blocks(lambda graph, inputs: graphs.append(graph) or graph.forward)
@@ -580,3 +601,19 @@ def test_compiled_blocks(raw):
             assert (compiled(tokens) - lm(tokens)).abs().max() < 1e-5
             assert (compiled(tokens, view=pairs[0]) - lm(tokens, view=pairs[0])).abs().max() < 1e-5
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("kind", ["adp", "lora"])
+def test_adapters_around_compiled_blocks(kind, compiler):
+    """Also of a model that has run without them."""
+    raw, tokens = tiny_llama(), torch.randint(3, 90, (3, 8), generator=torch.Generator().manual_seed(0))
+    spec = Spec(kind, "mlp" if kind == "adp" else "qv", 8 if kind == "adp" else 0, 2, identity=False)
+    lm, compiled = create(raw, seed=0), create(raw, seed=0)
+    compiled.compile_blocks("eager")
+    with torch.no_grad():
+        plain = compiled(tokens)
+        for model_ in (lm, compiled):
+            attach(model_, spec, 1)
+            model_.store[TRAINED].value.normal_(0, 0.3, generator=torch.Generator().manual_seed(2))
+        assert (compiled(tokens) - plain).abs().max() > 1e-3
+        assert (compiled(tokens) - lm(tokens)).abs().max() < 1e-5

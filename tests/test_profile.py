@@ -12,9 +12,20 @@ import torch
 import profiler
 import train
 from config import recorded
-from data.scoring import collate
+from data.scoring import Encoded, collate
 from model import load
-from profiler import IDLE, PHASES, WARM_UP, bytes_decoded, bytes_probed, bytes_stepped, measure, phase, profiled
+from profiler import (
+    IDLE,
+    PHASES,
+    WARM_UP,
+    bytes_coded,
+    bytes_decoded,
+    bytes_probed,
+    bytes_stepped,
+    measure,
+    phase,
+    profiled,
+)
 from quant import encode, stored_parts
 from zo_optim import ZO, Pair
 
@@ -157,8 +168,26 @@ def test_bytes_of_every_format(weights, residual):
     assert bytes_probed(pair, "w", torch.tensor([0, 5, 5])) == forward // 2 + 2 * 3 * 260 * 4  # float32
     assert bytes_probed(pair, "norm") == 260 * (4 + 2 * 4)
     assert bytes_stepped(store, []) == 2 * sum(size.values()) - size.get(".scale", 0) + 2 * 4 * 260
+    if weights == "fp8":
+        assert bytes_coded(pair, "w") == forward + 2 * 6 * 260
     pair.probes = 1
     assert bytes_decoded(pair, "w") == (0 if weights == "bf16" else forward + 6 * 260 * 2)  # bf16 is not copied
+
+
+def names_of(work) -> list[str]:
+    """Of the ranges that a call makes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        work()
+    return [e["name"] for e in profiler.timeline(recorded) if e["cat"] == "user_annotation"]
+
+
+def test_each_way_to_weights_and_data_is_one_range():
+    """Twice would count its bytes twice."""
+    pair = Pair({"w": encode(torch.randn(6, 256), "fp8")}, 0, 0, 0, ZO(), torch.bfloat16)
+    index, batch = torch.tensor([0, 5]), [Encoded([[1, 2, 3]], [[4], [5]], 2, 0)]
+    for work in (lambda: pair.read("w"), lambda: pair.codes("w"), lambda: pair.rows("w", index)):
+        assert [name.partition(",")[0] for name in names_of(work)] == ["materialise"]
+    assert names_of(lambda: collate(batch, 0, torch.device("cpu"))) == ["data"]
 
 
 # ---------------------------------------------------------------- a GPU's timeline

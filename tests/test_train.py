@@ -377,6 +377,9 @@ def test_cuda_and_cpu_take_the_same_first_steps(quick, tmp_path):
     ("--device cuda --weights fp8 --activations fp8 --compute bf16 --no-compile", ("bf16", False)),
     ("--weights fp8 --activations fp8", ("fp32", False)),
     ("--device cuda --method lora --weights fp8 --activations fp8", ("bf16", False)),
+    ("--device cuda --weights fp8 --activations fp8 --direction-bits 4", ("bf16", True)),
+    ("--device cuda --weights fp8 --activations fp8 --direction-bits 4 --probe codes", ("fp8", True)),
+    ("--device cuda --method adazeta", ("bf16", False)), ("--device cuda --method adazeta --queries 4", ("bf16", True)),
 ])  # fmt: skip
 def test_products_and_compilation_go_by_the_device(flags, told):
     c = train.parse(["--model", "roberta-base", "--device", "cpu", *flags.split()])
@@ -392,6 +395,9 @@ def test_products_and_compilation_go_by_the_device(flags, told):
     ("--weights int4 --eps 1e-2 --stride 4000", "is under a 4096th of the grid's widest spacing"),
     ("--compute fp8", "--compute fp8 multiplies codes by codes"),
     ("--weights fp8 --activations int8 --compute fp8", "--compute fp8 multiplies codes by codes"),
+    ("--weights fp8 --activations fp8 --compute fp8 --direction-bits 4", "by quzo with --direction-bits grid"),
+    ("--weights int4 --stride 3 --probe codes", "--probe codes would hold --stride 3 back"),
+    ("--method adazeta --compile", "--compile makes code for each number of probes, which grows here"),
     ("--weights int8 --stride 2", "--stride is about directions on the grid"),
     ("--method fo --stride 2", "--stride means nothing beside --method fo"),
 ])  # fmt: skip
