@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -198,23 +199,32 @@ def _store_fields(packed, numbers, group, live, BITS: tl.constexpr):
 
 
 @triton.jit
-def _from_byte(byte, KIND: tl.constexpr):
-    """An fp8 number's bits, int32 -> float32, through float16: the same layout, but for e4m3 an exponent 8 lower.
-
-    By hand, because Triton's interpreter has no fp8.
-    """
-    half = ((byte & 0x7F) << 7 | (byte & 0x80) << 8) if KIND == "fp8" else byte << 8
-    x = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return x * 256.0 if KIND == "fp8" else x
+def _from_byte(byte, KIND: tl.constexpr, BY_HAND: tl.constexpr):
+    """fp8 codes, uint8 -> float32.  By hand, where there is no fp8: through float16, which has the same layout, but for
+    e4m3 an exponent 8 lower."""
+    if not BY_HAND:
+        x = byte.to(tl.float8e4nv if KIND == "fp8" else tl.float8e5, bitcast=True).to(tl.float32)
+    else:
+        byte = byte.to(tl.int32)
+        half = ((byte & 0x7F) << 7 | (byte & 0x80) << 8) if KIND == "fp8" else byte << 8
+        x = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * (256.0 if KIND == "fp8" else 1.0)
+    return x
 
 
 @triton.jit
-def _to_byte(x, KIND: tl.constexpr):
-    """The inverse, for numbers on the grid."""
-    x = x * 0.00390625 if KIND == "fp8" else x  # 2^-8
-    half = x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
-    byte = ((half >> 7) & 0x7F | (half >> 8) & 0x80) if KIND == "fp8" else half >> 8
-    return byte.to(tl.uint8)
+def _to_byte(x, KIND: tl.constexpr, BY_HAND: tl.constexpr):
+    """float32 -> fp8 codes, uint8: to nearest, ties to even, sizes beyond the top to the top.
+
+    By hand, what lies between two points has to be e4m3.
+    """
+    if not BY_HAND:
+        byte = x.to(tl.float8e4nv if KIND == "fp8" else tl.float8e5).to(tl.uint8, bitcast=True)
+    elif KIND == "fp8":
+        half = (_nearest8(x, 3, -6, 448.0) * 0.00390625).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+        byte = ((half >> 7) & 0x7F | (half >> 8) & 0x80).to(tl.uint8)
+    else:
+        byte = (x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) >> 8).to(tl.uint8)
+    return byte
 
 
 @triton.jit
@@ -230,24 +240,24 @@ def _place(N, TAIL: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _code(value, group, at, whole, live, KIND: tl.constexpr):
+def _code(value, group, at, whole, live, KIND: tl.constexpr, BY_HAND: tl.constexpr):
     """The stored numbers as float32, before their scale."""
     if KIND == "int4":
         code = _fields(value, group, whole, 4).to(tl.float32)
     elif KIND == "fp8" or KIND == "fp8-e5m2":
-        code = _from_byte(tl.load(value + at, mask=live, other=0).to(tl.int32), KIND)
+        code = _from_byte(tl.load(value + at, mask=live, other=0), KIND, BY_HAND)
     else:
         code = tl.load(value + at, mask=live, other=0).to(tl.float32)
     return code
 
 
 @triton.jit
-def _store(value, new, group, at, whole, live, KIND: tl.constexpr):
+def _store(value, new, group, at, whole, live, KIND: tl.constexpr, BY_HAND: tl.constexpr):
     """The inverse of _code."""
     if KIND == "int4":
         _store_fields(value, new.to(tl.int32), group, whole, 4)
     elif KIND == "fp8" or KIND == "fp8-e5m2":
-        tl.store(value + at, _to_byte(new, KIND), mask=live)
+        tl.store(value + at, _to_byte(new, KIND, BY_HAND), mask=live)
     else:
         tl.store(value + at, new.to(value.dtype.element_ty), mask=live)
 
@@ -305,7 +315,8 @@ VARYING = ["factor", "grain", "step", "tensor", "query", "k0", "k1"]  # never co
 def _pair_kernel(
     pair, value, scale, knots, rows, ROWS, PER_ROW, LENGTH, factor, grain, step, tensor, query, k0, k1,
     KIND: tl.constexpr, TOP: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr, PLUS: tl.constexpr,
-    MINUS: tl.constexpr, CHOSEN: tl.constexpr, BYTES: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
+    MINUS: tl.constexpr, CHOSEN: tl.constexpr, BYTES: tl.constexpr, BY_HAND: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     group, at, whole, live = _place(LENGTH, TAIL, BLOCK)
     to = at
@@ -316,7 +327,8 @@ def _pair_kernel(
         row = tl.where(known, row, 0)
         group = (row * PER_ROW + column).to(tl.int32)
         at = group.to(tl.int64)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    code, unit = _code(value, group, at, whole, live, KIND), _unit(scale, group, whole, PER_ROW, KIND)
+    code = _code(value, group, at, whole, live, KIND, BY_HAND)
+    unit = _unit(scale, group, whole, PER_ROW, KIND)
     if CHOSEN:  # a row that is not there is not a number: no wrong memory is read, and no loss looks right
         unit = tl.where(known[:, None], unit, float("nan"))
     if LEVELS == NO_DIRECTION:
@@ -331,11 +343,11 @@ def _pair_kernel(
             plus, minus = plus * unit, minus * unit  # Triton's -d is 0 - d: no -0
     elif BYTES:
         d = _divide(d, unit)
-        plus, minus = _nearest8(code + d, 3, -6, 448.0), _nearest8(code - d, 3, -6, 448.0)
+        plus, minus = code + d, code - d
     else:
         plus, minus = code * unit + d, code * unit - d
     if BYTES:
-        plus, minus = _to_byte(plus, KIND), _to_byte(minus, KIND)
+        plus, minus = _to_byte(plus, KIND, BY_HAND), _to_byte(minus, KIND, BY_HAND)
     if PLUS:
         tl.store(pair + to, plus.to(pair.dtype.element_ty), mask=live)
         pair += LENGTH
@@ -347,10 +359,11 @@ def _pair_kernel(
 def _update_kernel(
     value, scale, residual, counts, knots, factors, N, PER_ROW, grain, step, tensor, query, k0, k1,
     QUERIES: tl.constexpr, KIND: tl.constexpr, TOP: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr,
-    ROUNDING: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
+    ROUNDING: tl.constexpr, BY_HAND: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group, at, whole, live = _place(N, TAIL, BLOCK)
-    old, unit = _code(value, group, at, whole, live, KIND), _unit(scale, group, whole, PER_ROW, KIND)
+    old = _code(value, group, at, whole, live, KIND, BY_HAND)
+    unit = _unit(scale, group, whole, PER_ROW, KIND)
     power = _power(old, unit, KIND)
     delta = _along(
         tl.load(factors), grain, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS
@@ -379,7 +392,7 @@ def _update_kernel(
         code = tl.floor((new + (1 << (RESIDUAL - 1))) * (1.0 / (1 << RESIDUAL)))
         _store_fields(residual, (new - code * (1 << RESIDUAL)).to(tl.int32), group, whole, RESIDUAL)
         new = code
-    _store(value, new, group, at, whole, live, KIND)
+    _store(value, new, group, at, whole, live, KIND, BY_HAND)
 
 
 def serves(stored: Stored) -> bool:
@@ -419,6 +432,12 @@ def _arguments(stored: Stored, key: Key) -> tuple[Tensor, Tensor, int, int, list
 def _on(device: torch.device):
     """Triton launches on the current device, whatever its arguments are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@cache
+def _by_hand(device: torch.device) -> bool:
+    """Whether fp8 has to be converted by hand: Triton's interpreter has none, nor have GPUs before 2022."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)
 
 
 def _tail(n: int) -> str:
@@ -462,7 +481,8 @@ def _materialise(
     with _on(value.device):
         _pair_kernel[_programs(length)](
             out, value, scale, knots, chosen, R, per_row, length, factor, grain, *words, KIND=kind, TOP=top,
-            CHOSEN=rows is not None, BYTES=is_codes, TAIL=_tail(length), BLOCK=BLOCK, **options, **EXACT,
+            CHOSEN=rows is not None, BYTES=is_codes, BY_HAND=_by_hand(value.device), TAIL=_tail(length), BLOCK=BLOCK,
+            **options, **EXACT,
         )  # fmt: skip
     return pair
 
@@ -480,5 +500,6 @@ def update_(stored: Stored, key: Key, factors: Tensor, zo: ZO, knots: Tensor, co
         _update_kernel[_programs(n)](
             value, scale, stored.residual.view(WORDS[bits]) if bits else value, counts, knots, factors, n, per_row,
             zo.grain, *words, QUERIES=len(factors), KIND=kind, TOP=float(stored.limit) if bits else top, RESIDUAL=bits,
-            LEVELS=zo.levels, ROUNDING=int(zo.step_rounding), TAIL=_tail(n), BLOCK=BLOCK, **EXACT,
+            LEVELS=zo.levels, ROUNDING=int(zo.step_rounding), BY_HAND=_by_hand(value.device), TAIL=_tail(n),
+            BLOCK=BLOCK, **EXACT,
         )  # fmt: skip
