@@ -59,7 +59,7 @@ class Config:
                          ("stochastic", "nearest"))  # fmt: skip
     oracle: bool = flag(False, "keep integer codes as fake-quantised fp32: slower, to the same bits")
     compute: str = flag("auto", "what matrices are multiplied in; auto: fp32 on a CPU and for fp32 weights; on cuda "
-                                "fp8 for fp8 weights with fp8 activations by forwards alone, else bf16",
+                                "fp8 for fp8 weights, activations and directions on the grid, else bf16",
                         ("auto", "fp32", "bf16", "fp8"))  # fmt: skip
     compile: bool | None = flag(None, "compile the model's block, once for all layers and lengths; on for zo on "
                                         "cuda with a fixed number of queries")  # fmt: skip

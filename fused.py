@@ -338,9 +338,10 @@ def _pair_kernel(
         d = _along(factor, grain, unit, power, knots, group, step, tensor, query, k0, k1, PROBE_ROUNDING, LEVELS)
     if CODES:
         words = _bits32(group, step, tensor, query, PROBE_LANDING, k0, k1)
-        plus, minus = _land(code, unit, d, words, KIND, TOP), _land(code, unit, d * -1.0, words, KIND, TOP)
+        away = d * -1.0  # Triton's -d is 0 - d: no -0
+        plus, minus = _land(code, unit, d, words, KIND, TOP), _land(code, unit, away, words, KIND, TOP)
         if not BYTES:
-            plus, minus = plus * unit, minus * unit  # Triton's -d is 0 - d: no -0
+            plus, minus = plus * unit, minus * unit
     elif BYTES:
         d = _divide(d, unit)
         plus, minus = code + d, code - d

@@ -481,7 +481,6 @@ class StoredView:
             return fused.read(stored, torch.float32, index)
         return stored.read(index).float()[None]
 
-
     def codes(self, name: str) -> Tensor:
         return self.store[name].codes[None]
 

@@ -369,7 +369,7 @@ class Fp8:
         return self.grid.spacing(self.code(rows)).mul_(self.scale[rows])
 
     def land(self, rows: slice | Tensor, delta: Tensor, words: Tensor | None) -> Tensor:
-        return self._landed(rows, delta, words)[0].float().mul_(self.scale[rows])
+        return self.landed(rows, delta, words).float().mul_(self.scale[rows])
 
     def _landed(self, rows: slice | Tensor, delta: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor]:
         """The code that w + delta becomes, and whether the edge of the grid held it back."""

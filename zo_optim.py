@@ -205,10 +205,8 @@ class Pair:
         """[P, *shape]; matrices in the compute dtype, all else in float32."""
         stored = self.store[name]
         dtype = self.dtype if len(stored.shape) == 2 else torch.float32
-        if has_kernels(stored) and not self.plain:
-            key = Key(*self.place, tensor_id(name))
-            pair = fused.read_pair(stored, key, self.zo, normal_knots(stored.device), dtype, self.signs)
-            return pair.view(-1, *stored.shape)
+        if self._has_kernel(name):
+            return self._by_kernel(name, dtype).view(-1, *stored.shape)
         pair = torch.empty(self.probes, *matrix_shape(stored.shape), dtype=dtype, device=stored.device)
         for rows in row_chunks(stored.shape, stored.device):
             pair[:, rows] = self._signed(name, rows)
@@ -218,8 +216,8 @@ class Pair:
     def codes(self, name: str) -> Tensor:
         """Of an fp8 matrix, rounded to nearest (probe float) or landed (codes): [P, R, C] e4m3."""
         stored, key = self.store[name], Key(*self.place, tensor_id(name))
-        if has_kernels(stored) and not self.plain:
-            return fused.read_pair(stored, key, self.zo, normal_knots(stored.device), stored.grid.dtype, self.signs)
+        if self._has_kernel(name):
+            return self._by_kernel(name, stored.grid.dtype)
         pair = torch.empty(self.probes, *stored.shape, dtype=stored.grid.dtype, device=stored.device)
         for rows in row_chunks(stored.shape, stored.device):
             d = self.zo.along(self.zo.eps, stored, key, rows, Use.PROBE_ROUNDING)
@@ -231,11 +229,14 @@ class Pair:
     @phase("materialise", bytes_probed)
     def rows(self, name: str, index: Tensor) -> Tensor:
         """index [n] int64 -> [P, n, C] float32.  Draws those rows only."""
-        stored = self.store[name]
-        if has_kernels(stored) and not self.plain:
-            key, knots = Key(*self.place, tensor_id(name)), normal_knots(stored.device)
-            return fused.read_pair(stored, key, self.zo, knots, torch.float32, self.signs, index)
-        return self._signed(name, index)
+        return self._by_kernel(name, torch.float32, index) if self._has_kernel(name) else self._signed(name, index)
+
+    def _has_kernel(self, name: str) -> bool:
+        return has_kernels(self.store[name]) and not self.plain
+
+    def _by_kernel(self, name: str, dtype: torch.dtype, index: Tensor | None = None) -> Tensor:
+        stored, key = self.store[name], Key(*self.place, tensor_id(name))
+        return fused.read_pair(stored, key, self.zo, normal_knots(stored.device), dtype, self.signs, index)
 
     def _signed(self, name: str, rows: slice | Tensor) -> Tensor:
         stored, key = self.store[name], Key(*self.place, tensor_id(name))
