@@ -63,6 +63,8 @@ class Config:
                         ("auto", "fp32", "bf16", "fp8"))  # fmt: skip
     compile: bool | None = flag(None, "compile the model's block, once for all layers and lengths; on for zo on "
                                         "cuda with a fixed number of queries")  # fmt: skip
+    graphs: bool | None = flag(None, "record a step's launches as CUDA graphs, one for each length of a batch, in "
+                                     "eights; on for zo on cuda, without --profile")  # fmt: skip
     steps: int | None = flag(None, "updates")
     lr: float | None = flag(None, "learning rate")
     lr_schedule: str | None = flag(None, "constant, or linear down to 0", ("constant", "linear"))
@@ -220,6 +222,7 @@ def resolve_defaults(c: Config) -> Config:
         c,
         compute=products(c) if c.compute == "auto" else c.compute,
         compile=cuda and optimizer == "zo" and not grows(c) if c.compile is None else c.compile,
+        graphs=cuda and optimizer == "zo" and not c.profile if c.graphs is None else c.graphs,
         micro_batch_size=c.batch_size if c.micro_batch_size is None else c.micro_batch_size,
     )
 
@@ -262,6 +265,7 @@ def recorded(c: Config, flags: dict) -> Config:
     if flags["optimizer"] != "zo":
         raise ValueError(f"{run} cannot be redone: AdamW's moments are not kept")
     moved = {name: getattr(c, name) for name in given & set(MOVED)}
+    moved["graphs"] = flags["graphs"] and moved.get("device", flags["device"]).startswith("cuda")
     return Config(**flags | moved | {"out": run, "profile": 0})
 
 
@@ -365,6 +369,8 @@ def check_products(c: Config) -> None:
     if c.compute == "fp8" and not suits_codes(c):
         raise ValueError("--compute fp8 multiplies codes by codes: --weights fp8 --activations fp8, trained by zo, and "
                          "by quzo with --direction-bits grid or --probe codes")  # fmt: skip
+    if c.graphs and (c.optimizer != "zo" or c.profile or not c.device.startswith("cuda")):
+        raise ValueError("--graphs are for zo on cuda, and hide from --profile what belongs to which phase")
     if c.compile and grows(c):
         raise ValueError("--compile makes code for each number of probes, which grows here: give --queries")
 

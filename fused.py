@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quant import GROUP, Float, Fp8, Integers, Oracle, Stored, matrix_shape
-from random_bits import LOW, Key, Use, as_int32, philox_
+from random_bits import LOW, Key, Use, as_int32, number_, philox_
 
 if TYPE_CHECKING:  # which imports this file
     from zo_optim import ZO
@@ -90,17 +90,24 @@ def _direction(knots, group, step, tensor, query, k0, k1, ROUNDING: tl.constexpr
 
 
 @triton.jit
-def _grid_step(words, unit, power, grain):
-    """zo_optim.grid_step at a spacing of unit * power.  unit [BLOCK, 1]; power, of two, [BLOCK, 1] or [BLOCK, 8].
+def _grid_step(factor, words, unit, power, grain):
+    """zo_optim.grid_step at a spacing of unit * power, in parts: its size, and which of the words hit (their top bits
+    say which way).  unit [BLOCK, 1]; power, of two, and so the size, [BLOCK, 1] or [BLOCK, 8].
 
     The one division is by unit, for all of a group: what is left of the ratio are exponents.
     """
-    t = tl.maximum(unit * power, grain)
+    size = tl.maximum(unit * power, grain) * factor
     inverse = (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     ratio = tl.minimum(tl.div_rn(unit * 0 + grain, unit) * inverse, 1.0)
     threshold = (ratio * ratio * 2147483648.0 + 0.5).to(tl.uint32)
-    step = (t.to(tl.uint32, bitcast=True) ^ (words & 0x80000000)).to(tl.float32, bitcast=True)
-    return tl.where((words & 0x7FFFFFFF) < threshold, step, 0.0)
+    return size, (words & 0x7FFFFFFF) < threshold
+
+
+@triton.jit
+def _signed(size, words, hit):
+    """size where it hits, turned over by the words' top bits; 0 elsewhere."""
+    step = (size.to(tl.uint32, bitcast=True) ^ (words & 0x80000000)).to(tl.float32, bitcast=True)
+    return tl.where(hit, step, 0.0)
 
 
 @triton.jit
@@ -109,15 +116,17 @@ def _along(
 ):
     """zo_optim.ZO.along, [BLOCK, 8]; for a grid direction (LEVELS -1) factor comes divided by grain."""
     if LEVELS == -1:
-        d = _grid_step(_bits32(group, step, tensor, query, DIRECTION, k0, k1), unit, power, grain)
+        words = _bits32(group, step, tensor, query, DIRECTION, k0, k1)
+        size, hit = _grid_step(factor, words, unit, power, grain)
+        d = _signed(size, words, hit)
     else:
-        d = _direction(knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS)
-    return d * factor
+        d = _direction(knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS) * factor
+    return d
 
 
 @triton.jit
-def _divide(x, unit):
-    """x / unit, rounded to nearest.  x [BLOCK, 8], unit [BLOCK, 1].
+def _divide(x, unit, MINUS_ZERO: tl.constexpr):
+    """x / unit, rounded to nearest.  x [BLOCK, 8], unit [BLOCK, 1].  MINUS_ZERO: whether -0 has to stay -0.
 
     Markstein (1990): from the rounded reciprocal, one division a group, two fused steps give the rounded quotient.
     Triton's interpreter does not fuse them.
@@ -128,7 +137,9 @@ def _divide(x, unit):
         inverse = tl.div_rn(unit * 0 + 1.0, unit)
         rough, away = x * inverse, unit * -1.0
         quotient = tl.fma(tl.fma(rough, tl.broadcast_to(away, x.shape), x), tl.broadcast_to(inverse, x.shape), rough)
-    return tl.where(x == 0, x, quotient)  # the fused steps make +0 of -0
+    if MINUS_ZERO:
+        quotient = tl.where(x == 0, x, quotient)  # the fused steps make +0 of it
+    return quotient
 
 
 @triton.jit
@@ -292,18 +303,18 @@ def _power(code, unit, KIND: tl.constexpr):
 
 
 @triton.jit
-def _land(code, unit, delta, words, KIND: tl.constexpr, TOP: tl.constexpr):
-    """Each store's land, before its scale."""
+def _land(code, unit, delta, words, KIND: tl.constexpr, TOP: tl.constexpr, MINUS_ZERO: tl.constexpr):
+    """Each store's land, before its scale.  MINUS_ZERO: whether delta may hold -0, which codes of -0 would keep."""
     if KIND == "fp32":
         new = code + delta
     elif KIND == "bf16":
         new = _cut(code + delta, words, 16)
     elif KIND == "fp8":
-        new = _round8(_divide(delta, unit) + code, words, 3, -6, 448.0)
+        new = _round8(_divide(delta, unit, MINUS_ZERO) + code, words, 3, -6, 448.0)
     elif KIND == "fp8-e5m2":
-        new = _round8(_divide(delta, unit) + code, words, 2, -14, 57344.0)
+        new = _round8(_divide(delta, unit, MINUS_ZERO) + code, words, 2, -14, 57344.0)
     else:
-        new = _stochastic_round(_divide(delta, unit), words) + code
+        new = _stochastic_round(_divide(delta, unit, False), words) + code
         new = tl.minimum(tl.maximum(new, -TOP), TOP)
     return new
 
@@ -319,7 +330,7 @@ def _pair_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     group, at, whole, live = _place(LENGTH, TAIL, BLOCK)
-    to = at
+    to, step = at, number_(step)
     if CHOSEN:  # groups of the rows' rows
         row = group // PER_ROW
         row, column = tl.load(rows + row, mask=whole, other=0), group - row * PER_ROW
@@ -339,11 +350,11 @@ def _pair_kernel(
     if CODES:
         words = _bits32(group, step, tensor, query, PROBE_LANDING, k0, k1)
         away = d * -1.0  # Triton's -d is 0 - d: no -0
-        plus, minus = _land(code, unit, d, words, KIND, TOP), _land(code, unit, away, words, KIND, TOP)
+        plus, minus = _land(code, unit, d, words, KIND, TOP, True), _land(code, unit, away, words, KIND, TOP, True)
         if not BYTES:
             plus, minus = plus * unit, minus * unit
     elif BYTES:
-        d = _divide(d, unit)
+        d = _divide(d, unit, LEVELS >= 0)  # where a grid direction is 0, it is +0
         plus, minus = code + d, code - d
     else:
         plus, minus = code * unit + d, code * unit - d
@@ -363,32 +374,43 @@ def _update_kernel(
     ROUNDING: tl.constexpr, BY_HAND: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group, at, whole, live = _place(N, TAIL, BLOCK)
+    step = number_(step)
     old = _code(value, group, at, whole, live, KIND, BY_HAND)
     unit = _unit(scale, group, whole, PER_ROW, KIND)
     power = _power(old, unit, KIND)
-    delta = _along(
-        tl.load(factors), grain, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS
-    )
-    for q in range(1, QUERIES):
-        delta += _along(
-            tl.load(factors + q), grain, unit, power, knots, group, step, tensor, query + q, k0, k1, ROUNDING, LEVELS
-        )
-    words = _bits32(group, step, tensor, query, WEIGHT_ROUNDING, k0, k1)
+    integers: tl.constexpr = KIND == "int8" or KIND == "int4"
+    landing = _bits32(group, step, tensor, query, WEIGHT_ROUNDING, k0, k1)
     if RESIDUAL:
-        old = old * (1 << RESIDUAL) + _fields(residual, group, whole, RESIDUAL).to(tl.float32)
-        unit = unit * (1.0 / (1 << RESIDUAL))
-    if KIND == "int8" or KIND == "int4":
-        wanted = _stochastic_round(_divide(delta, unit), words) + old
+        fine_old = old * (1 << RESIDUAL) + _fields(residual, group, whole, RESIDUAL).to(tl.float32)
+        fine_unit = unit * (1.0 / (1 << RESIDUAL))
+    else:
+        fine_old, fine_unit = old, unit
+    if LEVELS == -1 and integers and QUERIES == 1:  # one size for all of a group: divided and rounded once
+        words = _bits32(group, step, tensor, query, DIRECTION, k0, k1)
+        size, hit = _grid_step(tl.load(factors), words, unit, power, grain)
+        moved = _signed(_stochastic_round(tl.div_rn(size, fine_unit), landing), words, hit)
+    else:
+        delta = _along(
+            tl.load(factors), grain, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS
+        )
+        for q in range(1, QUERIES):
+            delta += _along(
+                tl.load(factors + q), grain, unit, power, knots, group, step, tensor, query + q, k0, k1, ROUNDING, LEVELS
+            )
+        if integers:
+            moved = _stochastic_round(_divide(delta, fine_unit, False), landing)
+    if integers:
+        wanted = moved + fine_old
         bottom = -TOP - 1 if RESIDUAL else -TOP  # Integers.lowest
         new = tl.minimum(tl.maximum(wanted, bottom), TOP)
         held = new != wanted
     else:
-        new = _land(old, unit, delta, words, KIND, TOP)
-        held = tl.abs(_divide(delta, unit) + old) > TOP
+        new = _land(old, unit, delta, landing, KIND, TOP, LEVELS >= 0)
+        held = tl.abs(_divide(delta, unit, False) + old) > TOP
     counts += tl.program_id(0) % SHARDS_ * 2
-    both = tl.sum((live & (new != old)).to(tl.int32) + ((live & held).to(tl.int32) << 16))
-    tl.atomic_add(counts, (both & 0xFFFF).to(tl.int64))
-    tl.atomic_add(counts + 1, (both >> 16).to(tl.int64))
+    both = tl.sum(tl.where(live & (new != fine_old), 1, 0) + tl.where(live & held, 65536, 0))
+    tl.atomic_add(counts, (both & 0xFFFF).to(tl.int64), sem="relaxed")  # or all of the program's stores are waited for
+    tl.atomic_add(counts + 1, (both >> 16).to(tl.int64), sem="relaxed")
     if RESIDUAL:
         code = tl.floor((new + (1 << (RESIDUAL - 1))) * (1.0 / (1 << RESIDUAL)))
         _store_fields(residual, (new - code * (1 << RESIDUAL)).to(tl.int32), group, whole, RESIDUAL)
@@ -419,7 +441,7 @@ def _kind(stored: Stored) -> tuple[str, float]:
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bits a field: 8 of them
 
 
-def _arguments(stored: Stored, key: Key) -> tuple[Tensor, Tensor, int, int, list[int]]:
+def _arguments(stored: Stored, key: Key) -> tuple[Tensor, Tensor, int, int, list[int | Tensor]]:
     """What both kernels need: numbers, scales (unused for floats), how many, groups a row, the key in 32-bit words."""
     R, C = matrix_shape(stored.shape)
     words = as_int32(key.step, key.tensor, key.query, key.seed & LOW, key.seed >> 32 & LOW)
@@ -458,7 +480,7 @@ def read_pair(
 
     The definitions are zo_optim.Pair.read and rows.
     """
-    return _materialise(stored, key, dtype, rows, len(signs), knots, float(zo.stride) if zo.grid else zo.eps, zo.grain,
+    return _materialise(stored, key, dtype, rows, len(signs), knots, zo.times(zo.eps), zo.grain,
                         LEVELS=zo.levels, CODES=zo.probe == "codes", PLUS=1 in signs, MINUS=-1 in signs)  # fmt: skip
 
 
@@ -491,8 +513,7 @@ def _materialise(
 def update_(stored: Stored, key: Key, factors: Tensor, zo: ZO, knots: Tensor, counts: Tensor) -> None:
     """w += the sum of coefficient_i * u2_i, landing stochastically on the grid; adds to counts [SHARDS, 2] int64.
 
-    factors [n] float32: the coefficients, divided by grain for a grid direction.  The definition is
-    zo_optim._update_tensor.
+    factors [n] float32: zo.times of the coefficients.  The definition is zo_optim.land_steps, plain.
     """
     value, scale, n, per_row, words = _arguments(stored, key)
     kind, top = _kind(stored)

@@ -501,13 +501,27 @@ def multiply_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
     On tensor cores, which add in float32; both scales are applied to the sum.
     """
-    codes, tokens = token_codes(x, "fp8")
     if len(weight) < len(x):
         return multiply_fp8(x.flatten(0, 1)[None], weight, scale).view(*x.shape[:2], -1)
-    return torch.stack([
-        torch._scaled_mm(a, w.T, scale_a=s, scale_b=scale.T, out_dtype=torch.bfloat16)
-        for a, w, s in zip(codes, weight, tokens, strict=True)
-    ])  # fmt: skip
+    return multiply_codes(*token_codes(x, "fp8"), weight, scale)
+
+
+@torch.library.custom_op("quzo::multiply_codes", mutates_args=())  # torch.compile would join the probes by a copy
+def multiply_codes(codes: Tensor, tokens: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """e4m3 codes [P, N, C] with token scales [P, N, 1], times e4m3 weights [P, O, C] with row scales [O, 1]."""
+    P, N, _ = codes.shape
+    y = torch.empty(P, N, weight.shape[1], dtype=torch.bfloat16, device=codes.device)
+    for p in range(P):
+        scale_a = tokens[p] if N % 4 == 0 else tokens[p].clone()  # cuBLAS wants it to begin at a multiple of 16 bytes
+        torch._scaled_mm(
+            codes[p], weight[p].T, scale_a=scale_a, scale_b=scale.T, out_dtype=torch.bfloat16, out=y[p]
+        )  # fmt: skip
+    return y
+
+
+@multiply_codes.register_fake
+def _(codes: Tensor, tokens: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return codes.new_empty(*codes.shape[:2], weight.shape[1], dtype=torch.bfloat16)
 
 
 def straight_through(x: Tensor, rounded: Tensor) -> Tensor:

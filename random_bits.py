@@ -44,7 +44,7 @@ class Key(NamedTuple):
     """Names one tensor's draws in one query of one step."""
 
     seed: int  # 64 bits
-    step: int  # 32 bits
+    step: int | Tensor  # 32 bits; on a GPU also [1] int32, which graphs.py fills in
     query: int = 0  # 28 bits
     tensor: int = 0  # 32 bits, see tensor_id
 
@@ -100,14 +100,22 @@ def _random_words_triton(counter: tuple[int, ...], seed: tuple[int, int], blocks
     return words
 
 
-def as_int32(*words: int) -> list[int]:
-    """32-bit words as signed numbers of the same bits: one kernel argument type, whatever their top bit."""
-    return [w - (1 << 32) if w >> 31 else w for w in words]
+def as_int32(*words: int | Tensor) -> list[int | Tensor]:
+    """32-bit words as signed numbers of the same bits: one kernel argument type, whatever their top bit.  Numbers in
+    memory stay there."""
+    return [w if isinstance(w, Tensor) else w - (1 << 32) if w >> 31 else w for w in words]
 
 
 if triton is not None:
 
     M0_, M1_, W0_, W1_ = tl.constexpr(M0), tl.constexpr(M1), tl.constexpr(W0), tl.constexpr(W1)
+
+    @triton.jit
+    def number_(x):
+        """A number, whether it is given or where it is."""
+        if x.dtype.is_ptr():
+            x = tl.load(x)
+        return x
 
     @triton.jit
     def philox_(c0, c1, c2, c3, k0, k1):
@@ -131,7 +139,7 @@ if triton is not None:
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         live = at < n
         c0 = tl.load(blocks + at, mask=live, other=0).to(tl.uint32)
-        w0, w1, w2, w3 = philox_(c0, c1, c2, c3, k0, k1)
+        w0, w1, w2, w3 = philox_(c0, number_(c1), c2, c3, k0, k1)
         tl.store(words + at * 4 + 0, w0.to(tl.int32, bitcast=True), mask=live)
         tl.store(words + at * 4 + 1, w1.to(tl.int32, bitcast=True), mask=live)
         tl.store(words + at * 4 + 2, w2.to(tl.int32, bitcast=True), mask=live)

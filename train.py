@@ -28,18 +28,21 @@ import profiler
 import tensor_train
 from config import FIRST_ORDER, Config, parse, probes_at_once, recorded, spec_of, validate
 from data.hub import raw_config, resolve
-from data.scoring import Encoded, Encoder, Quality, collate, evaluate, losses, width
+from data.scoring import Batch, Encoded, Encoder, Quality, collate, evaluate, losses, width
 from data.tasks import Splits, get_task, load_splits
 from data.tokenizer import Tokenizer
 from dry_run import predict, table
 from first_order import adamw_step, make_trainable, optimizer
+from graphs import Replayed
 from model import LanguageModel, config_of, load, read_config
 from profiler import phase
 from quant import Stored
 from random_bits import permutation
 from run_folder import Past, RunFolder, check_free, hashed, read_past
 from tensor_train import trained
-from zo_optim import ZO, check_grid, estimate, learning_rate, queries_of, update
+from zo_optim import (
+    ZO, check_grid, chunks, land_steps, learning_rate, probe_losses, queries_from, queries_of, update,
+)  # fmt: skip
 
 # ---------------------------------------------------------------- the loop
 
@@ -54,6 +57,7 @@ class Problem:
     test: list[Encoded]
     pad: int
     batch_size: int  # of evaluations
+    multiple: int = 1  # what the tokens of a batch to train on are made a multiple of
 
     def quality(self, split: list[Encoded]) -> Quality:
         return evaluate(self.lm, split, self.pad, self.batch_size)
@@ -68,7 +72,13 @@ def prepare(c: Config) -> tuple[Problem, Splits]:
     encode = Encoder(Tokenizer(directory), task, config, c.max_length)
     train, dev, test = ([encode(example) for example in split] for split in splits[:3])
     batch_size = 2 * c.micro_batch_size  # there is one view of the weights then, where a step has a pair
-    return Problem(load_base(c, directory), train, dev, test, config.pad_token_id or 0, batch_size), splits
+    pad, multiple = config.pad_token_id or 0, multiple_of(c, config.longest)
+    return Problem(load_base(c, directory), train, dev, test, pad, batch_size, multiple), splits
+
+
+def multiple_of(c: Config, longest: int) -> int:
+    """Batches of eight lengths share a graph, where the model takes so many tokens."""
+    return 8 if c.graphs and longest % 8 == 0 else 1
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # outside of products
@@ -121,12 +131,17 @@ def batch_indices(seed: int, step: int, batch_size: int, n: int) -> list[int]:
     return [int(_order(seed, p // n, n)[p % n]) for p in positions]
 
 
-def loss_parts(problem: Problem, examples: list[Encoded], micro_batch_size: int, view) -> Iterator[Tensor]:
-    """Mean loss of each probe over the examples, in forwards of at most micro_batch_size: [P] each, to be summed."""
-    for i in range(0, len(examples), micro_batch_size):
-        chunk = examples[i : i + micro_batch_size]
-        batch = collate(chunk, problem.pad, problem.lm.device)
-        yield losses(problem.lm, batch, view) * (len(chunk) / len(examples))
+def batches_of(problem: Problem, examples: list[Encoded], micro_batch_size: int) -> list[Batch]:
+    """What goes through the model at once."""
+    chunks = (examples[i : i + micro_batch_size] for i in range(0, len(examples), micro_batch_size))
+    return [collate(chunk, problem.pad, problem.lm.device, problem.multiple) for chunk in chunks]
+
+
+def loss_parts(lm: LanguageModel, batches: list[Batch], view) -> Iterator[Tensor]:
+    """Mean loss of each probe over the examples of all batches: [P] each, to be summed."""
+    examples = sum(len(batch.labels) for batch in batches)
+    for batch in batches:
+        yield losses(lm, batch, view) * (len(batch.labels) / examples)
 
 
 @phase("other forward")
@@ -287,6 +302,9 @@ def estimator(c: Config) -> ZO:
     return ZO(c.eps, c.queries or 1, bits, grid, c.estimator or "q-rge2", c.probe, nearest, c.stride or 1)
 
 
+FIELDS = len(dataclasses.fields(Batch))
+
+
 def zeroth_order(c: Config, problem: Problem) -> StepFn:
     """Estimate and update: two forwards a query."""
     lm, n, fixed = problem.lm, len(problem.train), estimator(c)
@@ -295,13 +313,24 @@ def zeroth_order(c: Config, problem: Problem) -> StepFn:
     if fixed.grid:
         check_grid(lm.store, fixed.grain)
 
+    def probe(at: int | Tensor, inputs: list[Tensor | None], n_queries: int) -> Tensor:
+        loss_fn = partial(loss_of, lm, [Batch(*of_batch) for of_batch in chunks(inputs, FIELDS)])
+        zo, at_once = replace(fixed, queries=n_queries), probes_at_once(c, n_queries)
+        return probe_losses(store, loss_fn, c.seed, at, zo, lm.dtype, frozen, at_once)
+
+    def land(at: int | Tensor, inputs: list[Tensor]) -> Tensor:
+        return land_steps(store, *inputs, c.seed, at, fixed)
+
+    if c.graphs:
+        probe, land = Replayed(probe, lm.device), Replayed(land, lm.device)
+
     def step(at: int, examples: list[Encoded], lr: float) -> Step:
         zo = fixed if c.queries else replace(fixed, queries=queries_of(epoch(c, at, n), c.alpha, c.beta, c.max_queries))
-        loss_fn = partial(loss_of, problem, examples, c.micro_batch_size)
-        queries = estimate(store, loss_fn, c.seed, at, zo, lm.dtype, frozen, probes_at_once(c, zo.queries))
+        inputs = [x for batch in batches_of(problem, examples, c.micro_batch_size) for x in batch.tensors()]
+        queries = queries_from(probe(at, inputs, zo.queries).tolist(), c.seed, at, zo)
         slopes = [query.slope for query in queries]
         check_finite(sum(slopes), at, c)
-        counts = update(store, slopes, c.seed, at, zo, lr)
+        counts = update(store, slopes, c.seed, at, zo, lr, lambda at, factors: land(at, [factors]))
         return Step(sum(query.plus + query.minus for query in queries) / (2 * len(queries)), slopes, {
             "plus": [query.plus for query in queries], "minus": [query.minus for query in queries],
             "queries": len(queries),
@@ -312,11 +341,12 @@ def zeroth_order(c: Config, problem: Problem) -> StepFn:
 
 def first_order(c: Config, problem: Problem) -> StepFn:
     """One forward, one backward, AdamW."""
-    adamw = optimizer(trained(problem.lm), c.lr, c.weight_decay or 0.0)
+    lm = problem.lm
+    adamw = optimizer(trained(lm), c.lr, c.weight_decay or 0.0)
 
     def step(at: int, examples: list[Encoded], lr: float) -> Step:
-        view = problem.lm.stored_view()
-        parts = (part[0] for part in loss_parts(problem, examples, c.micro_batch_size, view))
+        view = lm.stored_view()
+        parts = (part[0] for part in loss_parts(lm, batches_of(problem, examples, c.micro_batch_size), view))
         loss = adamw_step(adamw, parts, lr)
         check_finite(loss, at, c)
         return Step(loss, [], {})

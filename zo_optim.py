@@ -97,8 +97,10 @@ def direction(key: Key, rows: Tensor, columns: int, bits: int | None, rounding: 
     return code * (CLIP / levels)
 
 
-def grid_step(key: Key, rows: Tensor, spacing: Tensor, columns: int, grain: float) -> Tensor:
-    """grain * u for a direction u drawn on the weight's own grid: [r, C] float32, in weight units.
+def grid_step(
+    key: Key, rows: Tensor, spacing: Tensor, columns: int, grain: float, times: float | Tensor = 1.0
+) -> Tensor:  # fmt: skip
+    """times * grain * u for a direction u drawn on the weight's own grid: [r, C] float32, in weight units.
 
     With s the grid's spacing at a weight (`spacing`, which broadcasts to [r, C]) and t = max(s, grain):
 
@@ -120,6 +122,7 @@ def grid_step(key: Key, rows: Tensor, spacing: Tensor, columns: int, grain: floa
     threshold = (ratio.square() * 2.0**31 + 0.5).to(torch.int64)
     words = bits32(key, Use.DIRECTION, rows, columns)
     hit = (words & 0x7FFFFFFF) < threshold  # 31 bits say whether, the top one says which way
+    t = t * times
     return torch.where(hit, torch.where(words < 0, -t, t), 0.0)
 
 
@@ -164,12 +167,16 @@ class ZO:
         """Which rounding of u is stepped along."""
         return Use.PROBE_ROUNDING if self.estimator == "q-rge1" else Use.UPDATE_ROUNDING
 
-    def along(self, factor: float, stored: Stored, key: Key, rows: slice | Tensor, rounding: Use) -> Tensor:
-        """factor * u for rows of one tensor: [r, C] float32."""
+    def times(self, length: float) -> float:
+        """What `along` takes to go so far: grid directions come as grain * u."""
+        return length / self.grain if self.grid else length
+
+    def along(self, times: float | Tensor, stored: Stored, key: Key, rows: slice | Tensor, rounding: Use) -> Tensor:
+        """length * u for rows of one tensor: [r, C] float32.  times: times(length), or that in memory, [] float32."""
         columns, index = stored.shape[-1], row_index(stored, rows)
         if self.grid:
-            return grid_step(key, index, stored.spacing(rows), columns, self.grain).mul_(factor / self.grain)
-        return direction(key, index, columns, self.bits, rounding).mul_(factor)
+            return grid_step(key, index, stored.spacing(rows), columns, self.grain, times)
+        return direction(key, index, columns, self.bits, rounding).mul_(times)
 
 
 Store = dict[str, Stored]
@@ -192,10 +199,11 @@ class Pair:
     """The view of one query's probes W + eps d and W - eps d, made from one draw.  Writes nothing."""
 
     def __init__(
-        self, store: Store, seed: int, step: int, query: int, zo: ZO, dtype: torch.dtype, plain: bool = False,
+        self, store: Store, seed: int, step: int | Tensor, query: int, zo: ZO, dtype: torch.dtype, plain: bool = False,
         signs: tuple[int, ...] = (1, -1),
     ):  # fmt: skip
-        """plain: the definition in torch, also where a fused kernel could stand in for it.
+        """step: its number, or that in memory (random_bits.Key).
+        plain: the definition in torch, also where a fused kernel could stand in for it.
         signs: which of the two, to hold no more than is asked for."""
         self.store, self.zo, self.dtype, self.plain, self.signs = store, zo, dtype, plain, signs
         self.place, self.probes = (seed, step, query), len(signs)
@@ -220,7 +228,7 @@ class Pair:
             return self._by_kernel(name, stored.grid.dtype)
         pair = torch.empty(self.probes, *stored.shape, dtype=stored.grid.dtype, device=stored.device)
         for rows in row_chunks(stored.shape, stored.device):
-            d = self.zo.along(self.zo.eps, stored, key, rows, Use.PROBE_ROUNDING)
+            d = self.zo.along(self.zo.times(self.zo.eps), stored, key, rows, Use.PROBE_ROUNDING)
             words = words_for(stored, key, Use.PROBE_LANDING, rows) if self.zo.probe == "codes" else None
             for probe, sign in enumerate(self.signs):
                 pair[probe, rows] = stored.landed(rows, d if sign > 0 else -d, words)
@@ -240,7 +248,7 @@ class Pair:
 
     def _signed(self, name: str, rows: slice | Tensor) -> Tensor:
         stored, key = self.store[name], Key(*self.place, tensor_id(name))
-        d = self.zo.along(self.zo.eps, stored, key, rows, Use.PROBE_ROUNDING)
+        d = self.zo.along(self.zo.times(self.zo.eps), stored, key, rows, Use.PROBE_ROUNDING)
         if self.zo.probe == "float":
             weight = stored.read(rows)
             return torch.stack([weight + d if sign > 0 else weight - d for sign in self.signs])
@@ -298,12 +306,17 @@ class Query:
 LossFn = Callable[[Probes], Tensor]  # a view of P probes -> [P] losses
 
 
+def estimate(store: Store, loss_fn: LossFn, seed: int, step: int, *rest) -> list[Query]:
+    """The n queries of one step, all at the same weights.  Reads the store and never writes it."""
+    return queries_from(probe_losses(store, loss_fn, seed, step, *rest).tolist(), seed, step, rest[0])
+
+
 @torch.no_grad()
-def estimate(
-    store: Store, loss_fn: LossFn, seed: int, step: int, zo: ZO, dtype: torch.dtype, frozen: StoredView | None = None,
-    at_once: int = 2,
-) -> list[Query]:
-    """The n queries of one step, all at the same weights.  Reads the store and never writes it.
+def probe_losses(
+    store: Store, loss_fn: LossFn, seed: int, step: int | Tensor, zo: ZO, dtype: torch.dtype,
+    frozen: StoredView | None = None, at_once: int = 2,
+) -> Tensor:
+    """The losses of each query's two probes in turn, [2n].  Nothing here waits for a GPU.
 
     store: what is trained; frozen: a view of everything else.  at_once: how many of the 2n probes a forward takes, to
     bound its memory; the losses change by rounding only.
@@ -312,7 +325,11 @@ def estimate(
     for probes in chunks([(q, sign) for q in range(zo.queries) for sign in (1, -1)], at_once):
         signs = {q: tuple(sign for p, sign in probes if p == q) for q, _ in probes}
         pairs = [Pair(store, seed, step, q, zo, dtype, signs=both) for q, both in signs.items()]
-        losses += loss_fn(Probes(pairs, frozen)).tolist()
+        losses.append(loss_fn(Probes(pairs, frozen)))
+    return torch.cat(losses)
+
+
+def queries_from(losses: list[float], seed: int, step: int, zo: ZO) -> list[Query]:
     queries = []
     for q, (plus, minus) in enumerate(chunks(losses, 2)):
         slope = (plus - minus) / (2 * zo.eps)
@@ -329,40 +346,50 @@ def coin(seed: int, step: int, query: int) -> int:
     return 1 if random_words(Key(seed, step, query), Use.COIN, torch.zeros(1, dtype=torch.int64))[0, 0] < 0 else -1
 
 
-@phase("update", bytes_stepped)
-@torch.no_grad()
 def update(
-    store: Store, slopes: list[float], seed: int, step: int, zo: ZO, lr: float, plain: bool = False
+    store: Store, slopes: list[float], seed: int, step: int, zo: ZO, lr: float, land: Callable | None = None
 ) -> Tensor:
     """w <- land(w - lr / n * sum of slope_i * u2_i), the mean of the n queries landing on the weight's grid at once.
 
     (Algorithm 1 lands each query's step by itself: the same mean with more rounding.)  This is all that ever writes a
     weight, and it needs no forward pass: (seed, step, slopes, lr) redo it.  Returns [2] int64, on the weights' device
     because reading it waits for the update: elements changed, elements held back by the edge of the grid.
-    plain: the definition in torch, also where a fused kernel could stand in for it.
+    land: what to call in place of land_steps, with a step's number and its factors.
     """
     coefficients = [-lr * slope / len(slopes) for slope in slopes]
     device = next(iter(store.values())).device
-    counts = torch.zeros(fused.SHARDS if fused is not None else 1, 2, dtype=torch.int64, device=device)
     if not any(coefficients):  # adding +0.0 would turn a stored -0.0 into +0.0
-        return counts[0]
-    factors = torch.tensor([c / zo.grain if zo.grid else c for c in coefficients], dtype=torch.float32).to(device)
+        return torch.zeros(2, dtype=torch.int64, device=device)
+    factors = torch.tensor([zo.times(c) for c in coefficients], dtype=torch.float32).to(device)
+    return land(step, factors) if land else land_steps(store, factors, seed, step, zo)
+
+
+@phase("update", bytes_stepped)
+@torch.no_grad()
+def land_steps(
+    store: Store, factors: Tensor, seed: int, step: int | Tensor, zo: ZO, plain: bool = False
+) -> Tensor:  # fmt: skip
+    """w <- land(w + the sum of coefficient_i * u2_i), factors [n] being zo.times of the coefficients: -> [2] int64.
+
+    plain: the definition in torch, also where a fused kernel could stand in for it.
+    """
+    counts = torch.zeros(fused.SHARDS if fused is not None else 1, 2, dtype=torch.int64, device=factors.device)
     for name, stored in store.items():
         key = Key(seed, step, 0, tensor_id(name))
         if has_kernels(stored) and not (plain or zo.nearest):
-            fused.update_(stored, key, factors, zo, normal_knots(device), counts)
+            fused.update_(stored, key, factors, zo, normal_knots(factors.device), counts)
         else:
-            counts[0] += _update_tensor(stored, key, coefficients, zo)
+            counts[0] += _update_tensor(stored, key, factors, zo)
     return counts.sum(0)
 
 
-def _update_tensor(stored: Stored, key: Key, coefficients: list[float], zo: ZO) -> Tensor:
-    """stored += the sum of coefficient_i * u2_i -> [2] int64 counts."""
+def _update_tensor(stored: Stored, key: Key, factors: Tensor, zo: ZO) -> Tensor:
+    """One tensor's, by definition."""
     counts = torch.zeros(2, dtype=torch.int64, device=stored.device)
     for rows in row_chunks(stored.shape, stored.device):
         steps = (
-            zo.along(coefficient, stored, key._replace(query=q), rows, zo.step_rounding)
-            for q, coefficient in enumerate(coefficients)
+            zo.along(factor, stored, key._replace(query=q), rows, zo.step_rounding)
+            for q, factor in enumerate(factors)
         )
         delta = reduce(Tensor.add_, steps)
         words = None if zo.nearest else words_for(stored, key, Use.WEIGHT_ROUNDING, rows)

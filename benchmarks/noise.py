@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from config import parse
-from train import batch_indices, loss_of, prepare
+from train import batch_indices, batches_of, loss_of, prepare
 from zo_optim import ZO, estimate
 
 WAYS = {  # name: (products, activations)
@@ -44,7 +44,7 @@ def main() -> None:
     c = parse([*flags.split(), "--model", args.model, "--data-dir", args.data_dir])
     problem, _ = prepare(c)
     batch = [problem.train[i] for i in batch_indices(0, 0, c.batch_size, len(problem.train))]
-    loss_fn, rows = partial(loss_of, problem, batch, c.batch_size), []
+    loss_fn, rows = partial(loss_of, problem.lm, batches_of(problem, batch, c.batch_size)), []
     print(f"{'eps':>8}{'slopes, rms':>14}" + "".join(f"{way:>26}" for way in list(WAYS)[1:]))
     for eps in args.eps:
         zo, slopes = ZO(eps, args.directions, grid=True, stride=args.stride), {}

@@ -52,20 +52,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--at-once", type=int, nargs="+", help="probes a forward, the slowest way last (2 Q, 2, 1)")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="as train.py's")
     args = parser.parse_args()
     ways = args.at_once or [2 * args.queries, 2, 1]
     flags = f"--method adazeta --queries {args.queries} --weights {args.weights} --batch-size {args.batch_size}"
-    c = parse(["--model", args.model, *flags.split()])
+    c = parse(["--model", args.model, *flags.split(), *(() if args.graphs else ("--no-graphs",))])
     raw = raw_config(args.model)
     problem = Problem(build(c, raw), [], [], [], 0, c.batch_size)
     batch = examples(c, args.tokens, raw["vocab_size"])
     steps = {way: zeroth_order(dataclasses.replace(c, probes_per_forward=way), problem) for way in ways}
     times, slopes = {way: [] for way in ways}, {}
-    for repeat in range(args.repeats + 1):  # the first of each warms up
+    for repeat in range(args.repeats + 2):  # the first of each compiles kernels, the second records launches
         for way, take_step in steps.items():
             seconds, step = timed(take_step, repeat, batch, c.device)
             slopes[way, repeat] = step.slopes
-            times[way] += [seconds] if repeat else []
+            times[way] += [seconds] if repeat > 1 else []
     median = {way: statistics.median(times[way]) for way in ways}
     scale = max(abs(slope) for slope in slopes[ways[-1], 0])
     slow = ways[-1]

@@ -41,7 +41,7 @@ from data.scoring import collate, losses
 from run_folder import git_commit
 from train import Problem, first_order, parameters, peak_memory, zeroth_order
 
-EPS, LR, WARM_UP = 1e-3, 1e-6, 2
+EPS, LR, WARM_UP = 1e-3, 1e-6, 3  # the second step records launches
 PEERS = {  # name: a step, and the loss that it takes
     "mezo": (mezo_step, full_loss),
     "mezo, last position": (mezo_step, last_loss),
@@ -113,14 +113,14 @@ def measure(
         clear(c.device)
         take_step = step_of(case, c, problem, tokens)
         row = timed(take_step, repeats, c.device)
-        peak = peak_memory(c.device)
+        peak, reserved = peak_memory(c.device), torch.cuda.max_memory_reserved() if c.device != "cpu" else None
         if profile:
             row["profile"] = profile_of(take_step, profile, problem)
         if rates:
             rates["tokens_per_second"] = probed(c) * batch_size * tokens / row["ms"] * 1e3
         rows.append({
             "case": name, "model": model, "parameters": parameters(problem.lm.store), "sequences": batch_size,
-            "tokens": tokens, **row, **rates, "peak_bytes": peak,
+            "tokens": tokens, **row, **rates, "peak_bytes": peak, "reserved_bytes": reserved,
             "target": case.target if model == (case.model or "llama2-7b") else "",
         })  # fmt: skip
     return rows
@@ -247,7 +247,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama2-7b", help="a preset or a directory: only its sizes are used")
     parser.add_argument("--cases", nargs="+", metavar="NAME", default=[""], help="rows whose names hold one of these")
-    parser.add_argument("--repeats", type=int, default=10, help="timed steps, after two that warm up")
+    parser.add_argument("--repeats", type=int, default=10, help="timed steps, after three that warm up")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--profile", type=int, default=0, help="show where the time of this many further steps goes")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="as train.py's")
@@ -268,6 +268,7 @@ def main(argv: list[str]) -> int:
     """Exit code 1 where a case could not be measured, as for want of memory; the others are then whole."""
     args, rows, failed = arguments(argv), [], {}
     extra = () if args.compile is None else ("--compile" if args.compile else "--no-compile",)
+    extra += ("--no-graphs",) if args.profile else ()  # which hide from it what belongs to which phase
     print(HEADER)
     for name in CASES:
         if not any(part in name for part in args.cases):

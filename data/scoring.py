@@ -48,6 +48,10 @@ class Batch:
     lengths: Tensor  # [B * O] tokens of each option
     branch: Tensor | None  # [B, T]; None where all options are read off one token
 
+    def tensors(self) -> list[Tensor | None]:
+        """In the order of Batch(...)."""
+        return list(vars(self).values())
+
 
 class Encoder:
     """Turns a task's examples into tokens for one model: prompts, or cloze texts for a masked model."""
@@ -138,29 +142,32 @@ def width(e: Encoded) -> int:
 
 
 @phase("data")
-def collate(examples: list[Encoded], pad: int, device: torch.device) -> Batch:
-    """Examples -> one batch.  If any example needs the tokens of its options, all are read so: scores then compare."""
+def collate(examples: list[Encoded], pad: int, device: torch.device, multiple: int = 1) -> Batch:
+    """Examples -> one batch.  If any example needs the tokens of its options, all are read so: scores then compare.
+
+    multiple: of it the batch's tokens T are made, so that there are fewer lengths to record graphs for.
+    """
     shared = all(len(e.sequences) == 1 for e in examples) and len({str(e.answers) for e in examples}) == 1
     if shared:
         rows, branch = [e.sequences[0] for e in examples], None
         reads = [(i, e.at, 0, 0) for i, e in enumerate(examples)]
     else:
         packed, options = [pack(e) for e in examples], len(examples[0].answers)
-        rows, branch = [p.tokens for p in packed], padded([p.branch for p in packed], 0)
+        rows, branch = [p.tokens for p in packed], padded([p.branch for p in packed], 0, multiple)
         reads = [(i, at, token, i * options + option) for i, p in enumerate(packed) for at, token, option in p.reads]
-    mask = padded([[1] * len(row) for row in rows], 0)
+    mask = padded([[1] * len(row) for row in rows], 0, multiple)
     row, at, target, owner = put(torch.tensor(reads), device).unbind(1)
     lengths = put(torch.tensor([len(a) for e in examples for a in e.answers]), device)
     words = put(torch.tensor([a[0] for a in examples[0].answers]), device) if shared else None
     labels = put(torch.tensor([e.label for e in examples]), device)
     branch = None if branch is None else put(branch, device)
-    tokens, mask = put(padded(rows, pad), device), put(mask, device)
+    tokens, mask = put(padded(rows, pad, multiple), device), put(mask, device)
     return Batch(tokens, mask, labels, row, at, words, target, owner, lengths, branch)
 
 
-def padded(rows: list[list[int]], pad: int) -> Tensor:
+def padded(rows: list[list[int]], pad: int, multiple: int) -> Tensor:
     """[B, T] int64, on the right."""
-    longest = max(map(len, rows))
+    longest = -(-max(map(len, rows)) // multiple) * multiple
     return torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
 
 

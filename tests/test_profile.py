@@ -30,7 +30,8 @@ from quant import encode, stored_parts
 from zo_optim import ZO, Pair
 
 N = 2  # steps profiled
-FLAGS = ["--steps", str(WARM_UP + N + 1), "--eval-every", str(WARM_UP + 1), "--batch-size", "8", "--num-eval", "20"]
+FLAGS = ["--steps", str(WARM_UP + N + 1), "--eval-every", str(WARM_UP + 1), "--batch-size", "8", "--num-eval", "20",
+         "--device", "cpu"]  # fmt: skip
 
 
 def start(folder, *flags: str) -> train.Config:

@@ -234,10 +234,10 @@ def test_bad_input_gets_one_line_and_exit_code_2_and_writes_nothing(tmp_path, ca
 def test_a_diverging_run_says_so_and_keeps_its_record(tmp_path, capsys, monkeypatch):
     """A norm weight that overflows at step 3, as a rate far too large would make it."""
 
-    def overflow(store, slopes, seed, step, zo, lr):
+    def overflow(store, slopes, seed, step, *rest):
         if step == 3:
             store["model.norm.weight"].value.fill_(float("inf"))
-        return update(store, slopes, seed, step, zo, lr)
+        return update(store, slopes, seed, step, *rest)
 
     monkeypatch.setattr(train, "update", overflow)
     run = tmp_path / "run"
@@ -397,6 +397,7 @@ def test_products_and_compilation_go_by_the_device(flags, told):
     ("--weights fp8 --activations int8 --compute fp8", "--compute fp8 multiplies codes by codes"),
     ("--weights fp8 --activations fp8 --compute fp8 --direction-bits 4", "by quzo with --direction-bits grid"),
     ("--weights int4 --stride 3 --probe codes", "--probe codes would hold --stride 3 back"),
+    ("--graphs", "--graphs are for zo on cuda"),
     ("--method adazeta --compile", "--compile makes code for each number of probes, which grows here"),
     ("--weights int8 --stride 2", "--stride is about directions on the grid"),
     ("--method fo --stride 2", "--stride means nothing beside --method fo"),

@@ -21,7 +21,7 @@ from data.scoring import Encoded, collate, losses
 from model import LanguageModel, create
 from quant import FORMATS, Float, Integers, Stored, encode, stochastic_round
 from random_bits import Key, Use, bits32, tensor_id
-from train import Problem, loss_of
+from train import Problem, batches_of, loss_of
 from zo_optim import ZO, Pair, direction, estimate, grid_step, learning_rate, update
 
 SMALL = tiny_llama(num_hidden_layers=1, hidden_size=16, intermediate_size=24, tie_word_embeddings=True)
@@ -298,7 +298,7 @@ def test_probes_of_codes_are_right_on_average(weights, direction):
     """
     stored, n = spread(weights, 3000), 3000
     zo = ZO(eps=5e-4, probe="codes", **WORDS[direction])
-    d = zo.along(zo.eps, stored, Key(0, 0, 0, tensor_id("w")), slice(0, n), Use.PROBE_ROUNDING)
+    d = zo.along(zo.times(zo.eps), stored, Key(0, 0, 0, tensor_id("w")), slice(0, n), Use.PROBE_ROUNDING)
     for read, sign in zip(Pair({"w": stored}, 0, 0, 0, zo, torch.float32).read("w"), (1, -1), strict=True):
         wanted = stored.read().double() + sign * d
         gap, variance, inside = landing(stored, weights, wanted)
@@ -650,7 +650,7 @@ def landed(weights: str, zo: ZO, slopes: list[float], lr: float, step: int = 0) 
     wanted = stored.read().double()
     for q, slope in enumerate(slopes):
         key, factor = Key(0, step, q, tensor_id("w")), -lr * slope / len(slopes)
-        wanted += zo.along(factor, stored, key, slice(0, N), zo.step_rounding).double()
+        wanted += zo.along(zo.times(factor), stored, key, slice(0, N), zo.step_rounding).double()
     _, variance, inside = landing(stored, weights, wanted)
     assert inside.all()
     update({"w": stored}, slopes, 0, step, zo, lr)
@@ -738,9 +738,9 @@ def test_splitting_the_batch_changes_rounding_only(weights, zo):
     """Losses near 0.7, each a mean of 7 examples in another order and padding: a few units of 2^-24."""
     lm = tiny(weights)
     problem = Problem(lm, examples(7), [], [], pad=0, batch_size=7)
+    splits = [batches_of(problem, problem.train, micro) for micro in (7, 4, 3, 1)]
     runs = [
-        estimate(lm.store, partial(loss_of, problem, problem.train, micro), 0, 0, ZO(zo.eps, 2, zo.bits), lm.dtype)
-        for micro in (7, 4, 3, 1)
+        estimate(lm.store, partial(loss_of, lm, batches), 0, 0, ZO(zo.eps, 2, zo.bits), lm.dtype) for batches in splits
     ]
     for split in runs[1:]:
         for query, other in zip(runs[0], split, strict=True):
@@ -759,7 +759,8 @@ def test_micro_batches_see_the_same_weights():
                 seen.append(weight)
             return weight
 
-    loss_of(Problem(lm, [], [], [], pad=0, batch_size=6), examples(6), 2, Spy(lm.store, 0, 0, 0, ZO(bits=4), lm.dtype))
+    batches = batches_of(Problem(lm, [], [], [], pad=0, batch_size=6), examples(6), 2)
+    loss_of(lm, batches, Spy(lm.store, 0, 0, 0, ZO(bits=4), lm.dtype))
     assert len(seen) == 3 and torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
 
 
