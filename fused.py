@@ -90,41 +90,6 @@ def _direction(knots, group, step, tensor, query, k0, k1, ROUNDING: tl.constexpr
 
 
 @triton.jit
-def _grid_step(factor, words, unit, power, grain):
-    """zo_optim.grid_step at a spacing of unit * power, in parts: its size, and which of the words hit (their top bits
-    say which way).  unit [BLOCK, 1]; power, of two, and so the size, [BLOCK, 1] or [BLOCK, 8].
-
-    The one division is by unit, for all of a group: what is left of the ratio are exponents.
-    """
-    size = tl.maximum(unit * power, grain) * factor
-    inverse = (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    ratio = tl.minimum(tl.div_rn(unit * 0 + grain, unit) * inverse, 1.0)
-    threshold = (ratio * ratio * 2147483648.0 + 0.5).to(tl.uint32)
-    return size, (words & 0x7FFFFFFF) < threshold
-
-
-@triton.jit
-def _signed(size, words, hit):
-    """size where it hits, turned over by the words' top bits; 0 elsewhere."""
-    step = (size.to(tl.uint32, bitcast=True) ^ (words & 0x80000000)).to(tl.float32, bitcast=True)
-    return tl.where(hit, step, 0.0)
-
-
-@triton.jit
-def _along(
-    factor, grain, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING: tl.constexpr, LEVELS: tl.constexpr
-):
-    """zo_optim.ZO.along, [BLOCK, 8]; for a grid direction (LEVELS -1) factor comes divided by grain."""
-    if LEVELS == -1:
-        words = _bits32(group, step, tensor, query, DIRECTION, k0, k1)
-        size, hit = _grid_step(factor, words, unit, power, grain)
-        d = _signed(size, words, hit)
-    else:
-        d = _direction(knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS) * factor
-    return d
-
-
-@triton.jit
 def _divide(x, unit, MINUS_ZERO: tl.constexpr):
     """x / unit, rounded to nearest.  x [BLOCK, 8], unit [BLOCK, 1].  MINUS_ZERO: whether -0 has to stay -0.
 
@@ -143,12 +108,56 @@ def _divide(x, unit, MINUS_ZERO: tl.constexpr):
 
 
 @triton.jit
+def _grid_step(factor, words, unit, power, grain, OVER_UNIT: tl.constexpr):
+    """zo_optim.grid_step at a spacing of unit * power, in parts: its size, or that over unit, and which of the words
+    hit (their top bits say which way).  unit [BLOCK, 1]; power, of two, and so the size, [BLOCK, 1] or [BLOCK, 8].
+
+    Products and quotients of floats commute with powers of two, and with taking the larger one: what is rounded is
+    computed once for a group.
+    """
+    times, grain = tl.full(unit.shape, factor, tl.float32), tl.full(unit.shape, grain, tl.float32)
+    own, least = unit * tl.abs(times), grain * tl.abs(times)
+    if OVER_UNIT:
+        own, least = _divide(own, unit, False), _divide(least, unit, False)
+    size = tl.maximum(own * power, least)
+    size = (size.to(tl.int32, bitcast=True) | times.to(tl.int32, bitcast=True) & -(2**31)).to(tl.float32, bitcast=True)
+    inverse = (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    ratio = tl.minimum(_divide(grain, unit, False) * inverse, 0.99999994)  # 1 - 2^-24
+    threshold = (ratio * ratio * 2147483648.0 + 0.5).to(tl.uint32)
+    return size, (words << 1) < (threshold << 1)  # a shift may take another unit than a mask
+
+
+@triton.jit
+def _signed(size, words, hit):
+    """size where it hits, turned over by the words' top bits; 0 elsewhere."""
+    step = (size.to(tl.uint32, bitcast=True) ^ (words & 0x80000000)).to(tl.float32, bitcast=True)
+    return tl.where(hit, step, 0.0)
+
+
+@triton.jit
+def _along(
+    factor, grain, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING: tl.constexpr, LEVELS: tl.constexpr,
+    OVER_UNIT: tl.constexpr,
+):  # fmt: skip
+    """zo_optim.ZO.along, or that over unit, [BLOCK, 8].  LEVELS -1 is a grid direction; where that is 0, it is +0."""
+    if LEVELS == -1:
+        words = _bits32(group, step, tensor, query, DIRECTION, k0, k1)
+        size, hit = _grid_step(factor, words, unit, power, grain, OVER_UNIT)
+        d = _signed(size, words, hit)
+    else:
+        d = _direction(knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS) * factor
+        if OVER_UNIT:
+            d = _divide(d, unit, True)
+    return d
+
+
+@triton.jit
 def _stochastic_round(x, words):
     """quant.stochastic_round."""
     size = tl.abs(x)
     whole = tl.floor(size)
-    threshold = ((size - whole) * 2147483648.0).to(tl.int32)
-    size = whole + ((words & 0x7FFFFFFF).to(tl.int32) < threshold).to(tl.float32)
+    threshold = ((size - whole) * 2147483648.0).to(tl.uint32)
+    size = whole + ((words << 1) < (threshold << 1)).to(tl.float32)
     return (size.to(tl.int32, bitcast=True) | x.to(tl.int32, bitcast=True) & -(2**31)).to(tl.float32, bitcast=True)
 
 
@@ -168,9 +177,10 @@ def _power_below(x):
 def _round8(x, words, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, TOP: tl.constexpr):
     """quant.Grid8.round, stochastic."""
     x = tl.minimum(tl.maximum(x, -TOP), TOP)
-    step: tl.constexpr = 2.0 ** (LOWEST - MANTISSA)
-    even = _stochastic_round(x * (1.0 / step), words) * step
-    return tl.where(tl.abs(x) < 2.0**LOWEST, even, _cut(x, words, 23 - MANTISSA))
+    low: tl.constexpr = 2.0**LOWEST
+    below = tl.where(tl.abs(x) < low, low, 0.0)
+    below = (below.to(tl.int32, bitcast=True) | x.to(tl.int32, bitcast=True) & -(2**31)).to(tl.float32, bitcast=True)
+    return _cut(x + below, words, 23 - MANTISSA) - below
 
 
 @triton.jit
@@ -303,18 +313,18 @@ def _power(code, unit, KIND: tl.constexpr):
 
 
 @triton.jit
-def _land(code, unit, delta, words, KIND: tl.constexpr, TOP: tl.constexpr, MINUS_ZERO: tl.constexpr):
-    """Each store's land, before its scale.  MINUS_ZERO: whether delta may hold -0, which codes of -0 would keep."""
+def _land(code, d, words, KIND: tl.constexpr, TOP: tl.constexpr):
+    """Each store's land, before its scale.  d: over the scale too."""
     if KIND == "fp32":
-        new = code + delta
+        new = code + d
     elif KIND == "bf16":
-        new = _cut(code + delta, words, 16)
+        new = _cut(code + d, words, 16)
     elif KIND == "fp8":
-        new = _round8(_divide(delta, unit, MINUS_ZERO) + code, words, 3, -6, 448.0)
+        new = _round8(d + code, words, 3, -6, 448.0)
     elif KIND == "fp8-e5m2":
-        new = _round8(_divide(delta, unit, MINUS_ZERO) + code, words, 2, -14, 57344.0)
+        new = _round8(d + code, words, 2, -14, 57344.0)
     else:
-        new = _stochastic_round(_divide(delta, unit, False), words) + code
+        new = _stochastic_round(d, words) + code
         new = tl.minimum(tl.maximum(new, -TOP), TOP)
     return new
 
@@ -342,19 +352,21 @@ def _pair_kernel(
     unit = _unit(scale, group, whole, PER_ROW, KIND)
     if CHOSEN:  # a row that is not there is not a number: no wrong memory is read, and no loss looks right
         unit = tl.where(known[:, None], unit, float("nan"))
+    over_unit: tl.constexpr = BYTES or (CODES and KIND != "fp32" and KIND != "bf16")
     if LEVELS == NO_DIRECTION:
         d = unit * 0
     else:
         power = _power(code, unit, KIND)
-        d = _along(factor, grain, unit, power, knots, group, step, tensor, query, k0, k1, PROBE_ROUNDING, LEVELS)
+        d = _along(
+            factor, grain, unit, power, knots, group, step, tensor, query, k0, k1, PROBE_ROUNDING, LEVELS, over_unit
+        )
     if CODES:
         words = _bits32(group, step, tensor, query, PROBE_LANDING, k0, k1)
         away = d * -1.0  # Triton's -d is 0 - d: no -0
-        plus, minus = _land(code, unit, d, words, KIND, TOP, True), _land(code, unit, away, words, KIND, TOP, True)
+        plus, minus = _land(code, d, words, KIND, TOP), _land(code, away, words, KIND, TOP)
         if not BYTES:
             plus, minus = plus * unit, minus * unit
     elif BYTES:
-        d = _divide(d, unit, LEVELS >= 0)  # where a grid direction is 0, it is +0
         plus, minus = code + d, code - d
     else:
         plus, minus = code * unit + d, code * unit - d
@@ -379,36 +391,42 @@ def _update_kernel(
     unit = _unit(scale, group, whole, PER_ROW, KIND)
     power = _power(old, unit, KIND)
     integers: tl.constexpr = KIND == "int8" or KIND == "int4"
+    coded: tl.constexpr = KIND != "fp32" and KIND != "bf16"
     landing = _bits32(group, step, tensor, query, WEIGHT_ROUNDING, k0, k1)
     if RESIDUAL:
-        fine_old = old * (1 << RESIDUAL) + _fields(residual, group, whole, RESIDUAL).to(tl.float32)
-        fine_unit = unit * (1.0 / (1 << RESIDUAL))
-    else:
-        fine_old, fine_unit = old, unit
-    if LEVELS == -1 and integers and QUERIES == 1:  # one size for all of a group: divided and rounded once
+        old = old * (1 << RESIDUAL) + _fields(residual, group, whole, RESIDUAL).to(tl.float32)
+    fine_unit = unit * (1.0 / (1 << RESIDUAL))
+    if LEVELS == -1 and coded and QUERIES == 1:
         words = _bits32(group, step, tensor, query, DIRECTION, k0, k1)
-        size, hit = _grid_step(tl.load(factors), words, unit, power, grain)
-        moved = _signed(_stochastic_round(tl.div_rn(size, fine_unit), landing), words, hit)
+        d, hit = _grid_step(tl.load(factors), words, unit, power, grain, True)
+        d *= 1 << RESIDUAL
+        if integers:  # one size for all of a group: rounded once, and by each element's own word
+            moved = _signed(_stochastic_round(d, landing), words, hit)
+        else:
+            d = _signed(d, words, hit)
     else:
-        delta = _along(
-            tl.load(factors), grain, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS
+        d = _along(
+            tl.load(factors), grain, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS, False
         )
         for q in range(1, QUERIES):
-            delta += _along(
-                tl.load(factors + q), grain, unit, power, knots, group, step, tensor, query + q, k0, k1, ROUNDING, LEVELS
-            )
+            d += _along(
+                tl.load(factors + q), grain, unit, power, knots, group, step, tensor, query + q, k0, k1, ROUNDING,
+                LEVELS, False,
+            )  # fmt: skip
+        if coded:
+            d = _divide(d, fine_unit, False)
         if integers:
-            moved = _stochastic_round(_divide(delta, fine_unit, False), landing)
+            moved = _stochastic_round(d, landing)
     if integers:
-        wanted = moved + fine_old
+        wanted = moved + old
         bottom = -TOP - 1 if RESIDUAL else -TOP  # Integers.lowest
         new = tl.minimum(tl.maximum(wanted, bottom), TOP)
         held = new != wanted
     else:
-        new = _land(old, unit, delta, landing, KIND, TOP, LEVELS >= 0)
-        held = tl.abs(_divide(delta, unit, False) + old) > TOP
+        new = _land(old, d, landing, KIND, TOP)
+        held = tl.abs(d + old) > TOP
     counts += tl.program_id(0) % SHARDS_ * 2
-    both = tl.sum(tl.where(live & (new != fine_old), 1, 0) + tl.where(live & held, 65536, 0))
+    both = tl.sum(tl.where(live & (new != old), 1, 0) + tl.where(live & held, 65536, 0))
     tl.atomic_add(counts, (both & 0xFFFF).to(tl.int64), sem="relaxed")  # or all of the program's stores are waited for
     tl.atomic_add(counts + 1, (both >> 16).to(tl.int64), sem="relaxed")
     if RESIDUAL:

@@ -66,9 +66,9 @@ class Grid8(NamedTuple):
         x = x.clamp(-self.top, self.top)
         if words is None:
             return x.to(self.dtype)
-        step = 2.0 ** (self.lowest - self.mantissa)  # of the even part
-        even = stochastic_round(x / step, words) * step
-        return torch.where(x.abs() < 2.0**self.lowest, even, _cut(x, words, 23 - self.mantissa)).to(self.dtype)
+        low = x.new_full((), 2.0**self.lowest)
+        below = torch.where(x.abs() < low, low.copysign(x), 0.0)  # takes the even part to where steps are as even
+        return (_cut(x + below, words, 23 - self.mantissa) - below).to(self.dtype)
 
     def spacing(self, x: Tensor) -> Tensor:
         """The distance from each x (float32, on the grid) to the next grid point away from zero."""

@@ -41,7 +41,15 @@ from random_bits import permutation
 from run_folder import Past, RunFolder, check_free, hashed, read_past
 from tensor_train import trained
 from zo_optim import (
-    ZO, check_grid, chunks, land_steps, learning_rate, probe_losses, queries_from, queries_of, update,
+    ZO,
+    check_grid,
+    chunks,
+    land_steps,
+    learning_rate,
+    probe_losses,
+    queries_from,
+    queries_of,
+    update,
 )  # fmt: skip
 
 # ---------------------------------------------------------------- the loop

@@ -106,8 +106,8 @@ def grid_step(
 
         grain * u = +t or -t, with probability (grain / t)^2 / 2 each, else 0
 
-    so E[u] = 0 and E[u u^T] = I, as for a Gaussian (the probability to 2^-32).  Most elements are 0; the others
-    are one code up or down.  The estimate slope * u has E|g_hat|^2 = (d - 1 + E u^4) |g|^2, where E u^4 =
+    so E[u] = 0 and E[u u^T] = I, as for a Gaussian (the probability to 2^-23 of itself).  Most elements are 0; the
+    others are one code up or down.  The estimate slope * u has E|g_hat|^2 = (d - 1 + E u^4) |g|^2, where E u^4 =
     (t / grain)^2 is nothing beside the d of a language model, so it is as good as a Gaussian's.  But a step
     lr * slope * u is now p = lr * |slope| / grain spacings at the few weights that it touches.  Landing it has the
     variance (grain / s)^2 s^2 {p} (1 - {p}) a weight, {p} = p - floor(p): at most grain * lr * |slope|, where a step in
@@ -119,7 +119,7 @@ def grid_step(
     """
     t = spacing.clamp(min=grain)
     ratio = torch.full_like(t, grain) / t  # a number over a tensor would be a product with a rounded reciprocal
-    threshold = (ratio.square() * 2.0**31 + 0.5).to(torch.int64)
+    threshold = (ratio.clamp_(max=1 - 2.0**-24).square_() * 2.0**31 + 0.5).to(torch.int64)  # below 2^31
     words = bits32(key, Use.DIRECTION, rows, columns)
     hit = (words & 0x7FFFFFFF) < threshold  # 31 bits say whether, the top one says which way
     t = t * times
@@ -313,8 +313,14 @@ def estimate(store: Store, loss_fn: LossFn, seed: int, step: int, *rest) -> list
 
 @torch.no_grad()
 def probe_losses(
-    store: Store, loss_fn: LossFn, seed: int, step: int | Tensor, zo: ZO, dtype: torch.dtype,
-    frozen: StoredView | None = None, at_once: int = 2,
+    store: Store,
+    loss_fn: LossFn,
+    seed: int,
+    step: int | Tensor,
+    zo: ZO,
+    dtype: torch.dtype,
+    frozen: StoredView | None = None,
+    at_once: int = 2,
 ) -> Tensor:
     """The losses of each query's two probes in turn, [2n].  Nothing here waits for a GPU.
 
@@ -388,8 +394,7 @@ def _update_tensor(stored: Stored, key: Key, factors: Tensor, zo: ZO) -> Tensor:
     counts = torch.zeros(2, dtype=torch.int64, device=stored.device)
     for rows in row_chunks(stored.shape, stored.device):
         steps = (
-            zo.along(factor, stored, key._replace(query=q), rows, zo.step_rounding)
-            for q, factor in enumerate(factors)
+            zo.along(factor, stored, key._replace(query=q), rows, zo.step_rounding) for q, factor in enumerate(factors)
         )
         delta = reduce(Tensor.add_, steps)
         words = None if zo.nearest else words_for(stored, key, Use.WEIGHT_ROUNDING, rows)

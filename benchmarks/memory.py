@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory --model llama2-7b --batch-size 16 --tokens 64
 
-Every case runs two whole steps (losses, update; for first order forward, backward, AdamW) in a process of its own and
+Every case runs three whole steps (losses, update; for first order forward, backward, AdamW) in a process of its own and
 reports the allocator's peak over them.  Ratios are to the first case, the leanest first-order run with fp32 masters.
 Last line JSON.
 """
@@ -63,7 +63,7 @@ def measure(flags: str, model: str, batch_size: int, tokens: int) -> dict:
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    for step in range(2):
+    for step in range(3):  # the second one records launches
         started = time.perf_counter()
         take_step(step, batch, 1e-6)
         torch.cuda.synchronize()

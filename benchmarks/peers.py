@@ -7,8 +7,10 @@ MeZO's u is Gaussian, in the weights' dtype.  QuZO's is a float32 Gaussian, quan
 time; one rounding serves probe and step (q-rge1); and the weights are floats too, which are fake-quantised after the
 update.
 
-Both are spared what a release could be rid of: sums in place, no clamp where nothing can be clipped, no forward pass
-after the update, scales that are not searched.  Where they differ from a release they are faster than it.
+There are two of each.  The tight one is spared what a release could be rid of: sums in place, no clamp where nothing
+can be clipped, no forward pass after the update, scales that are not searched; so it is faster than the release.  The
+other one takes the release's expressions as they stand (w + scale * u * eps makes three temporaries), a clamp and that
+forward pass with them, and `transformers`' model, which the releases use.
 
 Imports data.
 """
@@ -50,39 +52,69 @@ def fake_quantise(x: Tensor, bits: int, generator: torch.Generator) -> Tensor:
     return low.add_(up).mul_(step)
 
 
-def sweep(weights: list[Tensor], draw: Draw, seed: int, scale: float) -> None:
-    """w += scale * u, in place."""
+def fake_quantise_as_released(x: Tensor, bits: int, generator: torch.Generator) -> Tensor:
+    """The same by the release's own sequence of operations: scale, round, clamp, and back."""
+    top = 2 ** (bits - 1)
+    scale = top / x.abs().max()
+    scaled = x * scale
+    low = scaled.floor()
+    up = torch.rand(x.shape, generator=generator, device=x.device) < scaled - low
+    code = torch.clamp(low + up.to(x.dtype), -top, top)
+    return code / scale
+
+
+def quantised_as_released(w: Tensor, generator: torch.Generator, bits: int = 4) -> Tensor:
+    u = torch.normal(0.0, 1.0, w.shape, generator=generator, dtype=torch.float32, device=w.device)
+    return fake_quantise_as_released(u, bits, generator).to(w.dtype)  # or the sum would be float32
+
+
+def sweep(weights: list[Tensor], draw: Draw, seed: int, scale: float, length: float) -> None:
+    """w += scale * length * u, in place."""
     generator = torch.Generator(weights[0].device).manual_seed(seed)
     for w in weights:
-        w.add_(draw(w, generator), alpha=scale)
+        w.add_(draw(w, generator), alpha=scale * length)
+
+
+def sweep_as_released(weights: list[Tensor], draw: Draw, seed: int, scale: float, length: float) -> None:
+    """w = w + scale * u * length, from left to right."""
+    generator = torch.Generator(weights[0].device).manual_seed(seed)
+    for w in weights:
+        w.data = w.data + scale * draw(w, generator) * length
 
 
 @torch.no_grad()
 def mezo_step(
-    weights: list[Tensor], loss_fn: LossFn, seed: int, eps: float, lr: float, draw: Draw = gaussian
+    weights: list[Tensor], loss_fn: LossFn, seed: int, eps: float, lr: float, draw: Draw = gaussian, sweep=sweep
 ) -> float:
     """Algorithm 1 of MeZO -> the slope.  What three sweeps restore is off by their rounding."""
-    sweep(weights, draw, seed, eps)
+    sweep(weights, draw, seed, 1, eps)
     plus = loss_fn().item()
-    sweep(weights, draw, seed, -2 * eps)
+    sweep(weights, draw, seed, -2, eps)
     minus = loss_fn().item()
-    sweep(weights, draw, seed, eps)
+    sweep(weights, draw, seed, 1, eps)
     slope = (plus - minus) / (2 * eps)
-    sweep(weights, draw, seed, -lr * slope)
+    sweep(weights, draw, seed, -slope, lr)
     return slope
 
 
 @torch.no_grad()
-def quzo_step(weights: list[Tensor], loss_fn: LossFn, seed: int, eps: float, lr: float, bits: int = 8) -> float:
+def quzo_step(
+    weights: list[Tensor], loss_fn: LossFn, seed: int, eps: float, lr: float, bits: int = 8, released: bool = False
+) -> float:
     """The same along 4-bit directions; then matrices go back onto a grid of so many bits.
 
     (The release does so in one of its two trainers, and by a scale that is a power of two.)
     """
-    slope = mezo_step(weights, loss_fn, seed, eps, lr, quantised)
+    if released:
+        slope = mezo_step(weights, loss_fn, seed, eps, lr, quantised_as_released, sweep_as_released)
+    else:
+        slope = mezo_step(weights, loss_fn, seed, eps, lr, quantised)
     generator = torch.Generator(weights[0].device).manual_seed(seed + 2**32)  # no step's directions
     for w in weights:
         if w.ndim == 2:
-            w.copy_(fake_quantise(w.float(), bits, generator))
+            w.data.copy_((fake_quantise_as_released if released else fake_quantise)(w.float(), bits, generator))
+    if released:
+        loss_fn()
     return slope
 
 
@@ -94,4 +126,18 @@ def last_loss(lm, batch: Batch) -> Tensor:
 def full_loss(lm, batch: Batch) -> Tensor:
     """The same number the releases' way: logits of every word at every position."""
     logits = lm(batch.tokens, batch.mask)[batch.row, batch.at]  # [B, V]
+    return F.cross_entropy(logits[:, batch.words], batch.labels)
+
+
+def transformers_model(raw: dict, device: str):
+    """The releases' model, random weights in bf16, from config.json's contents."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # a development extra, for this alone
+
+    config = AutoConfig.for_model(**raw)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def transformers_loss(model, batch: Batch) -> Tensor:
+    logits = model(input_ids=batch.tokens, attention_mask=batch.mask).logits[batch.row, batch.at].float()
     return F.cross_entropy(logits[:, batch.words], batch.labels)

@@ -7,8 +7,8 @@
 A step is all of it: its losses and its update.  Every case has a process of its own, which takes warm-up steps and
 then a timed run; `ms` is the median step, beside the fastest and the slowest, each ended by a synchronisation (the
 run by the clock is in the JSON).  The peak is the allocator's, warm-up included, building not (on a CPU the whole
-process's).  Ratios are to the peer that perturbs in place, at the same model and size.  Peers use our own forward,
-over bf16 tensors (benchmarks/peers.py); they compute the logits of every word at
+process's).  Ratios are to the peer that perturbs in place, at the same model and size.  Peers (benchmarks/peers.py) are
+as released, on `transformers`' model, or tight, on our own; over bf16 tensors; they compute the logits of every word at
 every position, as released, except where a row says last position, and nothing of theirs is compiled, except where a
 row says so.  Targets are what is to be reached at most on an
 H200.  Last line JSON, with what failed if anything did.
@@ -34,7 +34,15 @@ import torch
 import profiler
 import tensor_train
 from benchmarks.memory import build, examples
-from benchmarks.peers import full_loss, last_loss, mezo_step, quzo_step
+from benchmarks.peers import (
+    full_loss,
+    last_loss,
+    mezo_step,
+    quzo_step,
+    sweep_as_released,
+    transformers_loss,
+    transformers_model,
+)
 from config import Config, parse, spec_of
 from data.hub import check_known, raw_config
 from data.scoring import collate, losses
@@ -47,6 +55,7 @@ PEERS = {  # name: a step, and the loss that it takes
     "mezo, last position": (mezo_step, last_loss),
     "quzo": (quzo_step, full_loss),
 }
+RELEASED = {"mezo": partial(mezo_step, sweep=sweep_as_released), "quzo": partial(quzo_step, released=True)}
 SHAPES = {"llama-28m": {
     "model_type": "llama", "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 10,
     "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 32000, "tie_word_embeddings": True,
@@ -60,6 +69,7 @@ class Case:
     flags: str  # train.py's
     sizes: tuple[tuple[int, int], ...] = ((16, 64),)  # sequences and tokens of each, smallest first
     peer: str | None = None  # of PEERS; its weights are built by the flags
+    released: str | None = None  # of RELEASED, on transformers' model
     model: str | None = None  # a shape of its own in place of --model
     target: str = ""
 
@@ -70,6 +80,8 @@ EAGER = f"{BF16} --no-compile"  # as released
 REFERENCE = "peer: MeZO in place"
 DOUBLING = tuple((2**i, 256) for i in range(7))  # 256 to 16,384 tokens
 CASES = {
+    "peer: MeZO as released": Case(EAGER, ((16, 64), (16, 256)), released="mezo"),
+    "peer: QuZO as released": Case(EAGER, released="quzo"),
     REFERENCE: Case(EAGER, ((16, 64), (16, 256)), peer="mezo"),
     "peer: MeZO in place, last position": Case(EAGER, peer="mezo, last position"),
     "peer: MeZO in place, last, compiled": Case(BF16, peer="mezo, last position"),
@@ -106,20 +118,20 @@ def measure(
         flags = f"--device {device} --batch-size {batch_size} --lr {LR} {case.flags}"
         c = parse(["--model", model, *flags.split(), *extra])
         if problem is None:
-            problem = build(c, raw)
+            problem = build(c, raw) if case.released is None else Released(raw, device)
             if spec_of(c, raw["model_type"]):
                 rates = forward_rates(c, problem, tokens, repeats)
                 tensor_train.attach(problem.lm, spec_of(c, raw["model_type"]), c.seed)
         clear(c.device)
-        take_step = step_of(case, c, problem, tokens)
+        take_step = step_of(case, c, problem, tokens, raw["vocab_size"])
         row = timed(take_step, repeats, c.device)
         peak, reserved = peak_memory(c.device), torch.cuda.max_memory_reserved() if c.device != "cpu" else None
-        if profile:
+        if profile and not case.released:
             row["profile"] = profile_of(take_step, profile, problem)
         if rates:
             rates["tokens_per_second"] = probed(c) * batch_size * tokens / row["ms"] * 1e3
         rows.append({
-            "case": name, "model": model, "parameters": parameters(problem.lm.store), "sequences": batch_size,
+            "case": name, "model": model, "parameters": count(problem), "sequences": batch_size,
             "tokens": tokens, **row, **rates, "peak_bytes": peak, "reserved_bytes": reserved,
             "target": case.target if model == (case.model or "llama2-7b") else "",
         })  # fmt: skip
@@ -138,9 +150,26 @@ def clear(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def step_of(case: Case, c: Config, problem: Problem, tokens: int) -> Callable[[int], object]:
-    """One step, given its number."""
-    batch = examples(c, tokens, problem.lm.config.vocab_size)
+class Released:
+    """transformers' model, in the place of a problem."""
+
+    def __init__(self, raw: dict, device: str):
+        self.model = transformers_model(raw, device)
+
+
+def count(problem: Problem | Released) -> int:
+    if isinstance(problem, Released):
+        return sum(w.numel() for w in problem.model.parameters())
+    return parameters(problem.lm.store)
+
+
+def step_of(case: Case, c: Config, problem: Problem | Released, tokens: int, words: int) -> Callable[[int], object]:
+    """One step, given its number.  words: of the vocabulary."""
+    batch = examples(c, tokens, words)
+    if case.released:
+        take_step, model = RELEASED[case.released], problem.model
+        loss_fn = partial(transformers_loss, model, collate(batch, 0, model.device))
+        return lambda at: take_step(list(model.parameters()), loss_fn, at, EPS, LR)
     if case.peer is None:
         take_step = (first_order if c.optimizer == "adamw" else zeroth_order)(c, problem)
         return lambda at: take_step(at, batch, LR)
@@ -275,7 +304,7 @@ def main(argv: list[str]) -> int:
             continue
         try:
             measured = alone(name, args.model, args.device, args.repeats, extra, args.profile)
-        except RuntimeError as error:  # torch's, out of memory among them, and a process that died
+        except (RuntimeError, ImportError) as error:  # out of memory, a process that died, no transformers
             failed[name] = (str(error) or repr(error)).splitlines()[0]
             print(f"{name:36} | {failed[name]}", flush=True)
             continue

@@ -1,6 +1,7 @@
 """The peers that benchmarks/speed.py times ours against take the steps that they are said to take; its table prints."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -126,11 +127,34 @@ def test_quzo_steps_along_the_very_direction_that_it_probed_then_lands_on_a_grid
         assert (w - wanted).mean().abs() < 5 * 0.5 * step / w.numel() ** 0.5
 
 
+@pytest.mark.parametrize("step, released", [
+    (peers.mezo_step, {"sweep": peers.sweep_as_released}), (peers.quzo_step, {"released": True}),
+])  # fmt: skip
+def test_as_released_is_the_tight_step_but_for_rounding(lm, batch, step, released):
+    """Here transformers' part is played by our own loss.  A last place more or less may turn a landing over."""
+    start, ends = [w.clone() for w in weights_of(lm)], []
+    for options in ({}, released):
+        weights = [w.clone() for w in start]
+        for stored, w in zip(lm.store.values(), weights, strict=True):
+            stored.value = w
+        loss = Mock(side_effect=loss_fn(lm, batch))
+        slope = step(weights_of(lm), loss, SEED, EPS, LR, **options)
+        for stored, w in zip(lm.store.values(), weights, strict=True):
+            assert stored.value is w  # an update of the model itself
+        ends.append((slope, torch.cat([w.flatten() for w in weights]), loss.call_count))
+    (tight, at, _), (slope, there, calls) = ends
+    assert slope == pytest.approx(tight, abs=1e-3) and calls == (3 if step is peers.quzo_step else 2)
+    assert ((at - there).abs() > 1e-4).double().mean() < 1e-3
+    assert ((at - torch.cat([w.flatten() for w in start])).abs() > 1e-3).double().mean() > 0.5
+
+
 def test_weights_in_bf16_stay_in_bf16(lm, batch):
     weights = [stored.value for stored in create(tiny_llama(), weights="bf16").store.values()]
     dtypes = [w.dtype for w in weights]
     for draw in (peers.gaussian, peers.quantised):
-        peers.sweep(weights, draw, SEED, EPS)
+        peers.sweep(weights, draw, SEED, 1, EPS)
+    for draw in (peers.gaussian, peers.quantised_as_released):
+        peers.sweep_as_released(weights, draw, SEED, 1, EPS)
     assert [w.dtype for w in weights] == dtypes and torch.bfloat16 in dtypes
 
 
@@ -142,6 +166,7 @@ def test_every_case_has_flags_that_train_takes(name):
     case = speed.CASES[name]
     validate(parse(["--model", "llama2-7b", *case.flags.split()]))
     assert case.peer is None or case.peer in speed.PEERS
+    assert case.released is None or case.released in speed.RELEASED
 
 
 @pytest.mark.parametrize("name", [speed.REFERENCE, "peer: QuZO in place", "AdaZeta Q = 4, int4 base"])

@@ -375,18 +375,19 @@ def test_rounding_to_fp8_uses_every_bit(weights, x):
 
 @pytest.mark.parametrize("x", [1e-3, -1e-3, 1.55e-2, -1e-9, 6e-5, -5.9e-5, 1e-5])
 @pytest.mark.parametrize("weights", FP8)
-def test_fp8s_even_part_goes_up_for_exactly_the_right_words(weights, x):
-    """Below the smallest normal number: floor(fraction * 2^31) words, the smallest ones."""
+def test_fp8s_even_part_goes_up_for_the_right_share_of_words(weights, x):
+    """Below the smallest normal number: of all patterns of the bits that are cut, the fraction's share, to a half of
+    one pattern."""
     kind, grid = FP8[weights], points(weights)
     step = grid[grid > 0].min().item()
     if abs(x) >= 2.0**kind.lowest:
         return  # in e5m2 only the smallest of these are
+    n = 2 ** (23 - kind.mantissa)
     size = Fraction(torch.tensor(abs(x)).item()) / Fraction(step)
-    ups, sign = int(size % 1 * 2**31), np.sign(x)
-    for word, up in ((0, ups > 0), (ups - 1, True), (ups, False), (2**31 - 1, False)):
-        if word >= 0:
-            got = kind.round(torch.tensor([x]), torch.tensor([word], dtype=torch.int32)).item()
-            assert got == sign * float(size // 1 + up) * step
+    got = kind.round(torch.tensor(x).expand(n), torch.arange(n, dtype=torch.int32)).double() / step
+    low = float(size // 1)
+    assert set(got.abs().unique().tolist()) <= {low, low + 1} and (got * np.sign(x) >= 0).all()
+    assert (got.abs() > low).sum() == round(size % 1 * n)
 
 
 @pytest.mark.parametrize("weights", FP8)

@@ -293,8 +293,8 @@ def test_graphs_replay_the_same_steps(flags, tmp_path):
     """Batches of several lengths, each met once, twice and more often: all slopes and all bits as launch by launch."""
     hashes, slopes = [], []
     for name in ("--graphs", "--no-graphs"):
-        more = f"--device cuda --no-compile --batch-size 12 --steps 12 --eval-every 6 --num-eval 8 --out {tmp_path / name}"
-        c = train.parse([*flags.split(), name, *more.split()])
+        more = f"{name} --device cuda --no-compile --batch-size 12 --steps 12 --eval-every 6 --out {tmp_path / name}"
+        c = train.parse([*flags.split(), *more.split()])
         problem = train.prepare(c)[0]
         problem.multiple, taken, at = 8, train.zeroth_order(c, problem), 0
         for repeat in range(4):
