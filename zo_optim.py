@@ -366,7 +366,8 @@ def update(
     device = next(iter(store.values())).device
     if not any(coefficients):  # adding +0.0 would turn a stored -0.0 into +0.0
         return torch.zeros(2, dtype=torch.int64, device=device)
-    factors = torch.tensor([zo.times(c) for c in coefficients], dtype=torch.float32).to(device)
+    factors = torch.tensor([zo.times(c) for c in coefficients], dtype=torch.float32, pin_memory=device.type == "cuda")
+    factors = factors.to(device, non_blocking=True)
     return land(step, factors) if land else land_steps(store, factors, seed, step, zo)
 
 

@@ -5,8 +5,8 @@
     python -m benchmarks.speed --model tiny --device cpu --repeats 1 --cases peer     # does it run?
 
 A step is all of it: its losses and its update.  Every case has a process of its own, which takes warm-up steps and
-then a timed run; `ms` is the median step, beside the fastest and the slowest, each ended by a synchronisation (the
-run by the clock is in the JSON).  The peak is the allocator's, warm-up included, building not (on a CPU the whole
+then a timed run; `ms` is the median step, beside the fastest and the slowest, from one return to the next (the run by
+the clock is in the JSON).  The peak is the allocator's, warm-up included, building not (on a CPU the whole
 process's).  Ratios are to the peer that perturbs in place, at the same model and size.  Peers (benchmarks/peers.py) are
 as released, on `transformers`' model, or tight, on our own; over bf16 tensors; they compute the logits of every word at
 every position, as released, except where a row says last position, and nothing of theirs is compiled, except where a
@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 import profiler
 import tensor_train
@@ -45,7 +46,9 @@ from benchmarks.peers import (
 )
 from config import Config, parse, spec_of
 from data.hub import check_known, raw_config
-from data.scoring import collate, losses
+from data.scoring import Batch, collate, losses
+from graphs import Replayed
+from model import LanguageModel
 from run_folder import git_commit
 from train import Problem, first_order, parameters, peak_memory, zeroth_order
 
@@ -180,15 +183,17 @@ def step_of(case: Case, c: Config, problem: Problem | Released, tokens: int, wor
 
 
 def timed(take_step: Callable[[int], object], repeats: int, device: str) -> dict:
-    """Milliseconds: the median step, the fastest, the slowest, and the run of them by the clock over their number."""
-    synchronise = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    """Milliseconds: the median step, the fastest, the slowest, and the run of them by the clock over their number.
+
+    From one return to the next: a step waits for its losses, and its update runs while the next one is prepared.
+    """
     clock = []
-    for at in range(WARM_UP + repeats + 1):
-        synchronise()
+    for at in range(WARM_UP + repeats):
+        take_step(at)
         clock.append(time.perf_counter())
-        if at < WARM_UP + repeats:
-            take_step(at)
-    clock = clock[WARM_UP:]
+    clock = clock[WARM_UP - 1 :]
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
     steps = [1e3 * (after - before) for before, after in zip(clock, clock[1:], strict=False)]
     return {"ms": statistics.median(steps), "fastest_ms": min(steps), "slowest_ms": max(steps),
             "run_ms": 1e3 * (clock[-1] - clock[0]) / repeats}  # fmt: skip
@@ -210,9 +215,17 @@ def forward_rates(c: Config, problem: Problem, tokens: int, repeats: int) -> dic
         sequences = c.batch_size * batches
         batch = examples(dataclasses.replace(c, batch_size=sequences), tokens, problem.lm.config.vocab_size)
         batch = collate(batch, problem.pad, problem.lm.device)
-        row = timed(lambda at, batch=batch: losses(problem.lm, batch, problem.lm.stored_view()), repeats, c.device)
+        forward = forward_of(c, problem.lm, batch)
+        row = timed(lambda at, forward=forward: forward(at).tolist(), repeats, c.device)
         rates[f"forward_of_{name}_tokens_per_second"] = sequences * tokens / row["ms"] * 1e3
     return rates
+
+
+def forward_of(c: Config, lm: LanguageModel, batch: Batch) -> Callable[[int], Tensor]:
+    def forward(at: int | Tensor, inputs: list[Tensor | None]) -> Tensor:
+        return losses(lm, Batch(*inputs), lm.stored_view())
+
+    return partial(Replayed(forward, lm.device) if c.graphs else forward, inputs=batch.tensors())
 
 
 # ---------------------------------------------------------------- the table
