@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # which imports this file
     from zo_optim import ZO
 
 BLOCK = 256  # groups a program, two to a thread
+LONG = 512  # of updates of integers, which have the registers for four
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 NO_DIRECTION = tl.constexpr(-2)  # beside ZO.levels
 SHARDS = 256  # of the counts, since programs that add to one number wait for one another
@@ -123,7 +124,7 @@ def _grid_step(factor, words, unit, power, grain, OVER_UNIT: tl.constexpr):
     size = (size.to(tl.int32, bitcast=True) | times.to(tl.int32, bitcast=True) & -(2**31)).to(tl.float32, bitcast=True)
     inverse = (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     ratio = tl.minimum(_divide(grain, unit, False) * inverse, 0.99999994)  # 1 - 2^-24
-    threshold = (ratio * ratio * 2147483648.0 + 0.5).to(tl.uint32)
+    threshold = tl.fma(ratio * ratio, 2147483648.0, 0.5).to(tl.uint32)  # one product is exact
     return size, (words << 1) < (threshold << 1)  # a shift may take another unit than a mask
 
 
@@ -481,13 +482,13 @@ def _by_hand(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)
 
 
-def _tail(n: int) -> str:
+def _tail(n: int, block: int) -> str:
     """_place's."""
-    return "elements" if n % 8 else "groups" if n % (8 * BLOCK) else ""
+    return "elements" if n % 8 else "groups" if n % (8 * block) else ""
 
 
-def _programs(n: int) -> tuple[int]:
-    return (triton.cdiv(n, 8 * BLOCK),)
+def _programs(n: int, block: int) -> tuple[int]:
+    return (triton.cdiv(n, 8 * block),)
 
 
 def read_pair(
@@ -520,9 +521,9 @@ def _materialise(
     out, unused = pair.view(torch.uint8) if is_codes else pair, value  # kernels take no None
     knots, chosen = unused if knots is None else knots, unused if rows is None else rows
     with _on(value.device):
-        _pair_kernel[_programs(length)](
+        _pair_kernel[_programs(length, BLOCK)](
             out, value, scale, knots, chosen, R, per_row, length, factor, grain, *words, KIND=kind, TOP=top,
-            CHOSEN=rows is not None, BYTES=is_codes, BY_HAND=_by_hand(value.device), TAIL=_tail(length), BLOCK=BLOCK,
+            CHOSEN=rows is not None, BYTES=is_codes, BY_HAND=_by_hand(value.device), TAIL=_tail(length, BLOCK), BLOCK=BLOCK,
             **options, **EXACT,
         )  # fmt: skip
     return pair
@@ -536,10 +537,11 @@ def update_(stored: Stored, key: Key, factors: Tensor, zo: ZO, knots: Tensor, co
     value, scale, n, per_row, words = _arguments(stored, key)
     kind, top = _kind(stored)
     bits = stored.residual_bits if isinstance(stored, Integers) else 0
+    block = LONG if isinstance(stored, Integers) else BLOCK
     with _on(value.device):
-        _update_kernel[_programs(n)](
+        _update_kernel[_programs(n, block)](
             value, scale, stored.residual.view(WORDS[bits]) if bits else value, counts, knots, factors, n, per_row,
             zo.grain, *words, QUERIES=len(factors), KIND=kind, TOP=float(stored.limit) if bits else top, RESIDUAL=bits,
-            LEVELS=zo.levels, ROUNDING=int(zo.step_rounding), BY_HAND=_by_hand(value.device), TAIL=_tail(n),
-            BLOCK=BLOCK, **EXACT,
+            LEVELS=zo.levels, ROUNDING=int(zo.step_rounding), BY_HAND=_by_hand(value.device), TAIL=_tail(n, block),
+            BLOCK=block, **EXACT,
         )  # fmt: skip
