@@ -79,6 +79,7 @@ class Case:
 
 BF16 = "--method mezo --weights bf16"
 INT8 = "--method quzo --weights int8 --direction-bits 4 --estimator q-rge2"
+GRID = "--method quzo --weights int8 --direction-bits grid"
 EAGER = f"{BF16} --no-compile"  # as released
 REFERENCE = "peer: MeZO in place"
 DOUBLING = tuple((2**i, 256) for i in range(7))  # 256 to 16,384 tokens
@@ -93,11 +94,12 @@ CASES = {
     "peer: AdamW, fo-ste int8": Case("--method fo-ste --weights int8"),
     "MeZO bf16": Case(BF16, target="14.2 GiB, 0.4x"),
     "QuZO int8, 4 bits": Case(INT8, target="65 ms, 7.6 GiB"),
-    "QuZO int8, grid": Case("--method quzo --weights int8 --direction-bits grid", target="65 ms, 7.6 GiB"),
+    "QuZO int8, grid": Case(GRID, target="65 ms, 7.6 GiB"),
     "QuZO fp8": Case("--method quzo --weights fp8"),
     "QuZO fp8, fp8 activations": Case("--method quzo --weights fp8 --activations fp8", target="50 ms"),
     "QuZO int4": Case("--method quzo --weights int4", target="70 ms, 4.6 GiB"),
     "QuZO int8, 4 bits, 256 tokens": Case(INT8, ((16, 256),), target="190 ms"),
+    "QuZO int8, grid, 256 tokens": Case(GRID, ((16, 256),), target="190 ms"),
     "AdaZeta Q = 4, int4 base": Case("--method adazeta --weights int4 --queries 4"),
     "QuZO int4, 13B": Case("--method quzo --weights int4", model="llama2-13b", target="8.6 GiB"),
     "growth with tokens": Case(INT8, DOUBLING),
