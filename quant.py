@@ -499,7 +499,7 @@ def token_codes(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 def multiply_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x [P, N, C], rounded to e4m3 a token, times e4m3 weights [P or 1, O, C] with row scales [O, 1] -> [P, N, O] bf16.
 
-    On tensor cores, which add in float32; both scales are applied to the sum.
+    On tensor cores; both scales are applied to the sum.
     """
     if len(weight) < len(x):
         return multiply_fp8(x.flatten(0, 1)[None], weight, scale).view(*x.shape[:2], -1)
@@ -514,7 +514,8 @@ def multiply_codes(codes: Tensor, tokens: Tensor, weight: Tensor, scale: Tensor)
     for p in range(P):
         scale_a = tokens[p] if N % 4 == 0 else tokens[p].clone()  # cuBLAS wants it to begin at a multiple of 16 bytes
         torch._scaled_mm(
-            codes[p], weight[p].T, scale_a=scale_a, scale_b=scale.T, out_dtype=torch.bfloat16, out=y[p]
+            codes[p], weight[p].T, scale_a=scale_a, scale_b=scale.T, out_dtype=torch.bfloat16, out=y[p],
+            use_fast_accum=True,  # sums of some 14 bits, an eighth faster; beside rounded activations nobody feels it
         )  # fmt: skip
     return y
 

@@ -3,7 +3,8 @@
     python -m benchmarks.noise --model DIR --data-dir DIR --weights int4
 
 The same directions on the weights' grid at the same SST-2 batch, with products in fp32 (the reference), in bf16, and
-with rounded activations: the rms of the slopes, and of what each way's slopes differ by.  Last line JSON.
+with rounded activations, which fp8 weights also multiply as codes: the rms of the slopes, and of what each way's
+slopes differ by.  Last line JSON.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ WAYS = {  # name: (products, activations)
     "bf16": (torch.bfloat16, "none"),
     "fp32, int8 activations": (torch.float32, "int8"),
     "fp32, fp8 activations": (torch.float32, "fp8"),
+    "fp8 codes": (torch.bfloat16, "fp8"),  # multiplied by fp8 codes, where the weights are
 }
 
 
@@ -41,16 +43,19 @@ def main() -> None:
     parser.add_argument("--eps", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
     args = parser.parse_args()
     flags = f"--task sst2 --k 512 --data-seed 42 --batch-size 32 --weights {args.weights} --direction-bits grid"
-    c = parse([*flags.split(), "--model", args.model, "--data-dir", args.data_dir])
+    c = parse([*flags.split(), "--no-compile", "--model", args.model, "--data-dir", args.data_dir])
     problem, _ = prepare(c)
     batch = [problem.train[i] for i in batch_indices(0, 0, c.batch_size, len(problem.train))]
     loss_fn, rows = partial(loss_of, problem.lm, batches_of(problem, batch, c.batch_size)), []
-    print(f"{'eps':>8}{'slopes, rms':>14}" + "".join(f"{way:>26}" for way in list(WAYS)[1:]))
+    ways = {way: how for way, how in WAYS.items() if way != "fp8 codes" or args.weights == "fp8"}
+    print(f"{'eps':>8}{'slopes, rms':>14}" + "".join(f"{way:>26}" for way in list(ways)[1:]))
     for eps in args.eps:
         zo, slopes = ZO(eps, args.directions, grid=True, stride=args.stride), {}
-        for way, (dtype, activations) in WAYS.items():
-            problem.lm.dtype = dtype
+        for way, (dtype, activations) in ways.items():
+            problem.lm.dtype, problem.lm.multiplies_codes = dtype, False
             problem.lm.round_activations(activations)
+            if way == "fp8 codes":
+                problem.lm.multiply_codes()
             queries = estimate(problem.lm.store, loss_fn, 1, 0, zo, dtype)
             slopes[way] = torch.tensor([query.slope for query in queries])
         noise = {way: rms(found - slopes["fp32"]) for way, found in slopes.items() if way != "fp32"}

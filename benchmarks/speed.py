@@ -123,7 +123,7 @@ def measure(
         flags = f"--device {device} --batch-size {batch_size} --lr {LR} {case.flags}"
         c = parse(["--model", model, *flags.split(), *extra])
         if problem is None:
-            problem = build(c, raw) if case.released is None else Released(raw, device)
+            problem = build(c, raw) if case.released is None else Released(raw, c.device)
             if spec_of(c, raw["model_type"]):
                 rates = forward_rates(c, problem, tokens, repeats)
                 tensor_train.attach(problem.lm, spec_of(c, raw["model_type"]), c.seed)
