@@ -73,8 +73,8 @@ def _bits32(group, step, tensor, query, USE: tl.constexpr, k0, k1):
 @triton.jit
 def _normal(knots, bits):
     """zo_optim.normal, from zo_optim.normal_knots."""
-    knot = tl.load(knots + ((bits >> 4) & 2047))
-    size = ((knot & 0xFFFF) << 2) + (((knot >> 16) * ((bits & 15) * 2 + 1) + 4) >> 3)
+    knot = tl.load(knots + ((bits >> 4) & 2047)).to(tl.uint32, bitcast=True)
+    size = ((knot & 0xFFFFF) + (knot >> 20) * ((bits << 1) & 30).to(tl.uint32) >> 3).to(tl.int32)
     return tl.where(bits < 32768, size, -size)
 
 
