@@ -49,6 +49,9 @@ ARMS = {
         for (name, (flags, dense, grid)), (way, how) in itertools.product(FORMATS.items(), WAYS.items())
     },
     "QuZO FP8 weights only, grid": (f"{QUZO} {FP32} --weights fp8 {WAYS['grid']}", GRID),
+    "QuZO FP8, grid, products too": (
+        f"{QUZO} --compute fp8 --weights fp8 --activations fp8 {WAYS['grid']}", NOISY_GRID
+    ),
     "QuZO W4A8, grid": (f"{QUZO} {FP32} --weights int4 --activations int8 {WAYS['grid']}", NOISY_GRID),
     "QuZO W4, grid, products in bf16": (f"{QUZO} --weights int4 --direction-bits grid --eps 2e-4", GRID),
     "QuZO W8, q-rge2, codes": (f"{QUZO} {FP32} --weights int8 {WAYS['q-rge2']} --probe codes", FLOAT),
