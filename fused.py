@@ -91,8 +91,8 @@ def _direction(knots, group, step, tensor, query, k0, k1, ROUNDING: tl.constexpr
 
 
 @triton.jit
-def _divide(x, unit, MINUS_ZERO: tl.constexpr):
-    """x / unit, rounded to nearest.  x [BLOCK, 8], unit [BLOCK, 1].  MINUS_ZERO: whether -0 has to stay -0.
+def _divide(x, unit):
+    """x / unit, rounded to nearest, but +0 for -0.  x [BLOCK, 8] or [BLOCK, 1], unit [BLOCK, 1].
 
     Markstein (1990): from the rounded reciprocal, one division a group, two fused steps give the rounded quotient.
     Triton's interpreter does not fuse them.
@@ -103,8 +103,6 @@ def _divide(x, unit, MINUS_ZERO: tl.constexpr):
         inverse = tl.div_rn(unit * 0 + 1.0, unit)
         rough, away = x * inverse, unit * -1.0
         quotient = tl.fma(tl.fma(rough, tl.broadcast_to(away, x.shape), x), tl.broadcast_to(inverse, x.shape), rough)
-    if MINUS_ZERO:
-        quotient = tl.where(x == 0, x, quotient)  # the fused steps make +0 of it
     return quotient
 
 
@@ -116,14 +114,14 @@ def _grid_step(factor, words, unit, power, grain, OVER_UNIT: tl.constexpr):
     Products and quotients of floats commute with powers of two, and with taking the larger one: what is rounded is
     computed once for a group.
     """
-    times, grain = tl.full(unit.shape, factor, tl.float32), tl.full(unit.shape, grain, tl.float32)
-    own, least = unit * tl.abs(times), grain * tl.abs(times)
+    times, finest = tl.full(unit.shape, factor, tl.float32), tl.full(unit.shape, grain, tl.float32)
+    own, least = unit * tl.abs(times), finest * tl.abs(times)
     if OVER_UNIT:
-        own, least = _divide(own, unit, False), _divide(least, unit, False)
+        own, least = _divide(own, unit), _divide(least, unit)
     size = tl.maximum(own * power, least)
     size = (size.to(tl.int32, bitcast=True) | times.to(tl.int32, bitcast=True) & -(2**31)).to(tl.float32, bitcast=True)
     inverse = (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    ratio = tl.minimum(_divide(grain, unit, False) * inverse, 0.99999994)  # 1 - 2^-24
+    ratio = tl.minimum(_divide(finest, unit) * inverse, 0.99999994)  # 1 - 2^-24
     threshold = tl.fma(ratio * ratio, 2147483648.0, 0.5).to(tl.uint32)  # one product is exact
     return size, (words << 1) < (threshold << 1)  # a shift may take another unit than a mask
 
@@ -148,7 +146,7 @@ def _along(
     else:
         d = _direction(knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS) * factor
         if OVER_UNIT:
-            d = _divide(d, unit, True)
+            d = _divide(d, unit)
     return d
 
 
@@ -415,7 +413,7 @@ def _update_kernel(
                 LEVELS, False,
             )  # fmt: skip
         if coded:
-            d = _divide(d, fine_unit, False)
+            d = _divide(d, fine_unit)
         if integers:
             moved = _stochastic_round(d, landing)
     if integers:

@@ -62,7 +62,10 @@ class Grid8(NamedTuple):
     top: float  # the largest size
 
     def round(self, x: Tensor, words: Tensor | None) -> Tensor:
-        """float32 -> this grid, in its dtype; sizes beyond the top become the top.  P(up) is exact to 2^-20."""
+        """float32 -> this grid, in its dtype; sizes beyond the top become the top.  P(up) is exact to 2^-20.
+
+        What rounds stochastically to zero, -0 too, becomes +0.
+        """
         x = x.clamp(-self.top, self.top)
         if words is None:
             return x.to(self.dtype)
@@ -515,7 +518,7 @@ def multiply_codes(codes: Tensor, tokens: Tensor, weight: Tensor, scale: Tensor)
         scale_a = tokens[p] if N % 4 == 0 else tokens[p].clone()  # cuBLAS wants it to begin at a multiple of 16 bytes
         torch._scaled_mm(
             codes[p], weight[p].T, scale_a=scale_a, scale_b=scale.T, out_dtype=torch.bfloat16, out=y[p],
-            use_fast_accum=True,  # sums of some 14 bits, an eighth faster; beside rounded activations nobody feels it
+            use_fast_accum=True,  # sums of some 14 bits, an eighth faster (README, Deviations)
         )  # fmt: skip
     return y
 

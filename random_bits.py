@@ -91,7 +91,7 @@ def random_words(key: Key, use: Use, blocks: Tensor) -> Tensor:
     return torch.from_numpy(words.view(np.int32)).to(blocks.device)
 
 
-def _random_words_triton(counter: tuple[int, ...], seed: tuple[int, int], blocks: Tensor) -> Tensor:
+def _random_words_triton(counter: tuple[int | Tensor, ...], seed: tuple[int, int], blocks: Tensor) -> Tensor:
     """The same words in one kernel instead of a hundred; tests/test_gpu.py demands equal integers."""
     words = torch.empty(len(blocks), 4, dtype=torch.int32, device=blocks.device)
     if len(blocks):

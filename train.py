@@ -65,7 +65,7 @@ class Problem:
     test: list[Encoded]
     pad: int
     batch_size: int  # of evaluations
-    multiple: int = 1  # what the tokens of a batch to train on are made a multiple of
+    multiple: int = 1  # of which a step's batches have tokens
 
     def quality(self, split: list[Encoded]) -> Quality:
         return evaluate(self.lm, split, self.pad, self.batch_size)
@@ -85,8 +85,8 @@ def prepare(c: Config) -> tuple[Problem, Splits]:
 
 
 def multiple_of(c: Config, longest: int) -> int:
-    """Batches of eight lengths share a graph, where the model takes so many tokens."""
-    return 8 if c.graphs and longest % 8 == 0 else 1
+    """On a GPU eight lengths share a graph, where the model takes so many tokens; also with --no-graphs."""
+    return 8 if c.device.startswith("cuda") and c.optimizer == "zo" and longest % 8 == 0 else 1
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # outside of products
@@ -140,16 +140,17 @@ def batch_indices(seed: int, step: int, batch_size: int, n: int) -> list[int]:
 
 
 def batches_of(problem: Problem, examples: list[Encoded], micro_batch_size: int) -> list[Batch]:
-    """What goes through the model at once."""
-    chunks = (examples[i : i + micro_batch_size] for i in range(0, len(examples), micro_batch_size))
-    return [collate(chunk, problem.pad, problem.lm.device, problem.multiple) for chunk in chunks]
+    """What goes through the model at once; of one length, where lengths are rounded up."""
+    rounded = -(-max(map(width, examples)) // problem.multiple) * problem.multiple if problem.multiple > 1 else 0
+    of_forward = chunks(examples, micro_batch_size)
+    return [collate(chunk, problem.pad, problem.lm.device, rounded) for chunk in of_forward]
 
 
 def loss_parts(lm: LanguageModel, batches: list[Batch], view) -> Iterator[Tensor]:
     """Mean loss of each probe over the examples of all batches: [P] each, to be summed."""
-    examples = sum(len(batch.labels) for batch in batches)
+    n = sum(len(batch.labels) for batch in batches)
     for batch in batches:
-        yield losses(lm, batch, view) * (len(batch.labels) / examples)
+        yield losses(lm, batch, view) * (len(batch.labels) / n)
 
 
 @phase("other forward")
@@ -296,7 +297,8 @@ class Step(NamedTuple):
     loss: float  # mean over the step's forwards
     slopes: list[float]  # for the trajectory; none of a first-order step
     metrics: dict
-    counts: Tensor | None = None  # what `update` counted, of `size` elements.  To read it is to wait for a GPU
+    counts: Tensor | None = None  # what `update` counted, of `size` elements.  To read it is to wait for a GPU, and
+    # with graphs the next step writes into it
     size: int = 1
 
 
@@ -419,6 +421,7 @@ def run(c: Config) -> dict:
         "zero_shot": zero_shot, "dev": progress.best.accuracy if progress.best else None,
         "dev_loss": progress.best.loss if progress.best else None, "best_step": progress.best_step, "test": test,
         "interrupted": interrupted, "seconds": round(seconds, 1), "peak_memory_bytes": peak_memory(c.device),
+        "reserved_memory_bytes": torch.cuda.max_memory_reserved() if c.device.startswith("cuda") else None,
         "weights_sha256": lm.sha256(), "out": c.out,
     }  # fmt: skip
     folder.result(result)
@@ -485,7 +488,7 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         code, told = 2, str(error)
     except torch.OutOfMemoryError as error:
-        code, told = 1, f"out of GPU memory; try a smaller --micro-batch-size or fewer bits: {error}"
+        code, told = 1, f"out of GPU memory; try a smaller --micro-batch-size, fewer bits or --no-graphs: {error}"
     except OSError as error:
         code, told = 1, str(error)
     except KeyboardInterrupt:

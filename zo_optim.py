@@ -106,8 +106,8 @@ def grid_step(
 
         grain * u = +t or -t, with probability (grain / t)^2 / 2 each, else 0
 
-    so E[u] = 0 and E[u u^T] = I, as for a Gaussian (the probability to 2^-23 of itself).  Most elements are 0; the
-    others are one code up or down.  The estimate slope * u has E|g_hat|^2 = (d - 1 + E u^4) |g|^2, where E u^4 =
+    so E[u] = 0 and E[u u^T] = I, as for a Gaussian (the probability to 2^-22 of itself and 2^-32).  Most elements are
+    0; the others are one code up or down.  The estimate slope * u has E|g_hat|^2 = (d - 1 + E u^4) |g|^2, where E u^4 =
     (t / grain)^2 is nothing beside the d of a language model, so it is as good as a Gaussian's.  But a step
     lr * slope * u is now p = lr * |slope| / grain spacings at the few weights that it touches.  Landing it has the
     variance (grain / s)^2 s^2 {p} (1 - {p}) a weight, {p} = p - floor(p): at most grain * lr * |slope|, where a step in
@@ -357,9 +357,9 @@ def update(
 ) -> Tensor:
     """w <- land(w - lr / n * sum of slope_i * u2_i), the mean of the n queries landing on the weight's grid at once.
 
-    (Algorithm 1 lands each query's step by itself: the same mean with more rounding.)  This is all that ever writes a
-    weight, and it needs no forward pass: (seed, step, slopes, lr) redo it.  Returns [2] int64, on the weights' device
-    because reading it waits for the update: elements changed, elements held back by the edge of the grid.
+    (Algorithm 1 lands each query's step by itself: the same mean with more rounding.)  land_steps is all that ever
+    writes a weight, and needs no forward pass: (seed, step, slopes, lr) redo it.  Returns [2] int64, on the weights'
+    device because reading it waits for the update: elements changed, elements held back by the edge of the grid.
     land: what to call in place of land_steps, with a step's number and its factors.
     """
     coefficients = [-lr * slope / len(slopes) for slope in slopes]

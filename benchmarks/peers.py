@@ -82,18 +82,27 @@ def sweep_as_released(weights: list[Tensor], draw: Draw, seed: int, scale: float
         w.data = w.data + scale * draw(w, generator) * length
 
 
+def step_as_released(weights: list[Tensor], draw: Draw, seed: int, scale: float, length: float, decay=0.0) -> None:
+    """w = w - length * (-scale * u + decay * w), the weight decay computed though it is 0."""
+    generator = torch.Generator(weights[0].device).manual_seed(seed)
+    for w in weights:
+        w.data = w.data - length * (-scale * draw(w, generator) + decay * w.data)
+
+
 @torch.no_grad()
 def mezo_step(
-    weights: list[Tensor], loss_fn: LossFn, seed: int, eps: float, lr: float, draw: Draw = gaussian, sweep=sweep
-) -> float:
+    weights: list[Tensor], loss_fn: LossFn, seed: int, eps: float, lr: float, draw: Draw = gaussian,
+    released: bool = False,
+) -> float:  # fmt: skip
     """Algorithm 1 of MeZO -> the slope.  What three sweeps restore is off by their rounding."""
-    sweep(weights, draw, seed, 1, eps)
+    perturb, step = (sweep_as_released, step_as_released) if released else (sweep, sweep)
+    perturb(weights, draw, seed, 1, eps)
     plus = loss_fn().item()
-    sweep(weights, draw, seed, -2, eps)
+    perturb(weights, draw, seed, -2, eps)
     minus = loss_fn().item()
-    sweep(weights, draw, seed, 1, eps)
+    perturb(weights, draw, seed, 1, eps)
     slope = (plus - minus) / (2 * eps)
-    sweep(weights, draw, seed, -slope, lr)
+    step(weights, draw, seed, -slope, lr)
     return slope
 
 
@@ -106,7 +115,7 @@ def quzo_step(
     (The release does so in one of its two trainers, and by a scale that is a power of two.)
     """
     if released:
-        slope = mezo_step(weights, loss_fn, seed, eps, lr, quantised_as_released, sweep_as_released)
+        slope = mezo_step(weights, loss_fn, seed, eps, lr, quantised_as_released, released=True)
     else:
         slope = mezo_step(weights, loss_fn, seed, eps, lr, quantised)
     generator = torch.Generator(weights[0].device).manual_seed(seed + 2**32)  # no step's directions

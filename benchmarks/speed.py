@@ -6,12 +6,12 @@
 
 A step is all of it: its losses and its update.  Every case has a process of its own, which takes warm-up steps and
 then a timed run; `ms` is the median step, beside the fastest and the slowest, from one return to the next (the run by
-the clock is in the JSON).  The peak is the allocator's, warm-up included, building not (on a CPU the whole
-process's).  Ratios are to the peer that perturbs in place, at the same model and size.  Peers (benchmarks/peers.py) are
-as released, on `transformers`' model, or tight, on our own; over bf16 tensors; they compute the logits of every word at
-every position, as released, except where a row says last position, and nothing of theirs is compiled, except where a
-row says so.  Targets are what is to be reached at most on an
-H200.  Last line JSON, with what failed if anything did.
+the clock is in the JSON).  The peak is the allocator's, warm-up included, building not (on a CPU the whole process's);
+what it holds in reserve beyond that, graphs' own memory among it, is in the JSON.  Ratios are to the peer that perturbs
+in place, at the same model and size.  Peers (benchmarks/peers.py) have bf16 tensors.  They run as released, on
+`transformers`' model, or tight, on ours; they compute the logits of every word at every position, as released, and
+nothing of theirs is compiled, except where a row says otherwise.  Targets are what is to be reached at most on an H200.
+Last line JSON, with what failed if anything did.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from benchmarks.peers import (
     last_loss,
     mezo_step,
     quzo_step,
-    sweep_as_released,
     transformers_loss,
     transformers_model,
 )
@@ -58,7 +57,7 @@ PEERS = {  # name: a step, and the loss that it takes
     "mezo, last position": (mezo_step, last_loss),
     "quzo": (quzo_step, full_loss),
 }
-RELEASED = {"mezo": partial(mezo_step, sweep=sweep_as_released), "quzo": partial(quzo_step, released=True)}
+RELEASED = {"mezo": partial(mezo_step, released=True), "quzo": partial(quzo_step, released=True)}
 SHAPES = {"llama-28m": {
     "model_type": "llama", "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 10,
     "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 32000, "tie_word_embeddings": True,
@@ -84,12 +83,12 @@ EAGER = f"{BF16} --no-compile"  # as released
 REFERENCE = "peer: MeZO in place"
 DOUBLING = tuple((2**i, 256) for i in range(7))  # 256 to 16,384 tokens
 CASES = {
-    "peer: MeZO as released": Case(EAGER, ((16, 64), (16, 256)), released="mezo"),
-    "peer: QuZO as released": Case(EAGER, released="quzo"),
     REFERENCE: Case(EAGER, ((16, 64), (16, 256)), peer="mezo"),
     "peer: MeZO in place, last position": Case(EAGER, peer="mezo, last position"),
     "peer: MeZO in place, last, compiled": Case(BF16, peer="mezo, last position"),
     "peer: QuZO in place": Case(EAGER, peer="quzo"),
+    "peer: MeZO as released": Case(EAGER, ((16, 64), (16, 256)), released="mezo"),
+    "peer: QuZO as released": Case(EAGER, released="quzo"),
     "peer: AdamW, bf16": Case("--method fo --weights bf16"),
     "peer: AdamW, fo-ste int8": Case("--method fo-ste --weights int8"),
     "MeZO bf16": Case(BF16, target="14.2 GiB, 0.4x"),
@@ -127,6 +126,7 @@ def measure(
             if spec_of(c, raw["model_type"]):
                 rates = forward_rates(c, problem, tokens, repeats)
                 tensor_train.attach(problem.lm, spec_of(c, raw["model_type"]), c.seed)
+        take_step = None  # with its graphs
         clear(c.device)
         take_step = step_of(case, c, problem, tokens, raw["vocab_size"])
         row = timed(take_step, repeats, c.device)

@@ -142,10 +142,10 @@ def width(e: Encoded) -> int:
 
 
 @phase("data")
-def collate(examples: list[Encoded], pad: int, device: torch.device, multiple: int = 1) -> Batch:
+def collate(examples: list[Encoded], pad: int, device: torch.device, tokens: int = 0) -> Batch:
     """Examples -> one batch.  If any example needs the tokens of its options, all are read so: scores then compare.
 
-    multiple: of it the batch's tokens T are made, so that there are fewer lengths to record graphs for.
+    tokens: T is at least that.
     """
     shared = all(len(e.sequences) == 1 for e in examples) and len({str(e.answers) for e in examples}) == 1
     if shared:
@@ -153,21 +153,21 @@ def collate(examples: list[Encoded], pad: int, device: torch.device, multiple: i
         reads = [(i, e.at, 0, 0) for i, e in enumerate(examples)]
     else:
         packed, options = [pack(e) for e in examples], len(examples[0].answers)
-        rows, branch = [p.tokens for p in packed], padded([p.branch for p in packed], 0, multiple)
+        rows, branch = [p.tokens for p in packed], padded([p.branch for p in packed], 0, tokens)
         reads = [(i, at, token, i * options + option) for i, p in enumerate(packed) for at, token, option in p.reads]
-    mask = padded([[1] * len(row) for row in rows], 0, multiple)
+    mask = padded([[1] * len(row) for row in rows], 0, tokens)
     row, at, target, owner = put(torch.tensor(reads), device).unbind(1)
     lengths = put(torch.tensor([len(a) for e in examples for a in e.answers]), device)
     words = put(torch.tensor([a[0] for a in examples[0].answers]), device) if shared else None
     labels = put(torch.tensor([e.label for e in examples]), device)
     branch = None if branch is None else put(branch, device)
-    tokens, mask = put(padded(rows, pad, multiple), device), put(mask, device)
-    return Batch(tokens, mask, labels, row, at, words, target, owner, lengths, branch)
+    ids, mask = put(padded(rows, pad, tokens), device), put(mask, device)
+    return Batch(ids, mask, labels, row, at, words, target, owner, lengths, branch)
 
 
-def padded(rows: list[list[int]], pad: int, multiple: int) -> Tensor:
+def padded(rows: list[list[int]], pad: int, tokens: int) -> Tensor:
     """[B, T] int64, on the right."""
-    longest = -(-max(map(len, rows)) // multiple) * multiple
+    longest = max(tokens, *map(len, rows))
     return torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
 
 

@@ -1,6 +1,7 @@
 """The peers that benchmarks/speed.py times ours against take the steps that they are said to take; its table prints."""
 
 import json
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -128,7 +129,7 @@ def test_quzo_steps_along_the_very_direction_that_it_probed_then_lands_on_a_grid
 
 
 @pytest.mark.parametrize("step, released", [
-    (peers.mezo_step, {"sweep": peers.sweep_as_released}), (peers.quzo_step, {"released": True}),
+    (peers.mezo_step, {"released": True}), (peers.quzo_step, {"released": True}),
 ])  # fmt: skip
 def test_as_released_is_the_tight_step_but_for_rounding(lm, batch, step, released):
     """Here transformers' part is played by our own loss.  A last place more or less may turn a landing over."""
@@ -146,6 +147,17 @@ def test_as_released_is_the_tight_step_but_for_rounding(lm, batch, step, release
     assert slope == pytest.approx(tight, abs=1e-3) and calls == (3 if step is peers.quzo_step else 2)
     assert ((at - there).abs() > 1e-4).double().mean() < 1e-3
     assert ((at - torch.cat([w.flatten() for w in start])).abs() > 1e-3).double().mean() > 0.5
+
+
+def test_transformers_model_has_our_loss():
+    """In bf16: logits near 1, rounded to 2^-8 of themselves some ten times."""
+    lm, raw = create(tiny_llama(), weights="bf16"), tiny_llama()
+    model = peers.transformers_model(raw, "cpu")
+    model.load_state_dict({name: stored.value for name, stored in lm.store.items()}, strict=False)
+    batch = collate(examples(parse(["--model", "tiny", "--batch-size", "4"]), 8, raw["vocab_size"]), 0, lm.device)
+    batch.at = torch.tensor([7, 2, 5, 3])
+    assert peers.transformers_loss(model, batch).item() == pytest.approx(peers.full_loss(lm, batch).item(), abs=0.02)
+    assert peers.transformers_loss(model, batch) != peers.transformers_loss(model, replace(batch, at=batch.at * 0 + 7))
 
 
 def test_weights_in_bf16_stay_in_bf16(lm, batch):
@@ -169,7 +181,9 @@ def test_every_case_has_flags_that_train_takes(name):
     assert case.released is None or case.released in speed.RELEASED
 
 
-@pytest.mark.parametrize("name", [speed.REFERENCE, "peer: QuZO in place", "AdaZeta Q = 4, int4 base"])
+@pytest.mark.parametrize(
+    "name", [speed.REFERENCE, "peer: QuZO in place", "peer: QuZO as released", "AdaZeta Q = 4, int4 base"]
+)
 def test_a_case_measures_a_row_for_each_size(name):
     rows = speed.measure(name, "tiny", "cpu", 1)
     assert [(row["sequences"], row["tokens"]) for row in rows] == list(speed.CASES[name].sizes)

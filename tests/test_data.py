@@ -237,6 +237,17 @@ def test_an_example_scores_alike_whatever_it_is_batched_with(words, masked):
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+def test_padding_beyond_the_longest_changes_no_score(words, masked, share):
+    """To a length that steps of other lengths have too (train.batches_of)."""
+    lm, encoded = lm_and_batches(words, share or masked, masked)
+    padded = collate(encoded, 2, torch.device("cpu"), tokens=24)
+    assert padded.tokens.shape == padded.mask.shape == (3, 24)
+    torch.testing.assert_close(option_scores(lm, padded, lm.stored_view())[0].softmax(-1), softmaxes(lm, encoded),
+                               atol=1e-5, rtol=0)  # fmt: skip
+
+
 OPTIONS = {"apart": (" not great", " dull"), "alike": (" not great", " not dull", " not"),
            "one token": (" great", " dull")}  # fmt: skip
 

@@ -78,11 +78,18 @@ def stores(shape: tuple[int, ...], weights: str, residual: int) -> list[dict[str
 
 
 def fused_update(store: dict[str, Stored], slopes: list[float], step: int, zo: ZO, lr: float) -> Tensor:
-    """zo_optim.update, as it calls the kernel on a GPU."""
-    coefficients = [-lr * slope / len(slopes) / (zo.grain if zo.grid else 1) for slope in slopes]
-    counts = torch.zeros(fused.SHARDS, 2, dtype=torch.int64)
-    fused.update_(store["w"], Key(SEED, step, 0, tensor_id("w")), torch.tensor(coefficients), zo, KNOTS, counts)
-    return counts.sum(0)
+    """zo_optim.update, with the kernel for the definition, and the step's number in memory as graphs.py has it."""
+
+    def land(step: int, factors: Tensor) -> Tensor:
+        counts = torch.zeros(fused.SHARDS, 2, dtype=torch.int64)
+        fused.update_(store["w"], Key(SEED, in_memory(step), 0, tensor_id("w")), factors, zo, KNOTS, counts)
+        return counts.sum(0)
+
+    return update(store, slopes, SEED, step, zo, lr, land)
+
+
+def in_memory(step: int) -> Tensor:
+    return torch.tensor([step], dtype=torch.int32)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -105,26 +112,24 @@ def test_matrices(weights, residual, shape, zo):
             assert same(a, b)
         if step == 0:
             want = Pair(plain, SEED, step, 5, zo, torch.float32).read("w")
-            got = fused.read_pair(quick["w"], Key(SEED, step, 5, tensor_id("w")), zo, KNOTS, torch.float32)
-            assert torch.equal(got, want)
+            for number in (step, in_memory(step)):
+                got = fused.read_pair(quick["w"], Key(SEED, number, 5, tensor_id("w")), zo, KNOTS, torch.float32)
+                assert torch.equal(got, want)
     assert total[0] > 0 and (total[1] > 0) == (weights not in ("fp32", "bf16"))
 
 
 @inside
-@pytest.mark.parametrize("interpreted", [True, False])
 @pytest.mark.parametrize("weights", ["fp8", "fp8-e5m2"])
-def test_minus_zero(weights, interpreted, monkeypatch):
-    """By the bits of the codes, which are what is hashed.  Weights of a thousandth of the smallest fp8 number.
-
-    Not interpreted: division as a GPU does it, but for the fusing, which only quotients that are not 0 feel.
-    """
-    monkeypatch.setattr(fused, "INTERPRETED", tl.constexpr(interpreted))
+def test_minus_zero(weights):
+    """By the bits of the codes, which are what is hashed.  Weights of a thousandth of the smallest fp8 number."""
     x = torch.full((8, 40), -1e-12)
     x[:, 0] = 1.0
     plain, quick = ({"w": encode(x, weights)} for _ in range(2))
+    assert (plain["w"].codes.view(torch.uint8) == 0x80).any()
     update(plain, [1.0], SEED, 0, ZO(bits=4), 1e-12)
     fused_update(quick, [1.0], 0, ZO(bits=4), 1e-12)
     assert torch.equal(*(store["w"].codes.view(torch.uint8) for store in (plain, quick)))
+    assert not (plain["w"].codes.view(torch.uint8) == 0x80).any()
 
 
 @inside
@@ -177,7 +182,10 @@ def test_words():
     blocks = torch.tensor([0, 1, 511, 512, 2**31 - 1, 2**31, 2**32 - 1])
     key = Key(SEED, 2**31 + 7, 3, 2**31 + 5)
     counter, seed = (key.step, key.tensor, key.query << 4 | Use.COIN), (key.seed & 0xFFFFFFFF, key.seed >> 32)
-    assert torch.equal(random_bits._random_words_triton(counter, seed, blocks), random_words(key, Use.COIN, blocks))
+    wanted = random_words(key, Use.COIN, blocks)
+    assert torch.equal(random_bits._random_words_triton(counter, seed, blocks), wanted)
+    counter = (torch.tensor([counter[0] - 2**32], dtype=torch.int32), *counter[1:])
+    assert torch.equal(random_bits._random_words_triton(counter, seed, blocks), wanted)
 
 
 @inside

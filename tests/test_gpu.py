@@ -13,7 +13,7 @@ from checkpoint import BUFFERS, staged
 from data.scoring import Encoded, collate, losses, width
 from first_order import make_trainable
 from model import StoredView, create, load
-from quant import Stored, encode
+from quant import Stored, encode, multiply_codes, token_codes
 from random_bits import Key, Use, bits16, bits32, random_words, tensor_id
 from zo_optim import ZO, Pair, direction, estimate, grid_step, land_steps, update
 
@@ -284,29 +284,52 @@ def test_compiled_blocks_and_products_of_codes(raw, probes):
                 assert (logits - want).square().mean().sqrt() < 0.04 * want.square().mean().sqrt()
 
 
-GRAPHED = ["--weights int8 --direction-bits 4", "--weights int4 --direction-bits grid --queries 2 --micro-batch-size 5",
-           "--method adazeta --queries 3", "--method mezo --weights bf16 --probes-per-forward 1"]  # fmt: skip
+GRAPHED = ["--weights int8 --direction-bits 4 --no-compile", "--weights int8 --direction-bits grid --compile",
+           "--weights int4 --direction-bits grid --queries 2 --micro-batch-size 5 --no-compile",
+           "--weights fp8 --activations fp8 --compile", "--weights int8 --rounding nearest --no-compile",
+           "--method adazeta --alpha 1 --beta 1", "--method adazeta --queries 3 --no-compile",
+           "--method mezo --weights bf16 --probes-per-forward 1 --no-compile"]  # fmt: skip
 
 
 @pytest.mark.parametrize("flags", GRAPHED)
 def test_graphs_replay_the_same_steps(flags, tmp_path):
-    """Batches of several lengths, each met once, twice and more often: all slopes and all bits as launch by launch."""
+    """Batches of several lengths, each met once, twice and more often, with evaluations between: all slopes and all
+    bits as launch by launch."""
     hashes, slopes = [], []
     for name in ("--graphs", "--no-graphs"):
-        more = f"{name} --device cuda --no-compile --batch-size 12 --steps 12 --eval-every 6 --out {tmp_path / name}"
+        torch.compiler.reset()
+        more = f"{name} --device cuda --batch-size 300 --steps 12 --eval-every 6 --out {tmp_path / name}"
         c = train.parse([*flags.split(), *more.split()])
         problem = train.prepare(c)[0]
-        problem.multiple, taken, at = 8, train.zeroth_order(c, problem), 0
+        assert problem.multiple == 8
+        take_step, at = train.zeroth_order(c, problem), 0
         for repeat in range(4):
             for longest in (8, 16, 23):
                 examples = [e for e in problem.train if width(e) <= longest][:12]
-                done = taken(at, examples[repeat:] + examples[:repeat], 1e-4)
+                done = take_step(at, examples[repeat:] + examples[:repeat], 1e-4)
                 slopes.append((name, done.slopes, done.counts.tolist()))
                 at += 1
+            slopes.append((name, problem.quality(problem.dev[:9])))
         hashes.append(problem.lm.sha256())
     half = len(slopes) // 2
     assert [s[1:] for s in slopes[:half]] == [s[1:] for s in slopes[half:]]
     assert hashes[0] == hashes[1] and len({str(s) for s in slopes}) == 2 * half
+
+
+def test_products_of_fp8_codes():
+    """Beside the same numbers multiplied in float64: bfloat16's rounding of a sum, and the sum's own, whose 14 bits are
+    cut at every 32nd term."""
+    g = torch.Generator("cuda").manual_seed(0)
+    for P, N, C, R in (2, 14, 64, 96), (1, 32, 512, 64), (2, 5, 4096, 32):
+        x = torch.randn(P, N, C, device="cuda", generator=g)
+        weight = torch.randn(P, R, C, device="cuda", generator=g).to(torch.float8_e4m3fn)
+        scale = torch.rand(R, 1, device="cuda", generator=g) + 0.5
+        codes, tokens = token_codes(x, "fp8")
+        scales = (tokens * scale[:, 0]).double()[..., None]
+        terms = codes.double()[:, :, None] * weight.double()[:, None] * scales
+        wanted, sizes = terms.sum(-1), terms.abs().sum(-1)
+        got = multiply_codes(codes, tokens, weight, scale).double()
+        assert ((got - wanted).abs() <= 2**-8 * wanted.abs() + 2**-11 * sizes).all()
 
 
 @pytest.mark.parametrize("method", ["fo", "fo-ste"])

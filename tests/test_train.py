@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import train
-from config import DEFAULTS, TINY_DEFAULTS
+from config import DEFAULTS, TINY_DEFAULTS, Config, check_products, recorded
+from data.scoring import width
 from data.tasks import TINY
 from model import load
 from run_folder import curve_svg, read_trajectory
@@ -335,6 +336,7 @@ def test_only_train_and_scripts_print_and_imports_go_one_way():
     """The graph that README's Files states; nothing imports train; no pickle anywhere."""
     allowed = {
         "quant": set(), "random_bits": set(), "checkpoint": set(), "run_folder": set(), "profiler": set(),
+        "graphs": set(),
         "fused": {"quant", "random_bits", "zo_optim"},  # the last for an annotation only
         "model": {"checkpoint", "fused", "profiler", "quant", "random_bits", "tensor_train"},  # the last to annotate
         "zo_optim": {"profiler", "quant", "random_bits", "fused", "model"},  # the last for an annotation only
@@ -386,6 +388,41 @@ def test_products_and_compilation_go_by_the_device(flags, told):
     assert (c.compute, c.compile) == told
 
 
+@pytest.mark.parametrize("flags, on", [
+    ("--device cpu", False), ("--device cuda", True), ("--device cuda --no-graphs", False),
+    ("--device cuda --method fo", False), ("--device cuda --profile 3", False),
+    ("--device cuda --method adazeta", True),
+])  # fmt: skip
+def test_graphs_go_by_the_device(flags, on):
+    assert train.parse(["--model", "roberta-base", *flags.split()]).graphs is on
+
+
+@pytest.mark.parametrize("flags", ["--method fo", "--profile 3"])
+def test_graphs_are_refused_where_there_is_nothing_to_record(flags):
+    """Without asking whether there is a GPU."""
+    with pytest.raises(ValueError, match="--graphs are for zo on cuda"):
+        check_products(train.parse(["--model", "roberta-base", "--device", "cuda", "--graphs", *flags.split()]))
+
+
+def test_a_run_with_graphs_is_taken_up_on_a_cpu_without():
+    flags = vars(train.parse(["--model", "roberta-base", "--device", "cuda"]))
+    assert recorded(train.parse(["--resume", "run"]), flags).graphs
+    assert not recorded(Config(resume="run", device="cpu"), flags).graphs
+
+
+def test_batches_of_a_step_have_one_length_where_lengths_are_rounded_up():
+    c = train.parse(["--device", "cpu", "--batch-size", "12"])
+    problem = train.prepare(c)[0]
+    examples = sorted(problem.train, key=width)[:1] + problem.train[:11]
+    ragged = [batch.tokens.shape[1] for batch in train.batches_of(problem, examples, 4)]
+    assert problem.multiple == 1 and len(set(ragged)) > 1
+    problem.multiple = 8
+    rounded = [batch.tokens.shape[1] for batch in train.batches_of(problem, examples, 4)]
+    assert rounded == [-(-max(ragged) // 8) * 8] * 3
+    cuda = train.parse(["--device", "cuda", "--no-graphs"])
+    assert (train.multiple_of(cuda, 512), train.multiple_of(cuda, 510), train.multiple_of(c, 512)) == (8, 1, 1)
+
+
 @pytest.mark.parametrize("flags, told", [
     ("--weights int4 --estimator q-rge1", "--estimator q-rge1 is about rounding directions"),
     ("--method mezo --estimator q-rge2", "--direction-bits full does not: use 2 to 8"),
@@ -397,7 +434,7 @@ def test_products_and_compilation_go_by_the_device(flags, told):
     ("--weights fp8 --activations int8 --compute fp8", "--compute fp8 multiplies codes by codes"),
     ("--weights fp8 --activations fp8 --compute fp8 --direction-bits 4", "by quzo with --direction-bits grid"),
     ("--weights int4 --stride 3 --probe codes", "--probe codes would hold --stride 3 back"),
-    ("--graphs", "--graphs are for zo on cuda"),
+    ("--graphs --device cpu", "--graphs are for zo on cuda"),
     ("--method adazeta --compile", "--compile makes code for each number of probes, which grows here"),
     ("--weights int8 --stride 2", "--stride is about directions on the grid"),
     ("--method fo --stride 2", "--stride means nothing beside --method fo"),
