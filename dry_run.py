@@ -1,9 +1,10 @@
 """What a run will hold in memory, from shapes alone: nothing is loaded.
 
 A zeroth-order step holds the stored weights, one block's weights as both probes see them, and one forward's
-activations.  A first-order step holds weights and two moments, and every block's activations, which the backward pass
-trades for gradients block by block: the larger of the two counts.  The counts below follow the code line by line, and
-leave out what is small beside them; benchmarks/memory.py measures them.
+activations; graphs of it hold the last two once more, in reserve.  A first-order step holds weights and two moments,
+and every block's activations, which the backward pass trades for gradients block by block: the larger of the two
+counts.  The counts below follow the code line by line, and leave out what is small beside them; benchmarks/memory.py
+measures them.
 
 Shape key: B sequences in a forward, T tokens, D hidden, F feed-forward width, V vocabulary.  Imports config, model,
 quant.
@@ -45,11 +46,13 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
         scratch = pair(config, c) * P // 2 if spec is None else pair(config, c) // 2 + P * 4 * sum(trainable.values())
         parts |= {"scratch": scratch, "activations": N * P * passing(config, c)}
         at_once = sum(parts.values())
+    recorded = parts["scratch"] + parts["activations"] if c.graphs else 0
     return {
         "model": c.model, "method": c.method, "weights": c.weights, "device": c.device,
         "total_parameters": total + trainable.get("adapters", 0), "trainable_parameters": sum(trainable.values()),
         "trainable": trainable, "batch_size": c.batch_size, "sequences_a_forward": N // tokens,
         "tokens_a_sequence": tokens, "bytes": parts, "expected_peak_bytes": at_once,
+        "expected_reserved_bytes": at_once + recorded,
     }  # fmt: skip
 
 
@@ -124,6 +127,8 @@ def table(predicted: dict) -> str:
     """For people: parameters, and bytes by part."""
     rows = [(part, size) for part, size in predicted["bytes"].items() if size]
     rows.append(("expected peak", predicted["expected_peak_bytes"]))
+    if predicted["expected_reserved_bytes"] > predicted["expected_peak_bytes"]:
+        rows.append(("and with graphs", predicted["expected_reserved_bytes"]))
     of_which = ", ".join(f"{name} {n:,}" for name, n in predicted["trainable"].items() if n)
     head = f"{predicted['trainable_parameters']:,} trainable ({of_which}) of {predicted['total_parameters']:,}"
     head += " parameters; "

@@ -60,10 +60,13 @@ def test_the_command_prints_a_table_and_json_and_writes_nothing(tmp_path, capsys
         assert train.main(["--dry-run", *flags]) == 0
         lines = capsys.readouterr().out.splitlines()
         predicted = json.loads(lines[-1])
-        assert "expected peak" in lines[-2] and predicted["expected_peak_bytes"] == pytest.approx(
-            float(lines[-2].split()[-2].replace(",", "")) * 2**20, rel=0.01
-        )
+        told = {line[:16].strip(): line.split()[-2] for line in lines[:-1] if line.endswith("MiB")}
+        told = {part: float(size.replace(",", "")) * 2**20 for part, size in told.items()}
+        assert told["expected peak"] == pytest.approx(predicted["expected_peak_bytes"], rel=0.01)
     assert predicted["tokens_a_sequence"] == 64 and predicted["device"] == "cuda"
+    more = predicted["bytes"]["scratch"] + predicted["bytes"]["activations"]
+    assert told["and with graphs"] - told["expected peak"] == pytest.approx(more, rel=0.01)
+    assert predicted["expected_reserved_bytes"] == predicted["expected_peak_bytes"] + more
     assert not list(tmp_path.iterdir())
 
 
