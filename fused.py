@@ -107,7 +107,7 @@ def _divide(x, unit):
 
 
 @triton.jit
-def _grid_step(factor, words, unit, power, grain, OVER_UNIT: tl.constexpr):
+def _grid_step(factor, words, unit, power, grain, KIND: tl.constexpr, OVER_UNIT: tl.constexpr):
     """zo_optim.grid_step at a spacing of unit * power, in parts: its size, or that over unit, and which of the words
     hit (their top bits say which way).  unit [BLOCK, 1]; power, of two, and so the size, [BLOCK, 1] or [BLOCK, 8].
 
@@ -118,11 +118,15 @@ def _grid_step(factor, words, unit, power, grain, OVER_UNIT: tl.constexpr):
     own, least = unit * tl.abs(times), finest * tl.abs(times)
     if OVER_UNIT:
         own, least = _divide(own, unit), _divide(least, unit)
-    size = tl.maximum(own * power, least)
-    size = (size.to(tl.int32, bitcast=True) | times.to(tl.int32, bitcast=True) & -(2**31)).to(tl.float32, bitcast=True)
-    inverse = (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    ratio = tl.minimum(_divide(finest, unit) * inverse, 0.99999994)  # 1 - 2^-24
-    threshold = tl.fma(ratio * ratio, 2147483648.0, 0.5).to(tl.uint32)  # one product is exact
+    size = tl.maximum(own * power, least) * tl.where(times < 0, -1.0, 1.0)
+    ratio, exponent = _divide(finest, unit), power.to(tl.int32, bitcast=True)
+    if KIND == "fp8" or KIND == "fp8-e5m2":  # power^-2 is a float
+        inverse = (-1098907648 - 2 * exponent).to(tl.float32, bitcast=True)
+        chance = tl.minimum(ratio * ratio * inverse, 0.99999988)
+    else:
+        ratio = tl.minimum(ratio * (0x7F000000 - exponent).to(tl.float32, bitcast=True), 0.99999994)  # 1 - 2^-24
+        chance = ratio * ratio
+    threshold = tl.fma(chance, 2147483648.0, 0.5).to(tl.uint32)  # the product is exact
     return size, (words << 1) < (threshold << 1)  # a shift may take another unit than a mask
 
 
@@ -136,12 +140,12 @@ def _signed(size, words, hit):
 @triton.jit
 def _along(
     factor, grain, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING: tl.constexpr, LEVELS: tl.constexpr,
-    OVER_UNIT: tl.constexpr,
+    KIND: tl.constexpr, OVER_UNIT: tl.constexpr,
 ):  # fmt: skip
     """zo_optim.ZO.along, or that over unit, [BLOCK, 8].  LEVELS -1 is a grid direction; where that is 0, it is +0."""
     if LEVELS == -1:
         words = _bits32(group, step, tensor, query, DIRECTION, k0, k1)
-        size, hit = _grid_step(factor, words, unit, power, grain, OVER_UNIT)
+        size, hit = _grid_step(factor, words, unit, power, grain, KIND, OVER_UNIT)
         d = _signed(size, words, hit)
     else:
         d = _direction(knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS) * factor
@@ -283,14 +287,21 @@ def _store(value, new, group, at, whole, live, KIND: tl.constexpr, BY_HAND: tl.c
 
 
 @triton.jit
-def _unit(scale, group, whole, PER_ROW, KIND: tl.constexpr):
+def _row(group, MAGIC, SHIFT):
+    """group // PER_ROW by a product: of integers with a divisor that is not known, a division takes 25 instructions."""
+    return (group.to(tl.uint64) * MAGIC.to(tl.uint32) >> SHIFT).to(tl.int32)
+
+
+@triton.jit
+def _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND: tl.constexpr):
     """The scale of each group of 8, [BLOCK, 1]; floats have none."""
     if KIND == "fp32" or KIND == "bf16":
         unit = tl.full([group.shape[0], 1], 1.0, tl.float32)
     else:
-        row = group // PER_ROW
+        row = _row(group, MAGIC, SHIFT)
         if KIND == "int4":
-            row = row * tl.cdiv(PER_ROW * 8, GROUP_) + (group - row * PER_ROW) * 8 // GROUP_
+            column = (group - row * PER_ROW).to(tl.uint32)
+            row = row * tl.cdiv(PER_ROW * 8, GROUP_) + (column // (GROUP_ // 8)).to(tl.int32)
         unit = tl.load(scale + row, mask=whole, other=1)[:, None]
     return unit
 
@@ -328,12 +339,12 @@ def _land(code, d, words, KIND: tl.constexpr, TOP: tl.constexpr):
     return new
 
 
-VARYING = ["factor", "grain", "step", "tensor", "query", "k0", "k1"]  # never compile-time constants
+VARYING = ["MAGIC", "SHIFT", "factor", "grain", "step", "tensor", "query", "k0", "k1"]  # never compile-time constants
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _pair_kernel(
-    pair, value, scale, knots, rows, ROWS, PER_ROW, LENGTH, factor, grain, step, tensor, query, k0, k1,
+    pair, value, scale, knots, rows, ROWS, PER_ROW, MAGIC, SHIFT, LENGTH, factor, grain, step, tensor, query, k0, k1,
     KIND: tl.constexpr, TOP: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr, PLUS: tl.constexpr,
     MINUS: tl.constexpr, CHOSEN: tl.constexpr, BYTES: tl.constexpr, BY_HAND: tl.constexpr, TAIL: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -341,14 +352,14 @@ def _pair_kernel(
     group, at, whole, live = _place(LENGTH, TAIL, BLOCK)
     to, step = at, number_(step)
     if CHOSEN:  # groups of the rows' rows
-        row = group // PER_ROW
+        row = _row(group, MAGIC, SHIFT)
         row, column = tl.load(rows + row, mask=whole, other=0), group - row * PER_ROW
         known = (row >= 0) & (row < ROWS)
         row = tl.where(known, row, 0)
         group = (row * PER_ROW + column).to(tl.int32)
         at = group.to(tl.int64)[:, None] * 8 + tl.arange(0, 8)[None, :]
     code = _code(value, group, at, whole, live, KIND, BY_HAND)
-    unit = _unit(scale, group, whole, PER_ROW, KIND)
+    unit = _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND)
     if CHOSEN:  # a row that is not there is not a number: no wrong memory is read, and no loss looks right
         unit = tl.where(known[:, None], unit, float("nan"))
     over_unit: tl.constexpr = BYTES or (CODES and KIND != "fp32" and KIND != "bf16")
@@ -357,8 +368,9 @@ def _pair_kernel(
     else:
         power = _power(code, unit, KIND)
         d = _along(
-            factor, grain, unit, power, knots, group, step, tensor, query, k0, k1, PROBE_ROUNDING, LEVELS, over_unit
-        )
+            factor, grain, unit, power, knots, group, step, tensor, query, k0, k1, PROBE_ROUNDING, LEVELS, KIND,
+            over_unit,
+        )  # fmt: skip
     if CODES:
         words = _bits32(group, step, tensor, query, PROBE_LANDING, k0, k1)
         away = d * -1.0  # Triton's -d is 0 - d: no -0
@@ -380,14 +392,14 @@ def _pair_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def _update_kernel(
-    value, scale, residual, counts, knots, factors, N, PER_ROW, grain, step, tensor, query, k0, k1,
+    value, scale, residual, counts, knots, factors, N, PER_ROW, MAGIC, SHIFT, grain, step, tensor, query, k0, k1,
     QUERIES: tl.constexpr, KIND: tl.constexpr, TOP: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr,
     ROUNDING: tl.constexpr, BY_HAND: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group, at, whole, live = _place(N, TAIL, BLOCK)
     step = number_(step)
     old = _code(value, group, at, whole, live, KIND, BY_HAND)
-    unit = _unit(scale, group, whole, PER_ROW, KIND)
+    unit = _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND)
     power = _power(old, unit, KIND)
     integers: tl.constexpr = KIND == "int8" or KIND == "int4"
     coded: tl.constexpr = KIND != "fp32" and KIND != "bf16"
@@ -397,7 +409,7 @@ def _update_kernel(
     fine_unit = unit * (1.0 / (1 << RESIDUAL))
     if LEVELS == -1 and coded and QUERIES == 1:
         words = _bits32(group, step, tensor, query, DIRECTION, k0, k1)
-        d, hit = _grid_step(tl.load(factors), words, unit, power, grain, True)
+        d, hit = _grid_step(tl.load(factors), words, unit, power, grain, KIND, True)
         d *= 1 << RESIDUAL
         if integers:  # one size for all of a group: rounded once, and by each element's own word
             moved = _signed(_stochastic_round(d, landing), words, hit)
@@ -405,12 +417,13 @@ def _update_kernel(
             d = _signed(d, words, hit)
     else:
         d = _along(
-            tl.load(factors), grain, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS, False
-        )
+            tl.load(factors), grain, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS, KIND,
+            False,
+        )  # fmt: skip
         for q in range(1, QUERIES):
             d += _along(
                 tl.load(factors + q), grain, unit, power, knots, group, step, tensor, query + q, k0, k1, ROUNDING,
-                LEVELS, False,
+                LEVELS, KIND, False,
             )  # fmt: skip
         if coded:
             d = _divide(d, fine_unit)
@@ -469,6 +482,16 @@ def _arguments(stored: Stored, key: Key) -> tuple[Tensor, Tensor, int, int, list
     return value, stored.scale, R * C, C // 8, words
 
 
+@cache
+def _magic(divisor: int) -> tuple[int, int]:
+    """What _row needs: n // divisor = n * magic >> shift for all n in [0, 2^31), magic in 32 bits.
+
+    magic is 2^shift / divisor rounded up, by less than 1; n times that is below 2^31 / divisor of what is shifted out.
+    """
+    shift = 31 + (divisor - 1).bit_length()
+    return *as_int32(-(-(1 << shift) // divisor)), shift
+
+
 def _on(device: torch.device):
     """Triton launches on the current device, whatever its arguments are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -520,8 +543,8 @@ def _materialise(
     knots, chosen = unused if knots is None else knots, unused if rows is None else rows
     with _on(value.device):
         _pair_kernel[_programs(length, BLOCK)](
-            out, value, scale, knots, chosen, R, per_row, length, factor, grain, *words, KIND=kind, TOP=top,
-            CHOSEN=rows is not None, BYTES=is_codes, BY_HAND=_by_hand(value.device), TAIL=_tail(length, BLOCK),
+            out, value, scale, knots, chosen, R, per_row, *_magic(per_row), length, factor, grain, *words,
+            KIND=kind, TOP=top, CHOSEN=rows is not None, BYTES=is_codes, BY_HAND=_by_hand(value.device), TAIL=_tail(length, BLOCK),
             BLOCK=BLOCK, **options, **EXACT,
         )  # fmt: skip
     return pair
@@ -539,7 +562,7 @@ def update_(stored: Stored, key: Key, factors: Tensor, zo: ZO, knots: Tensor, co
     with _on(value.device):
         _update_kernel[_programs(n, block)](
             value, scale, stored.residual.view(WORDS[bits]) if bits else value, counts, knots, factors, n, per_row,
-            zo.grain, *words, QUERIES=len(factors), KIND=kind, TOP=float(stored.limit) if bits else top, RESIDUAL=bits,
-            LEVELS=zo.levels, ROUNDING=int(zo.step_rounding), BY_HAND=_by_hand(value.device), TAIL=_tail(n, block),
-            BLOCK=block, **EXACT,
+            *_magic(per_row), zo.grain, *words, QUERIES=len(factors), KIND=kind, RESIDUAL=bits,
+            TOP=float(stored.limit) if bits else top, LEVELS=zo.levels, ROUNDING=int(zo.step_rounding),
+            BY_HAND=_by_hand(value.device), TAIL=_tail(n, block), BLOCK=block, **EXACT,
         )  # fmt: skip

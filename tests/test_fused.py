@@ -177,6 +177,16 @@ def test_rows_that_are_no_whole_groups_are_left_to_the_definition():
 
 
 @inside
+def test_rows_by_a_product_are_those_of_a_division():
+    """Every divisor up to 3,000, around multiples and at the ends of 31 bits."""
+    for divisor in [*range(1, 3000), 2**27 - 1, 2**28]:
+        magic, shift = fused._magic(divisor)
+        last = (2**31 - 1) // divisor * divisor
+        for n in {0, 1, divisor - 1, divisor, 7 * divisor - 1, 7 * divisor, last - 1, last, 2**31 - 1} - {-1}:
+            assert n >= 2**31 or n * (magic % 2**32) >> shift == n // divisor
+
+
+@inside
 def test_words():
     """random_bits has a kernel of its own."""
     blocks = torch.tensor([0, 1, 511, 512, 2**31 - 1, 2**31, 2**32 - 1])
