@@ -544,8 +544,8 @@ def _materialise(
     with _on(value.device):
         _pair_kernel[_programs(length, BLOCK)](
             out, value, scale, knots, chosen, R, per_row, *_magic(per_row), length, factor, grain, *words,
-            KIND=kind, TOP=top, CHOSEN=rows is not None, BYTES=is_codes, BY_HAND=_by_hand(value.device), TAIL=_tail(length, BLOCK),
-            BLOCK=BLOCK, **options, **EXACT,
+            KIND=kind, TOP=top, CHOSEN=rows is not None, BYTES=is_codes, BY_HAND=_by_hand(value.device),
+            TAIL=_tail(length, BLOCK), BLOCK=BLOCK, **options, **EXACT,
         )  # fmt: skip
     return pair
 
