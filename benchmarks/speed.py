@@ -28,6 +28,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -73,38 +74,36 @@ class Case:
     peer: str | None = None  # of PEERS; its weights are built by the flags
     released: str | None = None  # of RELEASED, on transformers' model
     model: str | None = None  # a shape of its own in place of --model
-    target: str = ""
+    targets: tuple[str, ...] = ()  # of each size
 
 
 BF16 = "--method mezo --weights bf16"
 INT8 = "--method quzo --weights int8 --direction-bits 4 --estimator q-rge2"
 GRID = "--method quzo --weights int8 --direction-bits grid"
 EAGER = f"{BF16} --no-compile"  # as released
-REFERENCE = "peer: MeZO in place"
+REFERENCE, MIDDLE = "peer: MeZO in place", "QuZO int8, 4 bits"
+BOTH = ((16, 64), (16, 256))
 DOUBLING = tuple((2**i, 256) for i in range(7))  # 256 to 16,384 tokens
 CASES = {
-    REFERENCE: Case(EAGER, ((16, 64), (16, 256)), peer="mezo"),
+    REFERENCE: Case(EAGER, BOTH, peer="mezo"),
     "peer: MeZO in place, last position": Case(EAGER, peer="mezo, last position"),
     "peer: MeZO in place, last, compiled": Case(BF16, peer="mezo, last position"),
     "peer: QuZO in place": Case(EAGER, peer="quzo"),
-    "peer: MeZO as released": Case(EAGER, ((16, 64), (16, 256)), released="mezo"),
+    "peer: MeZO as released": Case(EAGER, BOTH, released="mezo"),
     "peer: QuZO as released": Case(EAGER, released="quzo"),
     "peer: AdamW, bf16": Case("--method fo --weights bf16"),
     "peer: AdamW, fo-ste int8": Case("--method fo-ste --weights int8"),
-    "MeZO bf16": Case(BF16, target="14.2 GiB, 0.4x"),
-    "QuZO int8, 4 bits": Case(INT8, target="65 ms, 7.6 GiB"),
-    "QuZO int8, grid": Case(GRID, target="65 ms, 7.6 GiB"),
+    "MeZO bf16": Case(BF16, targets=("14.2 GiB, 0.4x",)),
+    MIDDLE: Case(INT8, BOTH, targets=("65 ms, 7.6 GiB", "190 ms")),
+    "QuZO int8, grid": Case(GRID, BOTH, targets=("65 ms, 7.6 GiB", "190 ms")),
     "QuZO fp8": Case("--method quzo --weights fp8"),
-    "QuZO fp8, fp8 activations": Case("--method quzo --weights fp8 --activations fp8", target="50 ms"),
-    "QuZO int4": Case("--method quzo --weights int4", target="70 ms, 4.6 GiB"),
-    "QuZO int8, 4 bits, 256 tokens": Case(INT8, ((16, 256),), target="190 ms"),
-    "QuZO int8, grid, 256 tokens": Case(GRID, ((16, 256),), target="190 ms"),
+    "QuZO fp8, fp8 activations": Case("--method quzo --weights fp8 --activations fp8", targets=("50 ms",)),
+    "QuZO int4": Case("--method quzo --weights int4", targets=("70 ms, 4.6 GiB",)),
     "AdaZeta Q = 4, int4 base": Case("--method adazeta --weights int4 --queries 4"),
-    "QuZO int4, 13B": Case("--method quzo --weights int4", model="llama2-13b", target="8.6 GiB"),
+    "QuZO int4, 13B": Case("--method quzo --weights int4", model="llama2-13b", targets=("8.6 GiB",)),
     "growth with tokens": Case(INT8, DOUBLING),
     "growth with parameters, 28M": Case(INT8, model="llama-28m"),
     "growth with parameters, 1.1B": Case(INT8, model="tinyllama-1.1b"),
-    "growth with parameters, 7B": Case(INT8, model="llama2-7b"),
     "growth with parameters, 13B": Case(INT8, model="llama2-13b"),
 }
 
@@ -118,7 +117,8 @@ def measure(
     case = CASES[name]
     model, problem, rates, rows = case.model or model, None, {}, []
     raw = SHAPES[model] if model in SHAPES else raw_config(model)
-    for batch_size, tokens in case.sizes:
+    targets = case.targets if model == (case.model or "llama2-7b") else ()
+    for (batch_size, tokens), target in zip_longest(case.sizes, targets, fillvalue=""):
         flags = f"--device {device} --batch-size {batch_size} --lr {LR} {case.flags}"
         c = parse(["--model", model, *flags.split(), *extra])
         if problem is None:
@@ -138,7 +138,7 @@ def measure(
         rows.append({
             "case": name, "model": model, "parameters": count(problem), "sequences": batch_size,
             "tokens": tokens, **row, **rates, "peak_bytes": peak, "reserved_bytes": reserved,
-            "target": case.target if model == (case.model or "llama2-7b") else "",
+            "target": target,
         })  # fmt: skip
     return rows
 
@@ -275,6 +275,8 @@ def growth(rows: list[dict]) -> dict[str, dict]:
     lines = {}
     for what, x in along.items():
         points = [row for row in rows if row["case"].startswith(f"growth with {what}")]
+        if what == "parameters" and points:  # of the same flags
+            points += [row for row in rows if row["case"] == MIDDLE and row["tokens"] == points[0]["tokens"]]
         if len({x(row) for row in points}) > 1:
             lines |= {f"{unit} with {what}": line_through([*map(x, points)], [*map(y, points)])
                       for unit, y in units.items()}  # fmt: skip

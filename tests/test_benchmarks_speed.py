@@ -179,6 +179,7 @@ def test_every_case_has_flags_that_train_takes(name):
     validate(parse(["--model", "llama2-7b", *case.flags.split()]))
     assert case.peer is None or case.peer in speed.PEERS
     assert case.released is None or case.released in speed.RELEASED
+    assert not case.targets or len(case.targets) == len(case.sizes)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,10 @@ def test_ratios_are_to_the_same_model_and_size_and_growth_is_a_line():
     rows = [row(speed.REFERENCE, 16, 200.0), row("other", 32, 100.0), row("other", 16, 50.0, "n")]
     assert [speed.reference_of(r, rows) for r in [row("new", 16, 1.0), *rows[1:]]] == [rows[0], None, None]
     grown = [row("growth with tokens", 1000 * n, 5.0 + 64 * n * 2) for n in (1, 2, 4)]
-    lines = speed.growth(grown + [row("growth with parameters, 7B", 16, 1.0)])
+    lines = speed.growth([*grown, row("growth with parameters, 13B", 16, 1.0)])
     assert set(lines) == {"ms with tokens", "GiB with tokens"}
+    smaller = row(speed.MIDDLE, 16, 0.5) | {"parameters": 10**8}
+    by_parameters = speed.growth([smaller, smaller | {"tokens": 256}, row("growth with parameters, 13B", 16, 1.0)])
+    assert by_parameters["ms with parameters"]["slope"] == pytest.approx(0.5 / 0.9)
     assert lines["ms with tokens"] == pytest.approx({"slope": 2.0, "intercept": 5.0, "miss": 0.0}, abs=1e-9)
     assert lines["GiB with tokens"] == pytest.approx({"slope": 0.0, "intercept": 1.0, "miss": 0.0}, abs=1e-9)
