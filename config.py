@@ -214,7 +214,7 @@ def resolve_defaults(c: Config) -> Config:
     table["task"] = c.task or ("tiny" if c.model == "tiny" else "sst2")
     if not get_task(table["task"]).embedded:
         table |= FILE_DEFAULTS["k-shot files" if c.k else "full files"]
-    table["device"] = ("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device
+    table["device"] = best_device() if c.device == "auto" else c.device
     table["out"] = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{table['task']}-{Path(c.model).name}-{c.method}"
     c = dataclasses.replace(c, **{n: v for n, v in table.items() if getattr(c, n) in (None, "auto")})
     cuda = c.device.startswith("cuda")
@@ -225,6 +225,10 @@ def resolve_defaults(c: Config) -> Config:
         graphs=cuda and optimizer == "zo" and not c.profile if c.graphs is None else c.graphs,
         micro_batch_size=c.batch_size if c.micro_batch_size is None else c.micro_batch_size,
     )
+
+
+def best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def grows(c: Config) -> bool:

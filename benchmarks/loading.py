@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import BUFFER_BYTES, write_directory
+from config import best_device
 from data.hub import raw_config
 from dry_run import block_of
 from model import config_of, expected_shapes, load
@@ -119,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama2-7b", help="a preset or a directory: only its sizes are used")
     parser.add_argument("--weights", nargs="+", default=["int8", "int4"], choices=FORMATS)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=best_device())
     parser.add_argument("--folder", help="where the checkpoint is written for as long as this runs")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import COMPANIONS
-from config import OneLineParser
+from config import OneLineParser, best_device
 from data.scoring import MASK
 from data.tokenizer import Tokenizer
 from first_order import make_trainable, optimizer
@@ -324,7 +324,7 @@ def resolve(args: argparse.Namespace) -> None:
                 raise ValueError(f"{where} has no {key!r} of type {kind.__name__}: give --{name.replace('_', '-')}")
             setattr(args, name, record[key])
     if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        args.device = best_device()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here")
     if args.compute == "auto":

@@ -1,11 +1,21 @@
 """Fixtures for what lies outside the repository: real checkpoints and official data files, named by environment."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+import config
+
+
+@pytest.fixture(scope="session", autouse=True)
+def on_a_cpu() -> Iterator[None]:
+    """What names no device, also where there is a GPU: tests/test_gpu.py and a few others ask for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "best_device", lambda: "cpu")
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

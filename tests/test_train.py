@@ -147,7 +147,8 @@ def test_every_epoch_uses_every_example_once_whatever_the_batch_size():
 
 
 def command(*flags: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True, **options)
+    command = [sys.executable, "train.py", "--device", "cpu", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
 
 
 def test_the_last_line_is_json_and_progress_is_elsewhere(tmp_path):
@@ -266,7 +267,7 @@ def test_a_machine_that_gives_out_gets_one_line_and_exit_code_1(tmp_path, capsys
 def start_and_wait_for_steps(out: Path) -> subprocess.Popen:
     flags = ["--steps", "100000", "--eval-every", "4", "--batch-size", "4", "--out", str(out)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, **pipes)
+    process = subprocess.Popen([sys.executable, "train.py", "--device", "cpu", *flags], cwd=ROOT, **pipes)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         if (out / "trajectory").is_file() and len(read_trajectory(out / "trajectory")) >= 6:
