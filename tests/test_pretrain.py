@@ -52,6 +52,12 @@ def like(tmp_path_factory, text):
     return lambda name: root / name
 
 
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    """Also where there is a GPU, as tests/conftest.py has it."""
+    monkeypatch.setattr(pretrain, "best_device", lambda: "cpu")
+
+
 def run(capsys, like, text, out, *flags) -> dict:
     argv = ["--like", str(like), "--text", str(text), "--out", str(out), *SHORT, *flags]
     assert pretrain.main(argv) == 0
