@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import re
 import time
 from dataclasses import dataclass
@@ -217,14 +218,19 @@ def resolve_defaults(c: Config) -> Config:
     table["device"] = best_device() if c.device == "auto" else c.device
     table["out"] = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{table['task']}-{Path(c.model).name}-{c.method}"
     c = dataclasses.replace(c, **{n: v for n, v in table.items() if getattr(c, n) in (None, "auto")})
-    cuda = c.device.startswith("cuda")
+    zo = optimizer == "zo" and c.device.startswith("cuda") and has_triton()
     return dataclasses.replace(
         c,
         compute=products(c) if c.compute == "auto" else c.compute,
-        compile=cuda and optimizer == "zo" and not grows(c) if c.compile is None else c.compile,
-        graphs=cuda and optimizer == "zo" and not c.profile if c.graphs is None else c.graphs,
+        compile=zo and not grows(c) if c.compile is None else c.compile,
+        graphs=zo and not c.profile if c.graphs is None else c.graphs,
         micro_batch_size=c.batch_size if c.micro_batch_size is None else c.micro_batch_size,
     )
+
+
+def has_triton() -> bool:
+    """It comes with CUDA builds of torch for Linux.  Where no GPU is, another machine is asked about."""
+    return not torch.cuda.is_available() or importlib.util.find_spec("triton") is not None
 
 
 def best_device() -> str:
@@ -373,6 +379,8 @@ def check_products(c: Config) -> None:
     if c.compute == "fp8" and not suits_codes(c):
         raise ValueError("--compute fp8 multiplies codes by codes: --weights fp8 --activations fp8, trained by zo, and "
                          "by quzo with --direction-bits grid or --probe codes")  # fmt: skip
+    if (c.graphs or c.compile) and c.device.startswith("cuda") and not has_triton():
+        raise ValueError("--graphs and --compile need Triton on cuda, and it is not installed")
     if c.graphs and (c.optimizer != "zo" or c.profile or not c.device.startswith("cuda")):
         raise ValueError("--graphs are for zo on cuda, and hide from --profile what belongs to which phase")
     if c.compile and grows(c):

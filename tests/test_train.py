@@ -398,6 +398,16 @@ def test_graphs_go_by_the_device(flags, on):
     assert train.parse(["--model", "roberta-base", *flags.split()]).graphs is on
 
 
+def test_a_gpu_without_triton_gets_no_graphs(monkeypatch):
+    monkeypatch.setattr("config.has_triton", lambda: False)
+    c = train.parse(["--model", "roberta-base", "--device", "cuda"])
+    assert (c.graphs, c.compile, c.compute) == (False, False, "bf16")
+    check_products(c)
+    for flag in ("--graphs", "--compile"):
+        with pytest.raises(ValueError, match="need Triton"):
+            check_products(train.parse(["--model", "roberta-base", "--device", "cuda", flag]))
+
+
 @pytest.mark.parametrize("flags", ["--method fo", "--profile 3"])
 def test_graphs_are_refused_where_there_is_nothing_to_record(flags):
     """Without asking whether there is a GPU."""
