@@ -336,8 +336,8 @@ def _meaningless(c: Config) -> list[str]:
     """Flags that mean nothing beside the method."""
     zo, kind = c.optimizer == "zo", ADAPTERS.get(c.method)
     groups = {
-        ("direction_bits", "eps", "stride", "queries", "estimator", "probe", "rounding", "probes_per_forward"): zo,
-        ("profile",): zo,
+        ("direction_bits", "eps", "stride", "queries", "estimator", "probe", "rounding", "probes_per_forward",
+         "profile"): zo,
         ("residual", "oracle"): zo and not kind,
         ("weight_decay",): c.method in FIRST_ORDER,
         ("master",): c.method == "fo-ste",

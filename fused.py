@@ -120,8 +120,8 @@ def _grid_step(factor, words, unit, power, grain, KIND: tl.constexpr, OVER_UNIT:
         own, least = _divide(own, unit), _divide(least, unit)
     size = tl.maximum(own * power, least) * tl.where(times < 0, -1.0, 1.0)
     ratio, exponent = _divide(finest, unit), power.to(tl.int32, bitcast=True)
-    if KIND == "fp8" or KIND == "fp8-e5m2":  # power^-2 is a float
-        inverse = (-1098907648 - 2 * exponent).to(tl.float32, bitcast=True)
+    if KIND == "fp8" or KIND == "fp8-e5m2":  # power^-2 is a float, of exponent field 381 - 2 * power's mod 512
+        inverse = ((381 - 512) * 8388608 - 2 * exponent).to(tl.float32, bitcast=True)
         chance = tl.minimum(ratio * ratio * inverse, 0.99999988)
     else:
         ratio = tl.minimum(ratio * (0x7F000000 - exponent).to(tl.float32, bitcast=True), 0.99999994)  # 1 - 2^-24
@@ -486,7 +486,8 @@ def _arguments(stored: Stored, key: Key) -> tuple[Tensor, Tensor, int, int, list
 def _magic(divisor: int) -> tuple[int, int]:
     """What _row needs: n // divisor = n * magic >> shift for all n in [0, 2^31), magic in 32 bits.
 
-    magic is 2^shift / divisor rounded up, by less than 1; n times that is below 2^31 / divisor of what is shifted out.
+    magic is 2^shift / divisor rounded up, by less than 1: n of that are less than 2^31, which is 2^shift / divisor at
+    most, so the quotient grows by less than the 1 / divisor that it may lack to the next whole number.
     """
     shift = 31 + (divisor - 1).bit_length()
     return *as_int32(-(-(1 << shift) // divisor)), shift

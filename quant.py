@@ -509,7 +509,7 @@ def multiply_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return multiply_codes(*token_codes(x, "fp8"), weight, scale)
 
 
-@torch.library.custom_op("quzo::multiply_codes", mutates_args=())  # torch.compile would join the probes by a copy
+@torch.library.custom_op(f"{__name__}::multiply_codes", mutates_args=())  # torch.compile would join probes by a copy
 def multiply_codes(codes: Tensor, tokens: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """e4m3 codes [P, N, C] with token scales [P, N, 1], times e4m3 weights [P, O, C] with row scales [O, 1]."""
     P, N, _ = codes.shape

@@ -50,7 +50,7 @@ from zo_optim import (
     queries_from,
     queries_of,
     update,
-)  # fmt: skip
+)
 
 # ---------------------------------------------------------------- the loop
 
@@ -335,12 +335,12 @@ def zeroth_order(c: Config, problem: Problem) -> StepFn:
         probe, land = Replayed(probe, lm.device), Replayed(land, lm.device)
 
     def step(at: int, examples: list[Encoded], lr: float) -> Step:
-        zo = fixed if c.queries else replace(fixed, queries=queries_of(epoch(c, at, n), c.alpha, c.beta, c.max_queries))
+        n_queries = c.queries or queries_of(epoch(c, at, n), c.alpha, c.beta, c.max_queries)
         inputs = [x for batch in batches_of(problem, examples, c.micro_batch_size) for x in batch.tensors()]
-        queries = queries_from(probe(at, inputs, zo.queries).tolist(), c.seed, at, zo)
+        queries = queries_from(probe(at, inputs, n_queries).tolist(), c.seed, at, fixed)
         slopes = [query.slope for query in queries]
         check_finite(sum(slopes), at, c)
-        counts = update(store, slopes, c.seed, at, zo, lr, lambda at, factors: land(at, [factors]))
+        counts = update(store, slopes, c.seed, at, fixed, lr, lambda at, factors: land(at, [factors]))
         return Step(sum(query.plus + query.minus for query in queries) / (2 * len(queries)), slopes, {
             "plus": [query.plus for query in queries], "minus": [query.minus for query in queries],
             "queries": len(queries),
@@ -378,6 +378,11 @@ def peak_memory(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reserved_memory(device: str) -> int | None:
+    """Bytes that the GPU's allocator has held at most, graphs' own among them; a CPU has no such reserve."""
+    return torch.cuda.max_memory_reserved() if device.startswith("cuda") else None
 
 
 def run(c: Config) -> dict:
@@ -421,7 +426,7 @@ def run(c: Config) -> dict:
         "zero_shot": zero_shot, "dev": progress.best.accuracy if progress.best else None,
         "dev_loss": progress.best.loss if progress.best else None, "best_step": progress.best_step, "test": test,
         "interrupted": interrupted, "seconds": round(seconds, 1), "peak_memory_bytes": peak_memory(c.device),
-        "reserved_memory_bytes": torch.cuda.max_memory_reserved() if c.device.startswith("cuda") else None,
+        "reserved_memory_bytes": reserved_memory(c.device),
         "weights_sha256": lm.sha256(), "out": c.out,
     }  # fmt: skip
     folder.result(result)

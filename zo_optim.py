@@ -99,7 +99,7 @@ def direction(key: Key, rows: Tensor, columns: int, bits: int | None, rounding: 
 
 def grid_step(
     key: Key, rows: Tensor, spacing: Tensor, columns: int, grain: float, times: float | Tensor = 1.0
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """times * grain * u for a direction u drawn on the weight's own grid: [r, C] float32, in weight units.
 
     With s the grid's spacing at a weight (`spacing`, which broadcasts to [r, C]) and t = max(s, grain):
@@ -223,13 +223,12 @@ class Pair:
     @phase("materialise", bytes_coded)
     def codes(self, name: str) -> Tensor:
         """Of an fp8 matrix, rounded to nearest (probe float) or landed (codes): [P, R, C] e4m3."""
-        stored, key = self.store[name], Key(*self.place, tensor_id(name))
+        stored = self.store[name]
         if self._has_kernel(name):
             return self._by_kernel(name, stored.grid.dtype)
         pair = torch.empty(self.probes, *stored.shape, dtype=stored.grid.dtype, device=stored.device)
         for rows in row_chunks(stored.shape, stored.device):
-            d = self.zo.along(self.zo.times(self.zo.eps), stored, key, rows, Use.PROBE_ROUNDING)
-            words = words_for(stored, key, Use.PROBE_LANDING, rows) if self.zo.probe == "codes" else None
+            d, words = self._drawn(name, rows)
             for probe, sign in enumerate(self.signs):
                 pair[probe, rows] = stored.landed(rows, d if sign > 0 else -d, words)
         return pair
@@ -246,13 +245,18 @@ class Pair:
         stored, key = self.store[name], Key(*self.place, tensor_id(name))
         return fused.read_pair(stored, key, self.zo, normal_knots(stored.device), dtype, self.signs, index)
 
+    def _drawn(self, name: str, rows: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+        """eps u1, and for probes of codes the words that land it: the same for both signs, so that integers move
+        symmetrically."""
+        stored, key, zo = self.store[name], Key(*self.place, tensor_id(name)), self.zo
+        d = zo.along(zo.times(zo.eps), stored, key, rows, Use.PROBE_ROUNDING)
+        return d, words_for(stored, key, Use.PROBE_LANDING, rows) if zo.probe == "codes" else None
+
     def _signed(self, name: str, rows: slice | Tensor) -> Tensor:
-        stored, key = self.store[name], Key(*self.place, tensor_id(name))
-        d = self.zo.along(self.zo.times(self.zo.eps), stored, key, rows, Use.PROBE_ROUNDING)
+        stored, (d, words) = self.store[name], self._drawn(name, rows)
         if self.zo.probe == "float":
             weight = stored.read(rows)
             return torch.stack([weight + d if sign > 0 else weight - d for sign in self.signs])
-        words = words_for(stored, key, Use.PROBE_LANDING, rows)  # the same for both: integers then move symmetrically
         return torch.stack([stored.land(rows, d if sign > 0 else -d, words) for sign in self.signs])
 
 
@@ -313,15 +317,9 @@ def estimate(store: Store, loss_fn: LossFn, seed: int, step: int, *rest) -> list
 
 @torch.no_grad()
 def probe_losses(
-    store: Store,
-    loss_fn: LossFn,
-    seed: int,
-    step: int | Tensor,
-    zo: ZO,
-    dtype: torch.dtype,
-    frozen: StoredView | None = None,
-    at_once: int = 2,
-) -> Tensor:
+    store: Store, loss_fn: LossFn, seed: int, step: int | Tensor, zo: ZO, dtype: torch.dtype,
+    frozen: StoredView | None = None, at_once: int = 2,
+) -> Tensor:  # fmt: skip
     """The losses of each query's two probes in turn, [2n].  Nothing here waits for a GPU.
 
     store: what is trained; frozen: a view of everything else.  at_once: how many of the 2n probes a forward takes, to
@@ -373,9 +371,7 @@ def update(
 
 @phase("update", bytes_stepped)
 @torch.no_grad()
-def land_steps(
-    store: Store, factors: Tensor, seed: int, step: int | Tensor, zo: ZO, plain: bool = False
-) -> Tensor:  # fmt: skip
+def land_steps(store: Store, factors: Tensor, seed: int, step: int | Tensor, zo: ZO, plain: bool = False) -> Tensor:
     """w <- land(w + the sum of coefficient_i * u2_i), factors [n] being zo.times of the coefficients: -> [2] int64.
 
     plain: the definition in torch, also where a fused kernel could stand in for it.

@@ -24,7 +24,7 @@ from data.scoring import Encoded, evaluate
 from dry_run import predict
 from first_order import make_trainable
 from model import create
-from train import DTYPES, Problem, first_order, set_up, zeroth_order
+from train import DTYPES, Problem, first_order, reserved_memory, set_up, zeroth_order
 
 CASES = {  # name: flags
     "fo-ste int8, fp32 masters": "--method fo-ste --weights int8 --master fp32",
@@ -72,7 +72,7 @@ def measure(flags: str, model: str, batch_size: int, tokens: int) -> dict:
     evaluate(problem.lm, 2 * batch, problem.pad, 2 * c.batch_size)
     return {
         "peak_bytes": peak, "step_seconds": round(seconds, 4), "predicted_bytes": predicted["expected_peak_bytes"],
-        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "reserved_bytes": reserved_memory(c.device),
         "predicted_reserved_bytes": predicted["expected_reserved_bytes"],
     }  # fmt: skip
 

@@ -114,14 +114,12 @@ def quzo_step(
 
     (The release does so in one of its two trainers, and by a scale that is a power of two.)
     """
-    if released:
-        slope = mezo_step(weights, loss_fn, seed, eps, lr, quantised_as_released, released=True)
-    else:
-        slope = mezo_step(weights, loss_fn, seed, eps, lr, quantised)
+    draw, quantise = (quantised_as_released, fake_quantise_as_released) if released else (quantised, fake_quantise)
+    slope = mezo_step(weights, loss_fn, seed, eps, lr, draw, released)
     generator = torch.Generator(weights[0].device).manual_seed(seed + 2**32)  # no step's directions
     for w in weights:
         if w.ndim == 2:
-            w.data.copy_((fake_quantise_as_released if released else fake_quantise)(w.float(), bits, generator))
+            w.data.copy_(quantise(w.float(), bits, generator))
     if released:
         loss_fn()
     return slope

@@ -31,7 +31,7 @@ from functools import partial
 from itertools import zip_longest
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import profiler
 import tensor_train
@@ -46,19 +46,20 @@ from benchmarks.peers import (
 )
 from config import Config, parse, spec_of
 from data.hub import check_known, raw_config
-from data.scoring import Batch, collate, losses
+from data.scoring import Batch, Encoded, collate, losses
 from graphs import Replayed
 from model import LanguageModel
 from run_folder import git_commit
-from train import Problem, first_order, parameters, peak_memory, zeroth_order
+from train import Problem, first_order, parameters, peak_memory, reserved_memory, zeroth_order
 
 EPS, LR, WARM_UP = 1e-3, 1e-6, 3  # the second step records launches
 PEERS = {  # name: a step, and the loss that it takes
     "mezo": (mezo_step, full_loss),
     "mezo, last position": (mezo_step, last_loss),
     "quzo": (quzo_step, full_loss),
+    "mezo, released": (partial(mezo_step, released=True), transformers_loss),
+    "quzo, released": (partial(quzo_step, released=True), transformers_loss),
 }
-RELEASED = {"mezo": partial(mezo_step, released=True), "quzo": partial(quzo_step, released=True)}
 SHAPES = {"llama-28m": {
     "model_type": "llama", "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 10,
     "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 32000, "tie_word_embeddings": True,
@@ -71,8 +72,7 @@ class Case:
 
     flags: str  # train.py's
     sizes: tuple[tuple[int, int], ...] = ((16, 64),)  # sequences and tokens of each, smallest first
-    peer: str | None = None  # of PEERS; its weights are built by the flags
-    released: str | None = None  # of RELEASED, on transformers' model
+    peer: str | None = None  # of PEERS; its weights are built by the flags, or as transformers' model
     model: str | None = None  # a shape of its own in place of --model
     targets: tuple[str, ...] = ()  # of each size
 
@@ -89,8 +89,8 @@ CASES = {
     "peer: MeZO in place, last position": Case(EAGER, peer="mezo, last position"),
     "peer: MeZO in place, last, compiled": Case(BF16, peer="mezo, last position"),
     "peer: QuZO in place": Case(EAGER, peer="quzo"),
-    "peer: MeZO as released": Case(EAGER, BOTH, released="mezo"),
-    "peer: QuZO as released": Case(EAGER, released="quzo"),
+    "peer: MeZO as released": Case(EAGER, BOTH, peer="mezo, released"),
+    "peer: QuZO as released": Case(EAGER, peer="quzo, released"),
     "peer: AdamW, bf16": Case("--method fo --weights bf16"),
     "peer: AdamW, fo-ste int8": Case("--method fo-ste --weights int8"),
     "MeZO bf16": Case(BF16, targets=("14.2 GiB, 0.4x",)),
@@ -122,21 +122,21 @@ def measure(
         flags = f"--device {device} --batch-size {batch_size} --lr {LR} {case.flags}"
         c = parse(["--model", model, *flags.split(), *extra])
         if problem is None:
-            problem = build(c, raw) if case.released is None else Released(raw, c.device)
+            problem = problem_of(case, c, raw)
             if spec_of(c, raw["model_type"]):
                 rates = forward_rates(c, problem, tokens, repeats)
                 tensor_train.attach(problem.lm, spec_of(c, raw["model_type"]), c.seed)
         take_step = None  # with its graphs
         clear(c.device)
-        take_step = step_of(case, c, problem, tokens, raw["vocab_size"])
+        take_step = step_of(case, c, problem, examples(c, tokens, raw["vocab_size"]))
         row = timed(take_step, repeats, c.device)
-        peak, reserved = peak_memory(c.device), torch.cuda.max_memory_reserved() if c.device != "cpu" else None
-        if profile and not case.released:
+        peak, reserved = peak_memory(c.device), reserved_memory(c.device)
+        if profile:
             row["profile"] = profile_of(take_step, profile, problem)
         if rates:
             rates["tokens_per_second"] = probed(c) * batch_size * tokens / row["ms"] * 1e3
         rows.append({
-            "case": name, "model": model, "parameters": count(problem), "sequences": batch_size,
+            "case": name, "model": model, "parameters": count(problem.lm), "sequences": batch_size,
             "tokens": tokens, **row, **rates, "peak_bytes": peak, "reserved_bytes": reserved,
             "target": target,
         })  # fmt: skip
@@ -155,32 +155,25 @@ def clear(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-class Released:
-    """transformers' model, in the place of a problem."""
-
-    def __init__(self, raw: dict, device: str):
-        self.model = transformers_model(raw, device)
-
-
-def count(problem: Problem | Released) -> int:
-    if isinstance(problem, Released):
-        return sum(w.numel() for w in problem.model.parameters())
-    return parameters(problem.lm.store)
+def problem_of(case: Case, c: Config, raw: dict) -> Problem:
+    """Without files, random weights; its lm may be transformers' model."""
+    if case.peer and PEERS[case.peer][1] is transformers_loss:
+        return Problem(transformers_model(raw, c.device), [], [], [], 0, c.batch_size)
+    return build(c, raw)
 
 
-def step_of(case: Case, c: Config, problem: Problem | Released, tokens: int, words: int) -> Callable[[int], object]:
-    """One step, given its number.  words: of the vocabulary."""
-    batch = examples(c, tokens, words)
-    if case.released:
-        take_step, model = RELEASED[case.released], problem.model
-        loss_fn = partial(transformers_loss, model, collate(batch, 0, model.device))
-        return lambda at: take_step(list(model.parameters()), loss_fn, at, EPS, LR)
+def count(lm: LanguageModel | nn.Module) -> int:
+    return sum(w.numel() for w in lm.parameters()) if isinstance(lm, nn.Module) else parameters(lm.store)
+
+
+def step_of(case: Case, c: Config, problem: Problem, batch: list[Encoded]) -> Callable[[int], object]:
+    """One step, given its number."""
     if case.peer is None:
         take_step = (first_order if c.optimizer == "adamw" else zeroth_order)(c, problem)
         return lambda at: take_step(at, batch, LR)
-    take_step, loss = PEERS[case.peer]
-    weights = [stored.value for stored in problem.lm.store.values()]
-    loss_fn = partial(loss, problem.lm, collate(batch, problem.pad, problem.lm.device))
+    (take_step, loss), lm = PEERS[case.peer], problem.lm
+    weights = list(lm.parameters()) if isinstance(lm, nn.Module) else [stored.value for stored in lm.store.values()]
+    loss_fn = partial(loss, lm, collate(batch, problem.pad, lm.device))
     return lambda at: take_step(weights, loss_fn, at, EPS, LR)
 
 
