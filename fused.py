@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quant import GROUP, Float, Fp8, Integers, Oracle, Stored, matrix_shape
-from random_bits import LOW, Key, Use, as_int32, number_, philox_
+from random_bits import GOLDEN, LOW, Key, Use, as_int32, number_, philox_
 
 if TYPE_CHECKING:  # which imports this file
     from zo_optim import ZO
@@ -35,7 +35,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 NO_DIRECTION = tl.constexpr(-2)  # beside ZO.levels
 SHARDS = 256  # of the counts, since programs that add to one number wait for one another
 EXACT = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where the definition rounds twice
-GROUP_, SHARDS_ = tl.constexpr(GROUP), tl.constexpr(SHARDS)
+GROUP_, SHARDS_, GOLDEN_ = tl.constexpr(GROUP), tl.constexpr(SHARDS), tl.constexpr(GOLDEN)
 DIRECTION, PROBE_ROUNDING = tl.constexpr(int(Use.DIRECTION)), tl.constexpr(int(Use.PROBE_ROUNDING))
 WEIGHT_ROUNDING, PROBE_LANDING = tl.constexpr(int(Use.WEIGHT_ROUNDING)), tl.constexpr(int(Use.PROBE_LANDING))
 
@@ -107,27 +107,35 @@ def _divide(x, unit):
 
 
 @triton.jit
-def _grid_step(factor, words, unit, power, grain, KIND: tl.constexpr, OVER_UNIT: tl.constexpr):
-    """zo_optim.grid_step at a spacing of unit * power, in parts: its size, or that over unit, and which of the words
-    hit (their top bits say which way).  unit [BLOCK, 1]; power, of two, and so the size, [BLOCK, 1] or [BLOCK, 8].
+def _grid_step(times, words, unit, power, grain, KIND: tl.constexpr, OVER_UNIT: tl.constexpr):
+    """zo_optim.grid_step at a spacing of unit * _power, in parts: its size for times > 0, or that over unit, and which
+    of the words hit (their top bits say which way).  unit [BLOCK, 1] or [1, 1]; power, of two, and so the size, like it
+    or [BLOCK, 8].
 
     Products and quotients of floats commute with powers of two, and with taking the larger one: what is rounded is
-    computed once for a group.
+    computed once for a group, or for a row.  A step's threshold is doubled: (words << 1) is below it as often as words'
+    31 bits are below its rounded half.
     """
-    times, finest = tl.full(unit.shape, factor, tl.float32), tl.full(unit.shape, grain, tl.float32)
-    own, least = unit * tl.abs(times), finest * tl.abs(times)
+    finest = tl.full(unit.shape, grain, tl.float32)
+    below: tl.constexpr = 0.125 if KIND == "fp8" else 0.25 if KIND == "fp8-e5m2" else 1.0  # 2^-MANTISSA
+    own, least = unit * times * below, finest * times
     if OVER_UNIT:
         own, least = _divide(own, unit), _divide(least, unit)
-    size = tl.maximum(own * power, least) * tl.where(times < 0, -1.0, 1.0)
+    size = tl.maximum(own * power, least)
     ratio, exponent = _divide(finest, unit), power.to(tl.int32, bitcast=True)
     if KIND == "fp8" or KIND == "fp8-e5m2":  # power^-2 is a float, of exponent field 381 - 2 * power's mod 512
         inverse = ((381 - 512) * 8388608 - 2 * exponent).to(tl.float32, bitcast=True)
-        chance = tl.minimum(ratio * ratio * inverse, 0.99999988)
+        threshold = tl.minimum(ratio * ratio * (4294967296.0 / below / below) * inverse, 4294966784.0)  # 1 - 2^-23
     else:
         ratio = tl.minimum(ratio * (0x7F000000 - exponent).to(tl.float32, bitcast=True), 0.99999994)  # 1 - 2^-24
-        chance = ratio * ratio
-    threshold = tl.fma(chance, 2147483648.0, 0.5).to(tl.uint32)  # the product is exact
-    return size, (words << 1) < (threshold << 1)  # a shift may take another unit than a mask
+        threshold = ratio * ratio * 4294967296.0
+    return size, (words << 1) < threshold.to(tl.uint32)
+
+
+@triton.jit
+def _like(size, factor):
+    """A size, with a number's sign."""
+    return size * tl.where(factor < 0, -1.0, 1.0)
 
 
 @triton.jit
@@ -140,12 +148,17 @@ def _signed(size, words, hit):
 @triton.jit
 def _along(
     factor, grain, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING: tl.constexpr, LEVELS: tl.constexpr,
-    KIND: tl.constexpr, OVER_UNIT: tl.constexpr,
+    KIND: tl.constexpr, OVER_UNIT: tl.constexpr, PROBE: tl.constexpr,
 ):  # fmt: skip
-    """zo_optim.ZO.along, or that over unit, [BLOCK, 8].  LEVELS -1 is a grid direction; where that is 0, it is +0."""
+    """zo_optim.ZO.along, or that over unit, [BLOCK, 8].  LEVELS -1 is a grid direction; where that is 0, it is +0.
+
+    PROBE: factor is positive.
+    """
     if LEVELS == -1:
         words = _bits32(group, step, tensor, query, DIRECTION, k0, k1)
-        size, hit = _grid_step(factor, words, unit, power, grain, KIND, OVER_UNIT)
+        size, hit = _grid_step(tl.abs(factor), words, unit, power, grain, KIND, OVER_UNIT)
+        if not PROBE:
+            size = _like(size, factor)
         d = _signed(size, words, hit)
     else:
         d = _direction(knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS) * factor
@@ -160,14 +173,14 @@ def _stochastic_round(x, words):
     size = tl.abs(x)
     whole = tl.floor(size)
     threshold = ((size - whole) * 2147483648.0).to(tl.uint32)
-    size = whole + ((words << 1) < (threshold << 1)).to(tl.float32)
+    size = whole + (words < (threshold << 1)).to(tl.float32)
     return (size.to(tl.int32, bitcast=True) | x.to(tl.int32, bitcast=True) & -(2**31)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _cut(x, words, BITS: tl.constexpr):
     """quant._cut."""
-    pattern = x.to(tl.int32, bitcast=True) + (words & ((1 << BITS) - 1)).to(tl.int32)
+    pattern = x.to(tl.int32, bitcast=True) + (words >> (32 - BITS)).to(tl.int32)
     return (pattern & -(1 << BITS)).to(tl.float32, bitcast=True)
 
 
@@ -179,11 +192,9 @@ def _power_below(x):
 @triton.jit
 def _round8(x, words, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, TOP: tl.constexpr):
     """quant.Grid8.round, stochastic."""
-    x = tl.minimum(tl.maximum(x, -TOP), TOP)
-    low: tl.constexpr = 2.0**LOWEST
-    below = tl.where(tl.abs(x) < low, low, 0.0)
-    below = (below.to(tl.int32, bitcast=True) | x.to(tl.int32, bitcast=True) & -(2**31)).to(tl.float32, bitcast=True)
-    return _cut(x + below, words, 23 - MANTISSA) - below
+    down: tl.constexpr = 2.0 ** (-126 - LOWEST)
+    up: tl.constexpr = 2.0 ** (126 + LOWEST)
+    return _cut(tl.minimum(tl.maximum(x, -TOP), TOP) * down, words, 23 - MANTISSA) * up
 
 
 @triton.jit
@@ -293,10 +304,13 @@ def _row(group, MAGIC, SHIFT):
 
 
 @triton.jit
-def _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND: tl.constexpr):
-    """The scale of each group of 8, [BLOCK, 1]; floats have none."""
+def _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND: tl.constexpr, ONE_ROW: tl.constexpr):
+    """The scale of each group of 8, [BLOCK, 1], or where a program's are all in one row [1, 1]; floats have none."""
     if KIND == "fp32" or KIND == "bf16":
         unit = tl.full([group.shape[0], 1], 1.0, tl.float32)
+    elif ONE_ROW:
+        first = tl.program_id(0) * group.shape[0] + tl.arange(0, 1)
+        unit = tl.load(scale + _row(first, MAGIC, SHIFT))[:, None]
     else:
         row = _row(group, MAGIC, SHIFT)
         if KIND == "int4":
@@ -308,15 +322,15 @@ def _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND: tl.constexpr):
 
 @triton.jit
 def _power(code, unit, KIND: tl.constexpr):
-    """Each store's spacing over its scale, which is a power of two."""
+    """Each store's spacing over its scale, a power of two; of fp8 2^MANTISSA times that."""
     if KIND == "fp32":
         power = unit * 0
     elif KIND == "bf16":
         power = _power_below(code) * 0.0078125  # 2^-7
     elif KIND == "fp8":
-        power = tl.maximum(_power_below(code) * 0.125, 0.001953125)  # 2^-3, 2^-9
+        power = tl.maximum(_power_below(code), 0.015625)  # 2^-6
     elif KIND == "fp8-e5m2":
-        power = tl.maximum(_power_below(code) * 0.25, 0.0000152587890625)  # 2^-2, 2^-16
+        power = tl.maximum(_power_below(code), 0.00006103515625)  # 2^-14
     else:
         power = unit * 0 + 1.0
     return power
@@ -347,7 +361,7 @@ def _pair_kernel(
     pair, value, scale, knots, rows, ROWS, PER_ROW, MAGIC, SHIFT, LENGTH, factor, grain, step, tensor, query, k0, k1,
     KIND: tl.constexpr, TOP: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr, PLUS: tl.constexpr,
     MINUS: tl.constexpr, CHOSEN: tl.constexpr, BYTES: tl.constexpr, BY_HAND: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ONE_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group, at, whole, live = _place(LENGTH, TAIL, BLOCK)
     to, step = at, number_(step)
@@ -359,7 +373,7 @@ def _pair_kernel(
         group = (row * PER_ROW + column).to(tl.int32)
         at = group.to(tl.int64)[:, None] * 8 + tl.arange(0, 8)[None, :]
     code = _code(value, group, at, whole, live, KIND, BY_HAND)
-    unit = _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND)
+    unit = _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND, ONE_ROW)
     if CHOSEN:  # a row that is not there is not a number: no wrong memory is read, and no loss looks right
         unit = tl.where(known[:, None], unit, float("nan"))
     over_unit: tl.constexpr = BYTES or (CODES and KIND != "fp32" and KIND != "bf16")
@@ -369,7 +383,7 @@ def _pair_kernel(
         power = _power(code, unit, KIND)
         d = _along(
             factor, grain, unit, power, knots, group, step, tensor, query, k0, k1, PROBE_ROUNDING, LEVELS, KIND,
-            over_unit,
+            over_unit, True,
         )  # fmt: skip
     if CODES:
         words = _bits32(group, step, tensor, query, PROBE_LANDING, k0, k1)
@@ -394,23 +408,27 @@ def _pair_kernel(
 def _update_kernel(
     value, scale, residual, counts, knots, factors, N, PER_ROW, MAGIC, SHIFT, grain, step, tensor, query, k0, k1,
     QUERIES: tl.constexpr, KIND: tl.constexpr, TOP: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr,
-    ROUNDING: tl.constexpr, BY_HAND: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
+    ROUNDING: tl.constexpr, BY_HAND: tl.constexpr, TAIL: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group, at, whole, live = _place(N, TAIL, BLOCK)
     step = number_(step)
     old = _code(value, group, at, whole, live, KIND, BY_HAND)
-    unit = _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND)
+    unit = _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND, ONE_ROW)
     power = _power(old, unit, KIND)
     integers: tl.constexpr = KIND == "int8" or KIND == "int4"
     coded: tl.constexpr = KIND != "fp32" and KIND != "bf16"
-    landing = _bits32(group, step, tensor, query, WEIGHT_ROUNDING, k0, k1)
+    if LEVELS == -1:  # random_bits.reuse
+        words = _bits32(group, step, tensor, query, DIRECTION, k0, k1)
+        landing = (words << 1) * GOLDEN_
+    else:
+        landing = _bits32(group, step, tensor, query, WEIGHT_ROUNDING, k0, k1)
     if RESIDUAL:
         old = old * (1 << RESIDUAL) + _fields(residual, group, whole, RESIDUAL).to(tl.float32)
     fine_unit = unit * (1.0 / (1 << RESIDUAL))
     if LEVELS == -1 and coded and QUERIES == 1:
-        words = _bits32(group, step, tensor, query, DIRECTION, k0, k1)
-        d, hit = _grid_step(tl.load(factors), words, unit, power, grain, KIND, True)
-        d *= 1 << RESIDUAL
+        factor = tl.load(factors)
+        d, hit = _grid_step(tl.abs(factor), words, unit, power, grain, KIND, True)
+        d = _like(d * (1 << RESIDUAL), factor)
         if integers:  # one size for all of a group: rounded once, and by each element's own word
             moved = _signed(_stochastic_round(d, landing), words, hit)
         else:
@@ -418,12 +436,12 @@ def _update_kernel(
     else:
         d = _along(
             tl.load(factors), grain, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS, KIND,
-            False,
+            False, False,
         )  # fmt: skip
         for q in range(1, QUERIES):
             d += _along(
                 tl.load(factors + q), grain, unit, power, knots, group, step, tensor, query + q, k0, k1, ROUNDING,
-                LEVELS, KIND, False,
+                LEVELS, KIND, False, False,
             )  # fmt: skip
         if coded:
             d = _divide(d, fine_unit)
@@ -509,6 +527,11 @@ def _tail(n: int, block: int) -> str:
     return "elements" if n % 8 else "groups" if n % (8 * block) else ""
 
 
+def _one_row(stored: Stored, per_row: int, block: int) -> bool:
+    """Whether a program's groups all have one scale, so that what belongs to it is computed once for all of them."""
+    return not isinstance(stored, Float) and stored.scale.shape[1] == 1 and per_row % block == 0
+
+
 def _programs(n: int, block: int) -> tuple[int]:
     return (triton.cdiv(n, 8 * block),)
 
@@ -546,7 +569,8 @@ def _materialise(
         _pair_kernel[_programs(length, BLOCK)](
             out, value, scale, knots, chosen, R, per_row, *_magic(per_row), length, factor, grain, *words,
             KIND=kind, TOP=top, CHOSEN=rows is not None, BYTES=is_codes, BY_HAND=_by_hand(value.device),
-            TAIL=_tail(length, BLOCK), BLOCK=BLOCK, **options, **EXACT,
+            TAIL=_tail(length, BLOCK), ONE_ROW=rows is None and _one_row(stored, per_row, BLOCK), BLOCK=BLOCK,
+            **options, **EXACT,
         )  # fmt: skip
     return pair
 
@@ -565,5 +589,6 @@ def update_(stored: Stored, key: Key, factors: Tensor, zo: ZO, knots: Tensor, co
             value, scale, stored.residual.view(WORDS[bits]) if bits else value, counts, knots, factors, n, per_row,
             *_magic(per_row), zo.grain, *words, QUERIES=len(factors), KIND=kind, RESIDUAL=bits,
             TOP=float(stored.limit) if bits else top, LEVELS=zo.levels, ROUNDING=int(zo.step_rounding),
-            BY_HAND=_by_hand(value.device), TAIL=_tail(n, block), BLOCK=block, **EXACT,
+            BY_HAND=_by_hand(value.device), TAIL=_tail(n, block), ONE_ROW=_one_row(stored, per_row, block), BLOCK=block,
+            **EXACT,
         )  # fmt: skip

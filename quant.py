@@ -25,8 +25,8 @@ from torch import Tensor
 def stochastic_round(x: Tensor, words: Tensor | None) -> Tensor:
     """QuZO eq. 5: floor(x) + Bernoulli(x - floor(x)), so that E[SR(x)] = x.
 
-    x float32, words int32 bit patterns (31 bits are used), same shape -> integers in float32.  Sign and size
-    are treated apart, because a size's fraction is exact in float32 and a negative number's floor is not:
+    x float32, words int32 bit patterns (the upper 31 bits are used), same shape -> integers in float32.  Sign and
+    size are treated apart, because a size's fraction is exact in float32 and a negative number's floor is not:
     x = -1e-9 would give a fraction of exactly 1.  P(up) is the fraction rounded down to a multiple of 2^-31.
     words None rounds to nearest, ties to even.
     """
@@ -35,7 +35,7 @@ def stochastic_round(x: Tensor, words: Tensor | None) -> Tensor:
     size = x.abs()
     whole = size.floor()
     threshold = (size - whole).mul_(2.0**31).to(torch.int32)  # exact: a power of two, then truncation
-    up = (words & 0x7FFFFFFF) < threshold
+    up = (words >> 1 & 0x7FFFFFFF) < threshold
     return whole.add_(up).copysign_(x)
 
 
@@ -48,8 +48,11 @@ def round_to_bfloat16(x: Tensor, words: Tensor | None) -> Tensor:
 
 
 def _cut(x: Tensor, words: Tensor, bits: int) -> Tensor:
-    """Stochastic rounding of float32 to its upper 32 - bits bits; the exponent absorbs a carry, as it should."""
-    pattern = x.view(torch.int32) + (words & (1 << bits) - 1)
+    """Stochastic rounding of float32 to its upper 32 - bits bits; the exponent absorbs a carry, as it should.
+
+    Of the words it takes the upper bits, as stochastic_round does: those are an element's own (random_bits.bits32).
+    """
+    pattern = x.view(torch.int32) + (words >> 32 - bits & (1 << bits) - 1)
     return (pattern & -(1 << bits)).view(torch.float32)
 
 
@@ -62,16 +65,12 @@ class Grid8(NamedTuple):
     top: float  # the largest size
 
     def round(self, x: Tensor, words: Tensor | None) -> Tensor:
-        """float32 -> this grid, in its dtype; sizes beyond the top become the top.  P(up) is exact to 2^-20.
-
-        What rounds stochastically to zero, -0 too, becomes +0.
-        """
+        """float32 -> this grid, in its dtype; sizes beyond the top become the top.  P(up) is exact to 2^-20."""
         x = x.clamp(-self.top, self.top)
         if words is None:
             return x.to(self.dtype)
-        low = x.new_full((), 2.0**self.lowest)
-        below = torch.where(x.abs() < low, low.copysign(x), 0.0)  # takes the even part to where steps are as even
-        return (_cut(x + below, words, 23 - self.mantissa) - below).to(self.dtype)
+        down = 2.0 ** (-126 - self.lowest)  # takes the even part to float32's own, where a cut is as even
+        return _cut(x * down, words, 23 - self.mantissa).mul_(1 / down).to(self.dtype)
 
     def spacing(self, x: Tensor) -> Tensor:
         """The distance from each x (float32, on the grid) to the next grid point away from zero."""

@@ -173,6 +173,19 @@ def bits32(key: Key, use: Use, rows: Tensor, columns: int) -> Tensor:
     return torch.stack((words, between), -1).flatten(1)[:, :columns]
 
 
+GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio, odd
+
+
+def reuse(words: Tensor) -> Tensor:
+    """Words for a second decision from those of a first: int32 bit patterns -> int32 bit patterns.
+
+    A word whose lower 31 bits were found below a threshold T is uniform there still.  Multiples of 2 GOLDEN modulo
+    2^32 lie as evenly as any can: of those of T neighbouring numbers, a share f to within (2 + ln T) / (2 T) lies below
+    2^32 f (tests/test_random_bits.py).
+    """
+    return ((words.to(torch.int64) & 0x7FFFFFFF) * (2 * GOLDEN & LOW)).to(torch.int32)  # its lower half
+
+
 def permutation(seed: int, epoch: int, n: int) -> Tensor:
     """A uniformly random order of n examples, keyed by epoch -> [n] int64 (on the CPU)."""
     words = random_words(Key(seed, epoch), Use.DATA_ORDER, torch.arange(n))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from profiler import bytes_coded, bytes_probed, bytes_stepped, phase
 from quant import Stored, matrix_shape, row_chunks
-from random_bits import Key, Use, as_int32, bits16, bits32, random_words, tensor_id
+from random_bits import Key, Use, as_int32, bits16, bits32, random_words, reuse, tensor_id
 
 if TYPE_CHECKING:
     from model import StoredView
@@ -119,9 +119,9 @@ def grid_step(
     """
     t = spacing.clamp(min=grain)
     ratio = torch.full_like(t, grain) / t  # a number over a tensor would be a product with a rounded reciprocal
-    threshold = (ratio.clamp_(max=1 - 2.0**-24).square_() * 2.0**31 + 0.5).to(torch.int64)  # below 2^31
+    threshold = (ratio.clamp_(max=1 - 2.0**-24).square_() * 2.0**32).to(torch.int64)  # below 2^32
     words = bits32(key, Use.DIRECTION, rows, columns)
-    hit = (words & 0x7FFFFFFF) < threshold  # 31 bits say whether, the top one says which way
+    hit = (words & 0x7FFFFFFF).to(torch.int64) * 2 < threshold  # 31 bits say whether, the top one says which way
     t = t * times
     return torch.where(hit, torch.where(words < 0, -t, t), 0.0)
 
@@ -394,9 +394,14 @@ def _update_tensor(stored: Stored, key: Key, factors: Tensor, zo: ZO) -> Tensor:
             zo.along(factor, stored, key._replace(query=q), rows, zo.step_rounding) for q, factor in enumerate(factors)
         )
         delta = reduce(Tensor.add_, steps)
-        words = None if zo.nearest else words_for(stored, key, Use.WEIGHT_ROUNDING, rows)
-        counts += stored.add_(rows, delta, words)
+        counts += stored.add_(rows, delta, None if zo.nearest else _landing_words(stored, key, zo, rows))
     return counts
+
+
+def _landing_words(stored: Stored, key: Key, zo: ZO, rows: slice) -> Tensor | None:
+    """Those of a grid direction come from itself; any other step has a draw of its own."""
+    words = words_for(stored, key, Use.DIRECTION if zo.grid else Use.WEIGHT_ROUNDING, rows)
+    return words if words is None or not zo.grid else reuse(words)
 
 
 def learning_rate(lr: float, schedule: str, step: int, steps: int) -> float:

@@ -26,6 +26,7 @@ from quant import (
     INTEGERS,
     RESIDUALS,
     Float,
+    Grid8,
     Stored,
     check_format,
     encode,
@@ -364,12 +365,18 @@ def test_rounding_to_fp8_is_exactly_unbiased_between_all_neighbours(weights):
         assert torch.equal(got.sum(1), x.sum(1))
 
 
+def every_cut(kind: Grid8) -> Tensor:
+    """Words with all patterns of the bits that decide where a number is cut, once each: the upper ones."""
+    bits = 23 - kind.mantissa
+    return (torch.arange(2**bits) << 32 - bits).to(torch.int32)
+
+
 @pytest.mark.parametrize("x", [1.0371, -3.3, 447.98, -0.015673, 0.9999, 1.9999999, -31.0001, 17.0])
 @pytest.mark.parametrize("weights", FP8)
 def test_rounding_to_fp8_uses_every_bit(weights, x):
     """All patterns of the bits that are cut, once each: the mean is x itself, although x has 24 bits."""
     kind, x = FP8[weights], torch.tensor(x)
-    words = (torch.arange(2 ** (23 - kind.mantissa)) | 0x2B << 24).to(torch.int32)  # the upper bits must not count
+    words = every_cut(kind) | 0x2B  # the lower bits must not count
     assert kind.round(x.expand(len(words)), words).double().sum() == x.double() * len(words)
 
 
@@ -384,7 +391,7 @@ def test_fp8s_even_part_goes_up_for_the_right_share_of_words(weights, x):
         return  # in e5m2 only the smallest of these are
     n = 2 ** (23 - kind.mantissa)
     size = Fraction(torch.tensor(abs(x)).item()) / Fraction(step)
-    got = kind.round(torch.tensor(x).expand(n), torch.arange(n, dtype=torch.int32)).double() / step
+    got = kind.round(torch.tensor(x).expand(n), every_cut(kind)).double() / step
     low = float(size // 1)
     assert set(got.abs().unique().tolist()) <= {low, low + 1} and (got * np.sign(x) >= 0).all()
     assert (got.abs() > low).sum() == round(size % 1 * n)

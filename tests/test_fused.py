@@ -57,6 +57,9 @@ CASES = [  # every direction, estimator, probe; rows of several scale groups, wi
 ]
 # the first two with every format, the others in turn, for the time they take
 RUNS = [(*form, *CASES[i]) for f, form in enumerate(FORMATS) for i in (0, 1, 2 + f % 3)]
+# and rows that hold one program, or two
+RUNS += [(w, r, (3, 4096), ZO(grid=True, eps=0.02)) for w, r in FORMATS if w in ("int8", "fp8", "fp8-e5m2")]
+RUNS += [("int8", 0, (3, 2048), ZO(bits=4, eps=0.02)), ("fp8", 0, (3, 2048), ZO(bits=4, eps=0.02, probe="codes"))]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
@@ -129,7 +132,7 @@ def test_minus_zero(weights):
     update(plain, [1.0], SEED, 0, ZO(bits=4), 1e-12)
     fused_update(quick, [1.0], 0, ZO(bits=4), 1e-12)
     assert torch.equal(*(store["w"].codes.view(torch.uint8) for store in (plain, quick)))
-    assert not (plain["w"].codes.view(torch.uint8) == 0x80).any()
+    assert (plain["w"].codes.view(torch.uint8) == 0x80).any() and (plain["w"].codes.view(torch.uint8) == 0).any()
 
 
 @inside

@@ -53,7 +53,7 @@ WAYS = {
     "grid, codes": ZO(eps=5e-3, queries=1, grid=True, probe="codes", estimator="q-rge1"),
 }
 # 264: two int4 groups and a short one; a width that is no multiple of 8 has no kernel, a vector of such a length has
-SHAPES = [(65, 136), (3, 1000), (300,), (1003,), (1, 8), (7, 24), (5, 264), (9, 13)]
+SHAPES = [(65, 136), (3, 1000), (300,), (1003,), (1, 8), (7, 24), (5, 264), (9, 13), (2, 4096)]
 every_format = pytest.mark.parametrize("weights, residual", FORMATS)
 every_way = pytest.mark.parametrize("zo", WAYS.values(), ids=WAYS)
 
@@ -157,7 +157,7 @@ def test_steps_to_nearest_and_the_oracle_have_no_kernel(weights, residual):
 @every_way
 @every_format
 def test_fused_pair_equals_plain_pair(weights, residual, zo):
-    for shape, dtype in zip(SHAPES, (torch.float32, torch.bfloat16) * 4, strict=False):
+    for shape, dtype in zip(SHAPES, (torch.float32, torch.bfloat16) * 5, strict=False):
         pairs = [
             Pair({"w": encode(m, weights, residual)}, 5, 6, 7, zo, dtype, plain).read("w").cpu()
             for m, plain in zip(matrices(shape), (True, True, False), strict=True)

@@ -44,7 +44,7 @@ def test_stochastic_round_goes_up_for_exactly_the_right_words(x):
     sign = 1 if x >= 0 else -1
     for word, up in ((0, ups > 0), (ups - 1, True), (ups, False), (2**31 - 1, False)):
         if 0 <= word < 2**31:
-            assert rounded(x, [word, word | 2**31]) == [sign * (size // 1 + up)] * 2, "the top bit is not used"
+            assert rounded(x, [2 * word, 2 * word + 1]) == [sign * (size // 1 + up)] * 2, "the lowest bit is not used"
 
 
 @given(X32, WORD)
@@ -84,7 +84,7 @@ def test_bfloat16_numbers_stay():
 def test_round_to_bfloat16_is_exactly_unbiased(x):
     """Every one of the 2^16 dithers once: the mean is x itself.  float64 holds the sum without rounding."""
     x32 = torch.full((2**16,), x)
-    dithers = torch.arange(2**16, dtype=torch.int32) | 0x5A5A << 16  # upper half: must be ignored
+    dithers = torch.arange(2**16, dtype=torch.int32) << 16 | 0x5A5A  # lower half: must be ignored
     assert round_to_bfloat16(x32, dithers).double().sum() == x32.double().sum()
 
 

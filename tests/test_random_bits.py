@@ -7,6 +7,7 @@ every draw has a key, what passes once passes always.
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant import Integers
-from random_bits import Key, Use, bits16, bits32, permutation, philox, random_words
+from random_bits import Key, Use, bits16, bits32, permutation, philox, random_words, reuse
 
 settings.register_profile("keyed", deadline=None, derandomize=True)  # a busy machine is not a failure
 settings.load_profile("keyed")
@@ -152,6 +153,20 @@ def test_neighbours_that_share_bits_decide_apart(chance):
         assert abs(together[j, k] - chance**2) < 5 * (chance**2 / n) ** 0.5 + 3 / n + 2.0**-15 * chance
         assert abs(product[j, k]) < 5 * (chance**2 / n) ** 0.5 + 3 / n
     assert ((below.mean(0) - chance).abs() < 5 * (chance / n) ** 0.5 + 3 / n).all()
+
+
+@pytest.mark.parametrize("start", [0, 1_000_003, 2**31 - 2**20])
+@pytest.mark.parametrize("n", [1, 8, 128, 4096, 2**20])
+def test_reused_words_lie_evenly(n, start):
+    """Of n neighbouring words the share below f * 2^32 is f to within (2 + ln n) / (2 n), at the worst f there is.
+
+    The worst ones are at the words themselves, just before each and just after.
+    """
+    words = torch.arange(start, start + n).to(torch.int32)
+    places = (reuse(words).to(torch.int64) & 0xFFFFFFFF).sort().values.double() / 2**32
+    below = torch.arange(n).double() / n
+    assert max((places - below).max(), (below + 1 / n - places).max()) <= (2 + math.log(n)) / (2 * n)
+    assert torch.equal(reuse(words), reuse(words | -(2**31))), "the top bit is not used"
 
 
 def test_nothing_touches_the_global_generator():

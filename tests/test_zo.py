@@ -20,7 +20,7 @@ import zo_optim
 from data.scoring import Encoded, collate, losses
 from model import LanguageModel, create
 from quant import FORMATS, Float, Integers, Stored, encode, stochastic_round
-from random_bits import Key, Use, bits32, tensor_id
+from random_bits import Key, Use, bits32, reuse, tensor_id
 from train import Problem, batches_of, loss_of
 from zo_optim import ZO, Pair, direction, estimate, grid_step, learning_rate, update
 
@@ -546,7 +546,9 @@ STORED = [*((w, 0) for w in FORMATS), ("int8", 4), ("int4", 4), ("int4", 1)]
 @pytest.mark.parametrize("direction", WORDS)
 @pytest.mark.parametrize("weights, residual", STORED)
 def test_any_update_by_hand(weights, residual, direction, estimator, lost):
-    """One landing for three queries: u1 for q-rge1, else u2, or the grid's u, each times -lr / n * slope."""
+    """One landing for three queries: u1 for q-rge1, else u2, or the grid's u, each times -lr / n * slope.
+
+    A grid's first direction lands them."""
     zo = ZO(eps=0.02, estimator=estimator, nearest=lost, **WORDS[direction])
     x, lr = gaussian(6, 150), 0.3
     store, want = {"w": encode(x, weights, residual)}, encode(x, weights, residual)
@@ -557,7 +559,9 @@ def test_any_update_by_hand(weights, residual, direction, estimator, lost):
         else:
             use = Use.PROBE_ROUNDING if estimator == "q-rge1" else Use.UPDATE_ROUNDING
             steps.append(by_hand(use, zo, 5, 6, q, "w", x.shape) * (-lr * slope / 3))
-    words = bits32(Key(5, 6, 0, tensor_id("w")), Use.WEIGHT_ROUNDING, torch.arange(6), 150)
+    key, rows = Key(5, 6, 0, tensor_id("w")), torch.arange(6)
+    words = bits32(key, Use.DIRECTION if zo.grid else Use.WEIGHT_ROUNDING, rows, 150)
+    words = reuse(words) if zo.grid else words
     counts = want.add_(slice(0, 6), steps[0] + steps[1] + steps[2], None if lost or weights == "fp32" else words)
     assert torch.equal(update(store, SLOPES, 5, 6, zo, lr), counts)
     for a, b in zip(store["w"].parts().values(), want.parts().values(), strict=True):
