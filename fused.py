@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # which imports this file
     from zo_optim import ZO
 
 BLOCK = 256  # groups a program, two to a thread
-LONG = 512  # of updates of integers, which have the registers for four
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 NO_DIRECTION = tl.constexpr(-2)  # beside ZO.levels
 SHARDS = 256  # of the counts, since programs that add to one number wait for one another
@@ -98,7 +97,7 @@ def _divide(x, unit):
     Triton's interpreter does not fuse them.
     """
     if INTERPRETED:
-        quotient = tl.div_rn(x, tl.broadcast_to(unit, x.shape))
+        quotient = tl.div_rn(x, tl.broadcast_to(unit, x.shape)) + 0.0
     else:
         inverse = tl.div_rn(unit * 0 + 1.0, unit)
         rough, away = x * inverse, unit * -1.0
@@ -194,7 +193,8 @@ def _round8(x, words, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, TOP: tl.cons
     """quant.Grid8.round, stochastic."""
     down: tl.constexpr = 2.0 ** (-126 - LOWEST)
     up: tl.constexpr = 2.0 ** (126 + LOWEST)
-    return _cut(tl.minimum(tl.maximum(x, -TOP), TOP) * down, words, 23 - MANTISSA) * up
+    cut = _cut(tl.minimum(tl.maximum(x, -TOP), TOP) * down, words, 23 - MANTISSA)
+    return tl.fma(cut, tl.full(cut.shape, up, tl.float32), 0.0)  # not a product: of -0 it makes +0
 
 
 @triton.jit
@@ -522,18 +522,18 @@ def _by_hand(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)
 
 
-def _tail(n: int, block: int) -> str:
+def _tail(n: int) -> str:
     """_place's."""
-    return "elements" if n % 8 else "groups" if n % (8 * block) else ""
+    return "elements" if n % 8 else "groups" if n % (8 * BLOCK) else ""
 
 
-def _one_row(stored: Stored, per_row: int, block: int) -> bool:
+def _one_row(stored: Stored, per_row: int) -> bool:
     """Whether a program's groups all have one scale, so that what belongs to it is computed once for all of them."""
-    return not isinstance(stored, Float) and stored.scale.shape[1] == 1 and per_row % block == 0
+    return not isinstance(stored, Float) and stored.scale.shape[1] == 1 and per_row % BLOCK == 0
 
 
-def _programs(n: int, block: int) -> tuple[int]:
-    return (triton.cdiv(n, 8 * block),)
+def _programs(n: int) -> tuple[int]:
+    return (triton.cdiv(n, 8 * BLOCK),)
 
 
 def read_pair(
@@ -566,10 +566,10 @@ def _materialise(
     out, unused = pair.view(torch.uint8) if is_codes else pair, value  # kernels take no None
     knots, chosen = unused if knots is None else knots, unused if rows is None else rows
     with _on(value.device):
-        _pair_kernel[_programs(length, BLOCK)](
+        _pair_kernel[_programs(length)](
             out, value, scale, knots, chosen, R, per_row, *_magic(per_row), length, factor, grain, *words,
             KIND=kind, TOP=top, CHOSEN=rows is not None, BYTES=is_codes, BY_HAND=_by_hand(value.device),
-            TAIL=_tail(length, BLOCK), ONE_ROW=rows is None and _one_row(stored, per_row, BLOCK), BLOCK=BLOCK,
+            TAIL=_tail(length), ONE_ROW=rows is None and _one_row(stored, per_row), BLOCK=BLOCK,
             **options, **EXACT,
         )  # fmt: skip
     return pair
@@ -583,12 +583,11 @@ def update_(stored: Stored, key: Key, factors: Tensor, zo: ZO, knots: Tensor, co
     value, scale, n, per_row, words = _arguments(stored, key)
     kind, top = _kind(stored)
     bits = stored.residual_bits if isinstance(stored, Integers) else 0
-    block = LONG if isinstance(stored, Integers) else BLOCK
     with _on(value.device):
-        _update_kernel[_programs(n, block)](
+        _update_kernel[_programs(n)](
             value, scale, stored.residual.view(WORDS[bits]) if bits else value, counts, knots, factors, n, per_row,
             *_magic(per_row), zo.grain, *words, QUERIES=len(factors), KIND=kind, RESIDUAL=bits,
             TOP=float(stored.limit) if bits else top, LEVELS=zo.levels, ROUNDING=int(zo.step_rounding),
-            BY_HAND=_by_hand(value.device), TAIL=_tail(n, block), ONE_ROW=_one_row(stored, per_row, block), BLOCK=block,
+            BY_HAND=_by_hand(value.device), TAIL=_tail(n), ONE_ROW=_one_row(stored, per_row), BLOCK=BLOCK,
             **EXACT,
         )  # fmt: skip

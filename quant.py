@@ -65,12 +65,15 @@ class Grid8(NamedTuple):
     top: float  # the largest size
 
     def round(self, x: Tensor, words: Tensor | None) -> Tensor:
-        """float32 -> this grid, in its dtype; sizes beyond the top become the top.  P(up) is exact to 2^-20."""
+        """float32 -> this grid, in its dtype; sizes beyond the top become the top.  P(up) is exact to 2^-20.
+
+        What rounds stochastically to zero, -0 too, becomes +0.
+        """
         x = x.clamp(-self.top, self.top)
         if words is None:
             return x.to(self.dtype)
         down = 2.0 ** (-126 - self.lowest)  # takes the even part to float32's own, where a cut is as even
-        return _cut(x * down, words, 23 - self.mantissa).mul_(1 / down).to(self.dtype)
+        return _cut(x * down, words, 23 - self.mantissa).mul_(1 / down).add_(0.0).to(self.dtype)
 
     def spacing(self, x: Tensor) -> Tensor:
         """The distance from each x (float32, on the grid) to the next grid point away from zero."""
@@ -511,6 +514,8 @@ def multiply_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 @torch.library.custom_op(f"{__name__}::multiply_codes", mutates_args=())  # torch.compile would join probes by a copy
 def multiply_codes(codes: Tensor, tokens: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """e4m3 codes [P, N, C] with token scales [P, N, 1], times e4m3 weights [P, O, C] with row scales [O, 1]."""
+    if codes.device.type == "cpu":  # where torch's product takes one scale a tensor, or none, by version
+        return ((codes.float() @ weight.float().mT) * tokens * scale.T).to(torch.bfloat16)
     P, N, _ = codes.shape
     y = torch.empty(P, N, weight.shape[1], dtype=torch.bfloat16, device=codes.device)
     for p in range(P):

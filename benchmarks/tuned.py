@@ -1,12 +1,12 @@
 """Tables of tuned runs: an arm's choices are compared on dev with some seeds, and the best is reported on others.
 
 A script with arms calls `main`.  First every arm's choices (rates, and where it matters probe sizes) are run with the
-first tuning seed; those within 0.01 of the lowest dev loss are run with the other tuning seeds too, and the lowest
-mean is kept.  Then that choice is run with the reported seeds, which tuning never saw.  Each run is tested with the
-weights of its lowest dev loss.  Test never chooses anything.  Each run is `python train.py ...` in a process of its
-own, `jobs` of them at a time, spread over the machine's GPUs.  Finished runs are kept in OUT/results.jsonl and are not
-run again while model and flags are the same; --minutes stops starting new ones, so that a table can be made in several
-sittings.  Last line JSON.
+first tuning seed; while the best one has the largest or the smallest rate of its kind, the next rate beyond it is tried
+too.  Those within 0.01 of the lowest dev loss are run with the other tuning seeds, and the lowest mean is kept.  Then
+that choice is run with the reported seeds, which tuning never saw.  Each run is tested with the weights of its lowest
+dev loss.  Test never chooses anything.  Each run is `python train.py ...` in a process of its own, `jobs` of them at a
+time, spread over the machine's GPUs.  Finished runs are kept in OUT/results.jsonl and are not run again while model and
+flags are the same; --minutes stops starting new ones, so that a table can be made in several sittings.  Last line JSON.
 """
 
 from __future__ import annotations
@@ -58,9 +58,13 @@ class Runs:
             list(pool.map(self._one, todo))
 
     def flags_of(self, row: dict) -> str | None:
-        """What train.py is given; None for an arm or a choice that there is no more."""
-        flags, choices = self.arms.get(row["arm"], ("", ()))
-        return f"{flags} {row['choice']} --seed {row['seed']}" if row["choice"] in choices else None
+        """What train.py is given; None for an arm that there is no more."""
+        flags, _ = self.arms.get(row["arm"], (None, ()))
+        return f"{flags} {row['choice']} --seed {row['seed']}" if flags else None
+
+    def losses(self, arm: str, choices: list[str], seed: int) -> dict[str, float]:
+        """Of those that have been run."""
+        return {c: self.done[arm, c, seed]["dev_loss"] for c in choices if (arm, c, seed) in self.done}
 
     def _one(self, job: tuple[str, str, int]) -> None:
         gpu = self.slots.get()
@@ -106,12 +110,12 @@ def run(args: argparse.Namespace, gpu: int, row: dict) -> dict:
 
 
 TIE = 0.01  # of dev loss: about what another seed changes
+FURTHER = 4  # rates beyond an arm's own
 
 
 def tune(runs: Runs, arm: str, seeds: list[int]) -> str | None:
     """The choice of an arm; None where time was up."""
     first, *others = seeds
-    runs(arm, runs.arms[arm][1], [first])
     close = contenders(runs, arm, first)
     if len(close) > 1:
         runs(arm, close, others)
@@ -119,11 +123,31 @@ def tune(runs: Runs, arm: str, seeds: list[int]) -> str | None:
 
 
 def contenders(runs: Runs, arm: str, seed: int) -> list[str]:
-    """The choices that tie at the first seed."""
-    losses = {c: runs.done[arm, c, seed]["dev_loss"] for c in runs.arms[arm][1] if (arm, c, seed) in runs.done}
-    if len(losses) < len(runs.arms[arm][1]):
-        return []
+    """The choices that tie at the first seed; none where time was up."""
+    choices = list(runs.arms[arm][1])
+    for _ in range(1 + FURTHER):
+        runs(arm, choices, [seed])
+        losses = runs.losses(arm, choices, seed)
+        if len(losses) < len(choices):
+            return []
+        beyond = outward(losses)
+        if beyond is None:
+            break
+        choices.append(beyond)
     return [choice for choice, loss in losses.items() if loss <= min(losses.values()) + TIE]
+
+
+def outward(losses: dict[str, float]) -> str | None:
+    """The next rate beyond the best choice's, if that is the largest or the smallest with its other flags: as far
+    beyond as that is from its neighbour, or twice as large.  An arm with one choice is not tuned."""
+    best = min(losses, key=losses.get)
+    _, lr, *others = best.split()
+    lr, lrs = float(lr), sorted(float(choice.split()[1]) for choice in losses if choice.split()[2:] == others)
+    if len(losses) == 1 or lrs[0] < lr < lrs[-1]:
+        return None
+    at = lrs.index(lr)
+    ratio = 2 if len(lrs) == 1 else lr / lrs[at - 1 if at else 1]
+    return " ".join(("--lr", f"{lr * ratio:.2g}".replace("e-0", "e-"), *others))
 
 
 def winner(runs: Runs, arm: str, close: list[str], seeds: list[int]) -> str | None:

@@ -1,0 +1,83 @@
+"""How the tables choose: benchmarks/tuned.py with made-up results in place of training runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+
+import pytest
+
+from benchmarks import tuned
+from benchmarks.tuned import Runs, outward, rates, whole
+
+
+def made_up(loss_of, log: list):
+    """A stand-in for `run`, which takes one row and fills it in; test accuracy is the better the worse the loss."""
+
+    def run(args, gpu, row):
+        _, lr, *others = row["choice"].split()
+        log.append((row["choice"], row["seed"]))
+        loss = loss_of(float(lr), " ".join(others), row["seed"])
+        return row | {"dev_loss": loss, "dev": 0.5, "test": loss, "trainable_parameters": 1}
+
+    return run
+
+
+def table(tmp_path, monkeypatch, loss_of, choices: list[str], minutes: float = 1e6, flags: str = "--a"):
+    """-> the runs, the choice, and what was run in order."""
+    log = []
+    monkeypatch.setattr(tuned, "run", made_up(loss_of, log))
+    seeds = {"tune_seeds": [0, 10, 11], "seeds": [1, 2]}
+    args = argparse.Namespace(out=str(tmp_path), model="m", jobs=1, minutes=minutes, **seeds)
+    runs = Runs({"arm": (flags, choices)}, args)
+    return runs, whole(runs, "arm", args), log
+
+
+def bowl(best: float):
+    return lambda lr, others, seed: math.log(lr / best) ** 2
+
+
+def test_the_lowest_dev_loss_is_reported_with_seeds_that_tuning_never_saw(tmp_path, monkeypatch):
+    _, choice, log = table(tmp_path, monkeypatch, bowl(1e-3), rates("1e-4", "1e-3", "1e-2"))
+    assert choice == "--lr 1e-3"
+    assert sorted(log) == sorted([(f"--lr {lr}", 0) for lr in ("1e-4", "1e-3", "1e-2")] + [(choice, 1), (choice, 2)])
+
+
+@pytest.mark.parametrize("best, found", [(1e-6, "--lr 1e-6"), (3e-2, "--lr 0.027"), (1.0, "--lr 0.081")])
+def test_a_best_rate_at_the_edge_is_looked_beyond(tmp_path, monkeypatch, best, found):
+    """Down to 1e-6 by tens, up by threes; four times at the most."""
+    choices = rates("1e-4", "1e-3") if best < 1e-3 else rates("3.3333e-4", "1e-3")
+    runs, choice, log = table(tmp_path, monkeypatch, bowl(best), choices)
+    assert choice == found and len({c for c, _ in log}) <= 2 + tuned.FURTHER
+
+
+def test_other_flags_are_kept_apart():
+    losses = {"--lr 1e-4 --eps 1": 3.0, "--lr 2e-4 --eps 1": 2.0, "--lr 3e-4 --eps 2": 1.0, "--lr 1e-2 --eps 3": 4.0}
+    assert outward(losses) == "--lr 0.0006 --eps 2"
+    assert outward(losses | {"--lr 6e-4 --eps 2": 5.0}) == "--lr 0.00015 --eps 2"
+    assert outward(losses | {"--lr 3e-4 --eps 2": 2.5}) == "--lr 0.0004 --eps 1"
+    assert outward({"--lr 1e-4": 1.0}) is None
+
+
+def test_ties_are_decided_by_the_mean_of_all_tuning_seeds(tmp_path, monkeypatch):
+    def loss_of(lr: float, others: str, seed: int) -> float:
+        return {1e-4: 9.0, 1e-3: 1.0 if seed == 0 else 1.2, 2e-3: 1.009 if seed == 0 else 1.1, 1e-2: 9.0}[lr]
+
+    _, choice, log = table(tmp_path, monkeypatch, loss_of, rates("1e-4", "1e-3", "2e-3", "1e-2"))
+    assert choice == "--lr 2e-3" and ("--lr 1e-3", 11) in log and ("--lr 1e-4", 10) not in log
+
+
+def test_what_was_run_is_not_run_again_unless_its_flags_change(tmp_path, monkeypatch):
+    choices = rates("1e-5", "1e-4")  # of which it goes up to 1e-3 and 1e-2
+    table(tmp_path, monkeypatch, bowl(1e-3), choices)
+    _, choice, log = table(tmp_path, monkeypatch, bowl(1e-3), choices)
+    assert choice == "--lr 0.001" and not log
+    _, _, log = table(tmp_path, monkeypatch, bowl(1e-3), choices, flags="--b")
+    assert len(log) == 4 + 2
+    assert {json.loads(line)["flags"].split()[0] for line in (tmp_path / "results.jsonl").open()} == {"--a", "--b"}
+
+
+def test_no_time_no_choice(tmp_path, monkeypatch):
+    _, choice, log = table(tmp_path, monkeypatch, bowl(1e-3), rates("1e-4", "1e-3", "1e-2"), minutes=-1)
+    assert choice is None and not log
