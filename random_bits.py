@@ -34,7 +34,7 @@ class Use(enum.IntEnum):
     DIRECTION = 0  # u
     PROBE_ROUNDING = 1  # Q1(u): the direction that is probed
     UPDATE_ROUNDING = 2  # Q2(u): the direction that is stepped along
-    WEIGHT_ROUNDING = 3  # landing the update on the weight's grid
+    WEIGHT_ROUNDING = 3  # landing the update on the weight's grid; a grid direction's is landed by DIRECTION's (reuse)
     DATA_ORDER = 4
     PROBE_LANDING = 5  # landing a probe on the weight's grid
     COIN = 6  # signs of the random control arm

@@ -112,7 +112,7 @@ def grid_step(
     lr * slope * u is now p = lr * |slope| / grain spacings at the few weights that it touches.  Landing it has the
     variance (grain / s)^2 s^2 {p} (1 - {p}) a weight, {p} = p - floor(p): at most grain * lr * |slope|, where a step in
     every weight has up to s * lr * |slope| * |u|.  The grid acts as if its spacing were grain, however coarse it is,
-    and at whole p nothing is rounded at all.
+    and at whole p nothing is rounded at all.  The word that chose a weight lands it too: random_bits.reuse.
     How small grain may be: (s / grain)^2 has to stay well below d, and p well below the number of codes, or the range
     (+-7 in int4) holds the largest steps back.  A probe is eps = stride * grain long, `stride` spacings at those
     weights, so that the losses' difference can be kept above its own noise without making the grid coarser.
