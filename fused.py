@@ -6,9 +6,10 @@ tests/test_gpu.py demands equal codes and equal floats (hence no fused multiply-
 
 Each program takes BLOCK groups of 8 neighbouring elements, which share a Philox block a draw.
 A group is in one row and under one scale, so what belongs to those is computed once for the 8, and a thread keeps all
-of them: tensors are [BLOCK], [BLOCK, 1] or [BLOCK, 8], and nothing moves between threads.  (The first version had
-[8 * BLOCK] elements with a row, a column and a scale each: twice the instructions, half of them integer divisions and
-copies through shared memory.)  Imports quant and random_bits.
+of them: tensors are [BLOCK], [BLOCK, 1] or [BLOCK, 8], and nothing moves between threads.  Where all of a program is in
+one row (ONE_ROW), what belongs to it is computed once, [1, 1].  (The first version had [8 * BLOCK] elements with a row,
+a column and a scale each: twice the instructions, half of them integer divisions and copies through shared memory.)
+Imports quant and random_bits.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _direction(knots, group, step, tensor, query, k0, k1, ROUNDING: tl.constexpr
 
 @triton.jit
 def _divide(x, unit):
-    """x / unit, rounded to nearest, but +0 for -0.  x [BLOCK, 8] or [BLOCK, 1], unit [BLOCK, 1].
+    """x / unit, rounded to nearest, but +0 for -0.  unit [BLOCK, 1] or [1, 1], x like it or [BLOCK, 8].
 
     Markstein (1990): from the rounded reciprocal, one division a group, two fused steps give the rounded quotient.
     Triton's interpreter does not fuse them.
@@ -107,9 +108,9 @@ def _divide(x, unit):
 
 @triton.jit
 def _grid_step(times, words, unit, power, grain, KIND: tl.constexpr, OVER_UNIT: tl.constexpr):
-    """zo_optim.grid_step at a spacing of unit * _power, in parts: its size for times > 0, or that over unit, and which
-    of the words hit (their top bits say which way).  unit [BLOCK, 1] or [1, 1]; power, of two, and so the size, like it
-    or [BLOCK, 8].
+    """zo_optim.grid_step in parts: its size for times > 0, or that over unit, and which
+    of the words hit (their top bits say which way).  unit [BLOCK, 1] or [1, 1]; power is _power's, and like the size
+    as unit is or [BLOCK, 8].
 
     Products and quotients of floats commute with powers of two, and with taking the larger one: what is rounded is
     computed once for a group, or for a row.  A step's threshold is doubled: (words << 1) is below it as often as words'
@@ -155,7 +156,7 @@ def _along(
     """
     if LEVELS == -1:
         words = _bits32(group, step, tensor, query, DIRECTION, k0, k1)
-        size, hit = _grid_step(tl.abs(factor), words, unit, power, grain, KIND, OVER_UNIT)
+        size, hit = _grid_step(factor if PROBE else tl.abs(factor), words, unit, power, grain, KIND, OVER_UNIT)
         if not PROBE:
             size = _like(size, factor)
         d = _signed(size, words, hit)
@@ -419,7 +420,7 @@ def _update_kernel(
     coded: tl.constexpr = KIND != "fp32" and KIND != "bf16"
     if LEVELS == -1:  # random_bits.reuse
         words = _bits32(group, step, tensor, query, DIRECTION, k0, k1)
-        landing = (words << 1) * GOLDEN_
+        landing = tl.mul(words, GOLDEN_, sanitize_overflow=False)
     else:
         landing = _bits32(group, step, tensor, query, WEIGHT_ROUNDING, k0, k1)
     if RESIDUAL:

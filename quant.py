@@ -67,7 +67,7 @@ class Grid8(NamedTuple):
     def round(self, x: Tensor, words: Tensor | None) -> Tensor:
         """float32 -> this grid, in its dtype; sizes beyond the top become the top.  P(up) is exact to 2^-20.
 
-        What rounds stochastically to zero, -0 too, becomes +0.
+        What rounds stochastically to zero, -0 too, becomes +0.  Needs subnormal numbers (no set_flush_denormal).
         """
         x = x.clamp(-self.top, self.top)
         if words is None:

@@ -34,7 +34,7 @@ class Use(enum.IntEnum):
     DIRECTION = 0  # u
     PROBE_ROUNDING = 1  # Q1(u): the direction that is probed
     UPDATE_ROUNDING = 2  # Q2(u): the direction that is stepped along
-    WEIGHT_ROUNDING = 3  # landing the update on the weight's grid; a grid direction's is landed by DIRECTION's (reuse)
+    WEIGHT_ROUNDING = 3  # landing the update on the weight's grid, but steps along grid directions: reuse
     DATA_ORDER = 4
     PROBE_LANDING = 5  # landing a probe on the weight's grid
     COIN = 6  # signs of the random control arm
@@ -173,17 +173,18 @@ def bits32(key: Key, use: Use, rows: Tensor, columns: int) -> Tensor:
     return torch.stack((words, between), -1).flatten(1)[:, :columns]
 
 
-GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio, odd
+GOLDEN = 0x9E3778FE  # near 2^32 over the golden ratio; even, and its continued fraction has nothing above 3
 
 
 def reuse(words: Tensor) -> Tensor:
     """Words for a second decision from those of a first: int32 bit patterns -> int32 bit patterns.
 
-    A word whose lower 31 bits were found below a threshold T is uniform there still.  Multiples of 2 GOLDEN modulo
-    2^32 lie as evenly as any can: of those of T neighbouring numbers, a share f to within (2 + ln T) / (2 T) lies below
-    2^32 f (tests/test_random_bits.py).
+    A word whose lower 31 bits were found below a threshold T is uniform there still, whatever its top bit.  Multiples
+    of GOLDEN modulo 2^32 lie about as evenly as any can: of those of T neighbouring numbers, a share f to within
+    (2 + ln T) / (2 T) lies below 2^32 f (tests/test_random_bits.py); and as GOLDEN is even, the top bit drops out.
+    Neighbours share 16 bits (bits32), so where both are found below a threshold of few values, f is less exact.
     """
-    return ((words.to(torch.int64) & 0x7FFFFFFF) * (2 * GOLDEN & LOW)).to(torch.int32)  # its lower half
+    return ((words.to(torch.int64) & 0x7FFFFFFF) * GOLDEN).to(torch.int32)  # the lower half of the product
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:

@@ -127,7 +127,8 @@ def grid_step(
 
 
 def check_grid(store: Store, grain: float) -> None:
-    """Raises ValueError where grain is so far below a grid's spacing that 31 bits cannot hold (grain / s)^2 to 1 %."""
+    """Raises ValueError where grain is so far below a grid's spacing that 31 bits cannot hold (grain / s)^2 to 1 %,
+    nor land a step to 3 % of a spacing (random_bits.reuse)."""
     for name, stored in store.items():
         widest = max(float(stored.spacing(rows).amax()) for rows in row_chunks(stored.shape, stored.device))
         if grain < widest / 4096:
@@ -399,9 +400,12 @@ def _update_tensor(stored: Stored, key: Key, factors: Tensor, zo: ZO) -> Tensor:
 
 
 def _landing_words(stored: Stored, key: Key, zo: ZO, rows: slice) -> Tensor | None:
-    """Those of a grid direction come from itself; any other step has a draw of its own."""
-    words = words_for(stored, key, Use.DIRECTION if zo.grid else Use.WEIGHT_ROUNDING, rows)
-    return words if words is None or not zo.grid else reuse(words)
+    """A draw of their own; or for grid directions, whose words are used up only in part, query 0's once more, also for
+    the sum of several queries: given whether its word hit, that is uniform where it is."""
+    if not zo.grid:
+        return words_for(stored, key, Use.WEIGHT_ROUNDING, rows)
+    words = words_for(stored, key, Use.DIRECTION, rows)
+    return None if words is None else reuse(words)
 
 
 def learning_rate(lr: float, schedule: str, step: int, steps: int) -> float:

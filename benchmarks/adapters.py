@@ -15,8 +15,9 @@ EXAMPLES = {"sst2": 1024, "trec": 2646}  # of k = 512
 FIRST_ORDER = "--steps 600 --eval-every 60 --weights fp32 --lr-schedule linear"
 # biases are most of a small adapter, and norms as many again
 SMALL = "--placement sublayers --bottleneck 16 --tt-rank 3 --no-norms"
-RATES = rates("1e-4", "3e-4", "1e-3", "3e-3")
-PROBED = rates("1e-4", "3e-4", "1e-3", "3e-3", eps=("1e-3", "1e-2"))  # few parameters make small slopes
+LRS = ("1e-4", "3e-4", "1e-3", "3e-3")
+RATES = rates(*LRS)
+PROBED = RATES + rates(*LRS, eps=("1e-2",))  # at the default of 1e-3, and larger: few parameters make small slopes
 ZO = "--weights fp32 --lr-schedule constant"
 SCHEDULES = {"paper's schedule": (0.85, 0.45, 20), "released schedule": (0.85, 0.622, 15)}
 
@@ -42,7 +43,7 @@ def arms_of(task: str) -> Arms:
         "LoRETTA_adp, AdamW, a fifth of LoRA's parameters": (f"{FIRST_ORDER} --method loretta-adp {SMALL}", RATES),
         "LoRETTA_rep, AdamW": (f"{FIRST_ORDER} --method loretta-rep", RATES),
         "MeZO": (zo("mezo"), rates("1e-5", "2e-5", "4e-5", "8e-5")),
-        "MeZO-LoRA": (zo("lora --optimizer zo"), PROBED),
+        "MeZO-LoRA": (zo("lora --optimizer zo"), rates(*LRS, eps=("1e-3", "1e-2"))),
         "AdaZeta, one query": (zo("adazeta"), PROBED),
         "AdaZeta, four queries": (zo("adazeta", 4), PROBED),
     }

@@ -2,11 +2,12 @@
 
 A script with arms calls `main`.  First every arm's choices (rates, and where it matters probe sizes) are run with the
 first tuning seed; while the best one has the largest or the smallest rate of its kind, the next rate beyond it is tried
-too.  Those within 0.01 of the lowest dev loss are run with the other tuning seeds, and the lowest mean is kept.  Then
-that choice is run with the reported seeds, which tuning never saw.  Each run is tested with the weights of its lowest
-dev loss.  Test never chooses anything.  Each run is `python train.py ...` in a process of its own, `jobs` of them at a
-time, spread over the machine's GPUs.  Finished runs are kept in OUT/results.jsonl and are not run again while model and
-flags are the same; --minutes stops starting new ones, so that a table can be made in several sittings.  Last line JSON.
+too, four times at the most.  Those within 0.01 of the lowest dev loss are run with the other tuning seeds, and the
+lowest mean is kept.  Then that choice is run with the reported seeds, which tuning never saw.  Each run is tested with
+the weights of its lowest dev loss.  Test never chooses anything.  Each run is `python train.py ...` in a process of its
+own, `jobs` of them at a time, spread over the machine's GPUs.  Finished runs are kept in OUT/results.jsonl and are not
+run again while model and flags are the same; --minutes stops starting new ones, so that a table can be made in several
+sittings.  Last line JSON.
 """
 
 from __future__ import annotations

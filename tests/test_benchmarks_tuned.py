@@ -78,6 +78,14 @@ def test_what_was_run_is_not_run_again_unless_its_flags_change(tmp_path, monkeyp
     assert {json.loads(line)["flags"].split()[0] for line in (tmp_path / "results.jsonl").open()} == {"--a", "--b"}
 
 
+def test_time_that_ends_midway_leaves_no_choice(tmp_path, monkeypatch):
+    """After three of four runs of the first seed, although the best may be among them."""
+    clock = iter([0.0, 1.0, 2.0, 3.0, 1e9, 1e9, 1e9])
+    monkeypatch.setattr(tuned.time, "monotonic", lambda: next(clock))
+    runs, choice, log = table(tmp_path, monkeypatch, bowl(1e-3), rates("1e-4", "1e-3", "1e-2", "1e-1"), minutes=1)
+    assert choice is None and len(log) == len(runs.done) == 3
+
+
 def test_no_time_no_choice(tmp_path, monkeypatch):
     _, choice, log = table(tmp_path, monkeypatch, bowl(1e-3), rates("1e-4", "1e-3", "1e-2"), minutes=-1)
     assert choice is None and not log

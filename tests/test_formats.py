@@ -350,11 +350,11 @@ def test_encode_with_given_scales_is_nearest_on_that_grid(weights, residual):
 def test_rounding_to_fp8_is_exactly_unbiased_between_all_neighbours(weights):
     """j / 256 of the way from a point to the next, in all binades and the even part, of both signs.
 
-    256 words, whose 8 leading bits take each value once, both among the 31 bits that decide in the even part and among
-    those that the mantissa leaves of 23.  So j of them go up, wherever the binade ends, and the mean is x itself.
+    256 words, whose 8 leading bits take each value once.  So j of them go up, in the even part too, and the mean is x
+    itself.
     """
     kind, grid, k = FP8[weights], points(weights), torch.arange(256)
-    words = (k << 23 | k << 15 - kind.mantissa | (k & 1) << 31 | 0x5A).to(torch.int32)
+    words = (k << 24 | 0x5A).to(torch.int32)
     low, high = grid[:-1, None], grid[1:, None]
     for j in (0, 1, 77, 128, 254, 255):
         x = (low + (high - low) * j / 256).expand(-1, 256)
@@ -395,6 +395,13 @@ def test_fp8s_even_part_goes_up_for_the_right_share_of_words(weights, x):
     low = float(size // 1)
     assert set(got.abs().unique().tolist()) <= {low, low + 1} and (got * np.sign(x) >= 0).all()
     assert (got.abs() > low).sum() == round(size % 1 * n)
+
+
+@pytest.mark.parametrize("weights", FP8)
+def test_what_rounds_to_zero_is_plus_zero(weights):
+    """By its byte: numbers far below the smallest one, and -0."""
+    kind, x = FP8[weights], torch.tensor([-1e-12, -0.0, 0.0, 1e-12])
+    assert kind.round(x, torch.zeros(4, dtype=torch.int32)).view(torch.uint8).tolist() == [0] * 4
 
 
 @pytest.mark.parametrize("weights", FP8)

@@ -7,6 +7,7 @@ tests run in a process of their own.  It cuts float32 to bfloat16 where a GPU ro
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 import random_bits
+import zo_optim
 from model import StoredView
 from quant import Float, Fp8, Stored, encode
 from random_bits import Key, Use, random_words, tensor_id
@@ -41,6 +43,14 @@ if INTERPRETED:
         at = tl.program_id(0) * 256 + tl.arange(0, 256)
         tl.store(out + at, fused._nearest8(tl.load(x + at), 3, -6, 448.0))
 
+    @triton.jit
+    def _hit_kernel(words, out, unit, power, grain, KIND: tl.constexpr):
+        at = tl.arange(0, 8)[None, :]
+        units, powers = tl.full([1, 1], unit, tl.float32), tl.full([1, 8], power, tl.float32)
+        _, hit = fused._grid_step(1.0, tl.load(words + at).to(tl.uint32), units, powers, grain, KIND, False)
+        tl.store(out + at, hit.to(tl.int32))
+
+
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of casts whose results are not selected
 
 SEED = 2**63 + 2**40 + 1  # both halves have their top bit, or bits of their own
@@ -59,6 +69,7 @@ CASES = [  # every direction, estimator, probe; rows of several scale groups, wi
 RUNS = [(*form, *CASES[i]) for f, form in enumerate(FORMATS) for i in (0, 1, 2 + f % 3)]
 # and rows that hold one program, or two
 RUNS += [(w, r, (3, 4096), ZO(grid=True, eps=0.02)) for w, r in FORMATS if w in ("int8", "fp8", "fp8-e5m2")]
+RUNS += [("int8", 4, (3, 4096), ZO(grid=True, probe="codes", queries=2, eps=0.02))]
 RUNS += [("int8", 0, (3, 2048), ZO(bits=4, eps=0.02)), ("fp8", 0, (3, 2048), ZO(bits=4, eps=0.02, probe="codes"))]
 
 
@@ -174,6 +185,25 @@ def test_every_normal_number_is_the_tables():
 
 
 @inside
+@pytest.mark.parametrize("ratio", [2.0**-12, 1e-3, 0.011, 0.3, 0.9999999, 1.0])
+@pytest.mark.parametrize("weights, power", [("int8", 1.0), ("fp8", 8.0), ("fp8-e5m2", 4.0)])
+def test_the_same_words_hit(weights, power, ratio, monkeypatch):
+    """Words on both sides of the edge, with a spacing of 1, by the kernel and by grid_step; both give two 31-bit words
+    in 2^32 ratio^2 for each hit, rounded up."""
+    grain = float(torch.tensor(ratio))
+    edge = math.ceil(min(int(torch.tensor(grain).square() * 2.0**32), 2**32 - 1) / 2)
+    words = torch.tensor([0, edge - 2, edge - 1, edge, edge + 1, edge + 600, 2**31 - 1]).clamp(0, 2**31 - 1)
+    words = torch.cat((words, words[2:3] - 2**31)).to(torch.int32)[None]  # one with the top bit, below the edge
+    monkeypatch.setattr(zo_optim, "bits32", lambda *args: words)
+    want = zo_optim.grid_step(Key(0, 0), torch.arange(1), torch.ones(1, 1), 8, grain) != 0
+    got = torch.empty_like(words)
+    _hit_kernel[(1,)](words, got, 1.0, power, grain, KIND=weights)
+    assert torch.equal(got != 0, want)
+    if ratio < 0.99:
+        assert want[0].tolist() == [True, True, True, False, False, False, False, True]
+
+
+@inside
 def test_rows_that_are_no_whole_groups_are_left_to_the_definition():
     fits = {shape: fused.fits(Float(torch.zeros(shape))) for shape in ((3,), (8,), (2, 8), (1, 12), (12, 1))}
     assert fits == {(3,): True, (8,): True, (2, 8): True, (1, 12): False, (12, 1): False}
@@ -235,18 +265,20 @@ def test_a_row_that_is_not_there_is_not_a_number(weights, row):
 @inside
 @pytest.mark.parametrize("weights, residual", [form for form in FORMATS if form[0] not in ("fp32", "bf16")])
 def test_weights_as_they_are(weights, residual):
-    store = stores((9, 136), weights, residual)[0]
-    view, index = StoredView(store, torch.float32), torch.tensor([8, 2, 2])
-    assert torch.equal(fused.read(store["w"], torch.float32), view.read("w"))
-    assert torch.equal(fused.read(store["w"], torch.float32, index), view.rows("w", index))
+    for shape in ((9, 136), (3, 2048)):
+        store = stores(shape, weights, residual)[0]
+        view, index = StoredView(store, torch.float32), torch.tensor([2, 1, 1])
+        assert torch.equal(fused.read(store["w"], torch.float32), view.read("w"))
+        assert torch.equal(fused.read(store["w"], torch.float32, index), view.rows("w", index))
 
 
 @inside
 @pytest.mark.parametrize("zo", [zo for _, zo in CASES], ids=str)
 def test_fp8_codes_of_a_pair(zo):
-    plain, quick = stores((9, 136), "fp8", 0)
-    got = fused.read_pair(quick["w"], Key(SEED, 3, 5, tensor_id("w")), zo, KNOTS, torch.float8_e4m3fn)
-    assert same(got, Pair(plain, SEED, 3, 5, zo, torch.float32).codes("w"))
+    for shape in ((9, 136), (2, 2048)):
+        plain, quick = stores(shape, "fp8", 0)
+        got = fused.read_pair(quick["w"], Key(SEED, 3, 5, tensor_id("w")), zo, KNOTS, torch.float8_e4m3fn)
+        assert same(got, Pair(plain, SEED, 3, 5, zo, torch.float32).codes("w"))
 
 
 @inside
