@@ -269,7 +269,9 @@ def _place(N, TAIL: tl.constexpr, BLOCK: tl.constexpr):
 
     TAIL: what the last program may have too many of: "" nothing, "groups", or "elements" (of floats alone).
     """
-    group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # what is not known to be contiguous comes to threads one by one, as [BLOCK, 8] does; int4's words would come in
+    # twos otherwise, and move through shared memory to where they are needed
+    group = tl.max_contiguous(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), 1)
     at = group.to(tl.int64)[:, None] * 8 + tl.arange(0, 8)[None, :]
     whole = tl.full([BLOCK], True, tl.int1) if TAIL == "" else group < N // 8
     return group, at, whole, at < N if TAIL == "elements" else whole[:, None]
