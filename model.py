@@ -299,10 +299,13 @@ def rotate(x_BTHd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
     return x_BTHd * cos_BTd[:, :, None] + turned * sin_BTd[:, :, None]
 
 
-def attend(q_PBTHd: Tensor, k_PBSHd: Tensor, v_PBSHd: Tensor, seen: Tensor) -> Tensor:
-    """Softmax attention of each sequence of each probe -> [P, B, T, H * d].  seen [P * B, 1, 1 or T, S] bool."""
+def attend(q_PBTHd: Tensor, k_PBSHd: Tensor, v_PBSHd: Tensor, seen: Tensor | None) -> Tensor:
+    """Softmax attention of each sequence of each probe -> [P, B, T, H * d].
+
+    seen [P * B, 1, 1 or T, S] bool; None is what each token has before it, for which there are faster kernels.
+    """
     q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q_PBTHd, k_PBSHd, v_PBSHd))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
     return y.transpose(1, 2).reshape(*q_PBTHd.shape[:3], -1)
 
 
@@ -329,7 +332,7 @@ class LlamaAttention(nn.Module):
         self.v_proj = Linear(c.hidden_size, self.kv_heads * self.d, bias=c.attention_bias)
         self.o_proj = Linear(self.heads * self.d, c.hidden_size, bias=c.attention_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, cache=None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, cache=None, layer: int = 0) -> Tensor:
         P, B, T, _ = x.shape
         q_PBTHd = rotate(self.q_proj(x).view(P, B, T, self.heads, self.d), cos, sin)
         k_PBTKd = rotate(self.k_proj(x).view(P, B, T, self.kv_heads, self.d), cos, sin)
@@ -652,20 +655,23 @@ class Llama(LanguageModel):
         self, tokens: Tensor, mask: Tensor | None, view: View, cache: KVCache | None = None,
         branch: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """mask covers cached and new tokens, [B, S].
+        """mask covers cached and new tokens, [B, S].  Without one every token is read, which padding on the right does
+        not change: what reads left to right never sees it.
 
         branch [B, T], without a cache: several continuations of one beginning at once.  Tokens of branch 0 are the
         beginning; those of branch k go on from there, and do not see the others.
         """
-        mask = torch.ones_like(tokens) if mask is None else mask
         view = view if self.adapters is None else self.adapters.view(view)
-        seen = causal(mask, tokens.shape[1], branch)
-        positions = seen.sum(-1)[:, 0] - 1  # as many as a token sees before itself
+        if mask is None and cache is None and branch is None:
+            seen, positions = None, torch.arange(tokens.shape[1], device=tokens.device)[None]
+        else:
+            seen = causal(torch.ones_like(tokens) if mask is None else mask, tokens.shape[1], branch)
+            positions = seen.sum(-1)[:, 0] - 1  # as many as a token sees before itself
         angles = positions[..., None] * rope_frequencies(self.config.rope, self.config.head_dim, tokens.device)
         angles = torch.cat((angles, angles), -1)
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         x = self.words(view, tokens).clone()  # a view would be another kind of input to torch.compile than a layer's x
-        seen = seen.repeat(len(x), 1, 1, 1)
+        seen = None if seen is None else seen.repeat(len(x), 1, 1, 1)
         for i in range(self.config.num_hidden_layers):
             kept = () if cache is None else (cache, i)  # torch.compile would make a graph for every number
             x = self.apply(self.block, f"model.layers.{i}.", view, x, cos, sin, seen, *kept)

@@ -132,7 +132,7 @@ def last_loss(lm, batch: Batch) -> Tensor:
 
 def full_loss(lm, batch: Batch) -> Tensor:
     """The same number the releases' way: logits of every word at every position."""
-    logits = lm(batch.tokens, batch.mask)[batch.row, batch.at]  # [B, V]
+    logits = lm(batch.tokens)[batch.row, batch.at]  # [B, V]
     return F.cross_entropy(logits[:, batch.words], batch.labels)
 
 

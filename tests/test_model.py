@@ -145,6 +145,17 @@ def test_what_stands_at_padded_places_does_not_matter(raw, padding, tmp_path):
     assert torch.equal(lm(tokens, mask)[mask.bool()], lm(other, mask)[mask.bool()])
 
 
+def test_padding_on_the_right_needs_no_mask(tmp_path):
+    """Left to right, that is: RoBERTa without a mask reads it.  Another kernel may sum in another order."""
+    for raw, same in ((tiny_llama(), True), (tiny_roberta(), False)):
+        directory = tmp_path / raw["model_type"]
+        random_oracle(raw, directory)
+        lm = load(directory)
+        tokens, mask = padded_batch(raw, "right")
+        assert not mask.all()
+        assert (largest_gap(lm(tokens), lm(tokens, mask), mask) < 1e-5) == same
+
+
 @one_of(BOTH)
 def test_a_row_of_padding_alone_is_finite(raw):
     tokens, mask = padded_batch(raw, "left")
