@@ -108,9 +108,8 @@ def _divide(x, unit):
 
 @triton.jit
 def _grid_step(times, words, unit, power, grain, KIND: tl.constexpr, OVER_UNIT: tl.constexpr):
-    """zo_optim.grid_step in parts: its size for times > 0, or that over unit, and which
-    of the words hit (their top bits say which way).  unit [BLOCK, 1] or [1, 1]; power is _power's, and like the size
-    as unit is or [BLOCK, 8].
+    """zo_optim.grid_step in parts: its size for times > 0, or that over unit, and which of the words hit (their top
+    bits say which way).  unit [BLOCK, 1] or [1, 1]; power is _power's, and like the size as unit is or [BLOCK, 8].
 
     Products and quotients of floats commute with powers of two, and with taking the larger one: what is rounded is
     computed once for a group, or for a row.  A step's threshold is doubled: (words << 1) is below it as often as words'

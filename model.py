@@ -662,16 +662,16 @@ class Llama(LanguageModel):
         beginning; those of branch k go on from there, and do not see the others.
         """
         view = view if self.adapters is None else self.adapters.view(view)
+        x = self.words(view, tokens).clone()  # a view would be another kind of input to torch.compile than a layer's x
         if mask is None and cache is None and branch is None:
             seen, positions = None, torch.arange(tokens.shape[1], device=tokens.device)[None]
         else:
             seen = causal(torch.ones_like(tokens) if mask is None else mask, tokens.shape[1], branch)
             positions = seen.sum(-1)[:, 0] - 1  # as many as a token sees before itself
+            seen = seen.repeat(len(x), 1, 1, 1)
         angles = positions[..., None] * rope_frequencies(self.config.rope, self.config.head_dim, tokens.device)
         angles = torch.cat((angles, angles), -1)
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-        x = self.words(view, tokens).clone()  # a view would be another kind of input to torch.compile than a layer's x
-        seen = None if seen is None else seen.repeat(len(x), 1, 1, 1)
         for i in range(self.config.num_hidden_layers):
             kept = () if cache is None else (cache, i)  # torch.compile would make a graph for every number
             x = self.apply(self.block, f"model.layers.{i}.", view, x, cos, sin, seen, *kept)

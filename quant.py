@@ -504,14 +504,15 @@ def token_codes(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 def multiply_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x [P, N, C], rounded to e4m3 a token, times e4m3 weights [P or 1, O, C] with row scales [O, 1] -> [P, N, O] bf16.
 
-    On tensor cores; both scales are applied to the sum.
+    On a GPU's tensor cores; both scales are applied to the sum.
     """
     if len(weight) < len(x):
         return multiply_fp8(x.flatten(0, 1)[None], weight, scale).view(*x.shape[:2], -1)
     return multiply_codes(*token_codes(x, "fp8"), weight, scale)
 
 
-@torch.library.custom_op(f"{__name__}::multiply_codes", mutates_args=())  # torch.compile would join probes by a copy
+# an operator of its own, because torch.compile would join the probes' products by a copy
+@torch.library.custom_op("::".join((__name__, "multiply_codes")), mutates_args=())
 def multiply_codes(codes: Tensor, tokens: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """e4m3 codes [P, N, C] with token scales [P, N, 1], times e4m3 weights [P, O, C] with row scales [O, 1]."""
     if codes.device.type == "cpu":  # where torch's product takes one scale a tensor, or none, by version

@@ -43,7 +43,7 @@ def arms_of(task: str) -> Arms:
         "LoRETTA_adp, AdamW, a fifth of LoRA's parameters": (f"{FIRST_ORDER} --method loretta-adp {SMALL}", RATES),
         "LoRETTA_rep, AdamW": (f"{FIRST_ORDER} --method loretta-rep", RATES),
         "MeZO": (zo("mezo"), rates("1e-5", "2e-5", "4e-5", "8e-5")),
-        "MeZO-LoRA": (zo("lora --optimizer zo"), rates(*LRS, eps=("1e-3", "1e-2"))),
+        "MeZO-LoRA": (zo("lora --optimizer zo"), PROBED),
         "AdaZeta, one query": (zo("adazeta"), PROBED),
         "AdaZeta, four queries": (zo("adazeta", 4), PROBED),
     }

@@ -63,10 +63,6 @@ class Runs:
         flags, _ = self.arms.get(row["arm"], (None, ()))
         return f"{flags} {row['choice']} --seed {row['seed']}" if flags else None
 
-    def losses(self, arm: str, choices: list[str], seed: int) -> dict[str, float]:
-        """Of those that have been run."""
-        return {c: self.done[arm, c, seed]["dev_loss"] for c in choices if (arm, c, seed) in self.done}
-
     def _one(self, job: tuple[str, str, int]) -> None:
         gpu = self.slots.get()
         try:
@@ -128,7 +124,7 @@ def contenders(runs: Runs, arm: str, seed: int) -> list[str]:
     choices = list(runs.arms[arm][1])
     for _ in range(1 + FURTHER):
         runs(arm, choices, [seed])
-        losses = runs.losses(arm, choices, seed)
+        losses = {c: runs.done[arm, c, seed]["dev_loss"] for c in choices if (arm, c, seed) in runs.done}
         if len(losses) < len(choices):
             return []
         beyond = outward(losses)
