@@ -30,7 +30,7 @@ from random_bits import GOLDEN, LOW, Key, Use, as_int32, number_, philox_
 if TYPE_CHECKING:  # which imports this file
     from zo_optim import ZO
 
-BLOCK = 256  # groups a program, two to a thread
+PAIR_BLOCK, UPDATE_BLOCK = 256, 512  # groups a program, two and four to a thread: as measured (NOTES.md)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 NO_DIRECTION = tl.constexpr(-2)  # beside ZO.levels
 SHARDS = 256  # of the counts, since programs that add to one number wait for one another
@@ -524,18 +524,18 @@ def _by_hand(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)
 
 
-def _tail(n: int) -> str:
+def _tail(n: int, block: int) -> str:
     """_place's."""
-    return "elements" if n % 8 else "groups" if n % (8 * BLOCK) else ""
+    return "elements" if n % 8 else "groups" if n % (8 * block) else ""
 
 
-def _one_row(stored: Stored, per_row: int) -> bool:
+def _one_row(stored: Stored, per_row: int, block: int) -> bool:
     """Whether a program's groups all have one scale, so that what belongs to it is computed once for all of them."""
-    return not isinstance(stored, Float) and stored.scale.shape[1] == 1 and per_row % BLOCK == 0
+    return not isinstance(stored, Float) and stored.scale.shape[1] == 1 and per_row % block == 0
 
 
-def _programs(n: int) -> tuple[int]:
-    return (triton.cdiv(n, 8 * BLOCK),)
+def _programs(n: int, block: int) -> tuple[int]:
+    return (triton.cdiv(n, 8 * block),)
 
 
 def read_pair(
@@ -568,11 +568,11 @@ def _materialise(
     out, unused = pair.view(torch.uint8) if is_codes else pair, value  # kernels take no None
     knots, chosen = unused if knots is None else knots, unused if rows is None else rows
     with _on(value.device):
-        _pair_kernel[_programs(length)](
+        _pair_kernel[_programs(length, PAIR_BLOCK)](
             out, value, scale, knots, chosen, R, per_row, *_magic(per_row), length, factor, grain, *words,
             KIND=kind, TOP=top, CHOSEN=rows is not None, BYTES=is_codes, BY_HAND=_by_hand(value.device),
-            TAIL=_tail(length), ONE_ROW=rows is None and _one_row(stored, per_row), BLOCK=BLOCK,
-            **options, **EXACT,
+            TAIL=_tail(length, PAIR_BLOCK), ONE_ROW=rows is None and _one_row(stored, per_row, PAIR_BLOCK),
+            BLOCK=PAIR_BLOCK, **options, **EXACT,
         )  # fmt: skip
     return pair
 
@@ -586,10 +586,10 @@ def update_(stored: Stored, key: Key, factors: Tensor, zo: ZO, knots: Tensor, co
     kind, top = _kind(stored)
     bits = stored.residual_bits if isinstance(stored, Integers) else 0
     with _on(value.device):
-        _update_kernel[_programs(n)](
+        _update_kernel[_programs(n, UPDATE_BLOCK)](
             value, scale, stored.residual.view(WORDS[bits]) if bits else value, counts, knots, factors, n, per_row,
             *_magic(per_row), zo.grain, *words, QUERIES=len(factors), KIND=kind, RESIDUAL=bits,
             TOP=float(stored.limit) if bits else top, LEVELS=zo.levels, ROUNDING=int(zo.step_rounding),
-            BY_HAND=_by_hand(value.device), TAIL=_tail(n), ONE_ROW=_one_row(stored, per_row), BLOCK=BLOCK,
-            **EXACT,
+            BY_HAND=_by_hand(value.device), TAIL=_tail(n, UPDATE_BLOCK),
+            ONE_ROW=_one_row(stored, per_row, UPDATE_BLOCK), BLOCK=UPDATE_BLOCK, **EXACT,
         )  # fmt: skip

@@ -58,19 +58,19 @@ KNOTS = normal_knots(torch.device("cpu"))
 FORMATS = [("fp32", 0), ("bf16", 0), ("int8", 0), ("int8", 4), ("int8", 8), ("int4", 0), ("int4", 1), ("int4", 2),
            ("int4", 4), ("int4", 8), ("fp8", 0), ("fp8-e5m2", 0)]  # fmt: skip
 CASES = [  # every direction, estimator, probe; rows of several scale groups, with a short last one, and of few
-          # elements; 16 x 128 are a program without a tail
+          # elements; 32 x 128 are programs without a tail
     ((9, 136), ZO(bits=4, queries=2, eps=0.02)),
-    ((16, 128), ZO(grid=True, estimator="q-rge1", probe="codes", eps=3e-3, stride=3)),
+    ((32, 128), ZO(grid=True, estimator="q-rge1", probe="codes", eps=3e-3, stride=3)),
     ((3, 264), ZO(grid=True, queries=3, eps=5e-3)),
     ((150, 8), ZO(bits=None, estimator="q-rge1", probe="codes", eps=0.02)),
     ((5, 24), ZO(bits=2, estimator="q-rge1", eps=0.3)),
 ]
 # the first two with every format, the others in turn, for the time they take
 RUNS = [(*form, *CASES[i]) for f, form in enumerate(FORMATS) for i in (0, 1, 2 + f % 3)]
-# and rows that hold one program, or two
+# and rows that hold two programs of a pair, one of an update
 RUNS += [(w, r, (3, 4096), ZO(grid=True, eps=0.02)) for w, r in FORMATS if w in ("int8", "fp8", "fp8-e5m2")]
 RUNS += [("int8", 4, (3, 4096), ZO(grid=True, probe="codes", queries=2, eps=0.02))]
-RUNS += [("int8", 0, (3, 2048), ZO(bits=4, eps=0.02)), ("fp8", 0, (3, 2048), ZO(bits=4, eps=0.02, probe="codes"))]
+RUNS += [("int8", 0, (3, 4096), ZO(bits=4, eps=0.02)), ("fp8", 0, (3, 4096), ZO(bits=4, eps=0.02, probe="codes"))]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
