@@ -309,6 +309,14 @@ def attend(q_PBTHd: Tensor, k_PBSHd: Tensor, v_PBSHd: Tensor, seen: Tensor | Non
     return y.transpose(1, 2).reshape(*q_PBTHd.shape[:3], -1)
 
 
+Reads = tuple[Tensor, Tensor]  # the tokens that a caller wants: rows and positions, [M] int64 each
+
+
+def chosen(x_PBTD: Tensor, reads: Reads | None) -> Tensor:
+    """-> [P, M, D].  The last block does so after its attention, and computes nothing that nobody reads."""
+    return x_PBTD if reads is None else x_PBTD[:, *reads]
+
+
 class KVCache:
     """Keys and values of the tokens so far, one pair [P, B, S, K, d] a layer."""
 
@@ -332,7 +340,9 @@ class LlamaAttention(nn.Module):
         self.v_proj = Linear(c.hidden_size, self.kv_heads * self.d, bias=c.attention_bias)
         self.o_proj = Linear(self.heads * self.d, c.hidden_size, bias=c.attention_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, cache=None, layer: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, reads: Reads | None, cache=None, layer: int = 0
+    ) -> Tensor:
         P, B, T, _ = x.shape
         q_PBTHd = rotate(self.q_proj(x).view(P, B, T, self.heads, self.d), cos, sin)
         k_PBTKd = rotate(self.k_proj(x).view(P, B, T, self.kv_heads, self.d), cos, sin)
@@ -342,7 +352,7 @@ class LlamaAttention(nn.Module):
         group = self.heads // self.kv_heads
         if group > 1:  # once each would be a copy
             k_PBTKd, v_PBTKd = k_PBTKd.repeat_interleave(group, 3), v_PBTKd.repeat_interleave(group, 3)
-        return self.o_proj(attend(q_PBTHd, k_PBTKd, v_PBTKd, seen))
+        return self.o_proj(chosen(attend(q_PBTHd, k_PBTKd, v_PBTKd, seen), reads))
 
 
 class LlamaMLP(nn.Module):
@@ -363,11 +373,12 @@ class LlamaBlock(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, *context) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, reads: Reads | None, *cache) -> Tensor:
         """x, the residual stream, is float32 whatever the products are computed in: sums in bf16 put more noise into a
         small probe's slope than all products together."""
         dtype = product_dtype(self.mlp.gate_proj)
-        x = x + self.self_attn(self.input_layernorm(x).to(dtype), *context)
+        y = self.self_attn(self.input_layernorm(x).to(dtype), cos, sin, seen, reads, *cache)
+        x = chosen(x, reads) + y
         return x + self.mlp(self.post_attention_layernorm(x).to(dtype))
 
 
@@ -402,10 +413,11 @@ class RobertaBlock(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": Linear(c.hidden_size, c.intermediate_size)})
         self.output = RobertaOutput(c.intermediate_size, c)
 
-    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seen: Tensor, reads: Reads | None) -> Tensor:
         """x is float32, as in LlamaBlock."""
         dtype = product_dtype(self.output.dense)
-        x = self.attention["output"](self.attention["self"](x.to(dtype), seen), x)
+        y = self.attention["self"](x.to(dtype), seen)
+        x = self.attention["output"](chosen(y, reads), chosen(x, reads))
         return self.output(F.gelu(self.intermediate["dense"](x.to(dtype))), x)
 
 
@@ -491,8 +503,8 @@ class StoredView:
 class LanguageModel:
     """A config, a store of named weights, and the functions that run them.
 
-    Forward passes come in three pieces, so that a caller who wants a few positions and a few words pays for
-    no more: `hidden` runs the blocks, `score` turns chosen hidden states into logits, `logits` does all of it.
+    Forward passes come in two pieces, so that a caller who wants a few tokens and a few words pays for no more:
+    `hidden` runs the blocks, `score` turns hidden states into logits.  Calling the model does both for all of them.
     """
 
     block: nn.Module  # without storage: one serves all layers
@@ -537,9 +549,14 @@ class LanguageModel:
             return self(tokens, mask, self.stored_view())[0]
         return self.score(self.hidden(tokens, mask, view), view)
 
-    def hidden(self, tokens: Tensor, mask: Tensor | None, view: View) -> Tensor:
-        """The last hidden states, after the final norm or head transform: -> [P, B, T, D] float32."""
+    def hidden(self, tokens: Tensor, mask: Tensor | None, view: View, reads: Reads | None = None) -> Tensor:
+        """The last hidden states, after the final norm or head transform: -> [P, B, T, D] float32; of reads alone,
+        [P, M, D]."""
         raise NotImplementedError
+
+    def wanted(self, reads: Reads | None) -> list[Reads | None]:
+        """What is wanted of each block: all tokens, to which the next one attends; of the last one, reads."""
+        return [None] * (self.config.num_hidden_layers - 1) + [reads]
 
     def score(self, hidden: Tensor, view: View, words: Tensor | None = None) -> Tensor:
         """Hidden states [P, ..., D] -> float32 logits [P, ..., V], or [P, ..., n] for n chosen words.
@@ -652,8 +669,8 @@ class Llama(LanguageModel):
         return self.block, self.norm
 
     def hidden(
-        self, tokens: Tensor, mask: Tensor | None, view: View, cache: KVCache | None = None,
-        branch: Tensor | None = None,
+        self, tokens: Tensor, mask: Tensor | None, view: View, reads: Reads | None = None,
+        cache: KVCache | None = None, branch: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """mask covers cached and new tokens, [B, S].  Without one every token is read, which padding on the right does
         not change: what reads left to right never sees it.
@@ -672,9 +689,9 @@ class Llama(LanguageModel):
         angles = positions[..., None] * rope_frequencies(self.config.rope, self.config.head_dim, tokens.device)
         angles = torch.cat((angles, angles), -1)
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-        for i in range(self.config.num_hidden_layers):
+        for i, wanted in enumerate(self.wanted(reads)):
             kept = () if cache is None else (cache, i)  # torch.compile would make a graph for every number
-            x = self.apply(self.block, f"model.layers.{i}.", view, x, cos, sin, seen, *kept)
+            x = self.apply(self.block, f"model.layers.{i}.", view, x, cos, sin, seen, wanted, *kept)
         return self.apply(self.norm, "model.norm.", view, x)
 
     @torch.no_grad()
@@ -692,7 +709,7 @@ class Llama(LanguageModel):
         cache, view, new = KVCache(), self.stored_view(), tokens
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
-            last = self.hidden(new, mask, view, cache)[:, :, -1]
+            last = self.hidden(new, mask, view, cache=cache)[:, :, -1]
             new = self.score(last, view)[0].argmax(-1, keepdim=True).masked_fill(done[:, None], pad)
             tokens, mask = torch.cat((tokens, new), 1), torch.cat((mask, torch.ones_like(new)), 1)
             done |= torch.isin(new[:, 0], ends)
@@ -729,7 +746,7 @@ class Roberta(LanguageModel):
     def parts(self) -> tuple[nn.Module, ...]:
         return self.embed, self.block, self.head
 
-    def hidden(self, tokens: Tensor, mask: Tensor | None, view: View) -> Tensor:
+    def hidden(self, tokens: Tensor, mask: Tensor | None, view: View, reads: Reads | None = None) -> Tensor:
         mask = torch.ones_like(tokens) if mask is None else mask
         view = view if self.adapters is None else self.adapters.view(view)
         positions = mask.cumsum(1) * mask + self.config.pad_token_id  # the first real token is at padding index + 1
@@ -740,8 +757,8 @@ class Roberta(LanguageModel):
         x = x + view.rows("roberta.embeddings.token_type_embeddings.weight", positions[:1, 0] * 0)[:, :, None]
         x = self.apply(self.embed, "roberta.embeddings.", view, x)
         seen = (mask.bool() | ~mask.any(1, keepdim=True))[:, None, None].repeat(len(x), 1, 1, 1)  # [P * B, 1, 1, T]
-        for i in range(self.config.num_hidden_layers):
-            x = self.apply(self.block, f"roberta.encoder.layer.{i}.", view, x, seen)
+        for i, wanted in enumerate(self.wanted(reads)):
+            x = self.apply(self.block, f"roberta.encoder.layer.{i}.", view, x, seen, wanted)
         return self.apply(self.head, "lm_head.", view, x)
 
     def output_bias(self, view: View, words: Tensor | None) -> Tensor:

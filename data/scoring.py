@@ -180,7 +180,7 @@ def option_scores(lm, batch: Batch, view) -> Tensor:
     """[P, B, O] float32, comparable within an example: softmax over O is the model's choice."""
     branches = {} if batch.branch is None else {"branch": batch.branch}  # a masked model has none
     mask = batch.mask if lm.config.masked else None  # left to right nothing sees the padding
-    hidden = lm.hidden(batch.tokens, mask, view, **branches)[:, batch.row, batch.at]  # [P, M, D]
+    hidden = lm.hidden(batch.tokens, mask, view, reads=(batch.row, batch.at), **branches)  # [P, M, D]
     if batch.words is not None:
         return lm.score(hidden, view, batch.words)
     log_p = F.log_softmax(lm.score(hidden, view), -1)

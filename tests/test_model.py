@@ -26,7 +26,7 @@ from helpers import (
 import checkpoint
 import model
 from data.tokenizer import Tokenizer
-from model import KVCache, config_of, create, load
+from model import KVCache, Linear, config_of, create, load
 from quant import FORMATS
 from tensor_train import TRAINED, Spec, attach
 from zo_optim import ZO, Pair
@@ -174,6 +174,33 @@ def test_chosen_words_score_as_their_columns_of_all_logits(raw, tmp_path):
     torch.testing.assert_close(got[0], lm(tokens, mask)[..., words], rtol=0, atol=1e-5)
 
 
+@one_of(BOTH)
+@pytest.mark.parametrize("padding", ["no mask", "right", "left"])
+def test_states_of_reads_alone_are_those_of_all_tokens_there(raw, padding, tmp_path):
+    """Of no, one or several tokens of a row, in any order and twice.  Fewer rows may sum in another order: 1e-5."""
+    random_oracle(raw, tmp_path)
+    lm = load(tmp_path)
+    tokens, mask = padded_batch(raw, padding)
+    T = tokens.shape[1]
+    reads = torch.tensor([1, 0, 1, 1]), torch.tensor([T - 1, T // 2, T // 2, T - 1])
+    want = lm.hidden(tokens, mask, lm.stored_view())[:, *reads]
+    got = lm.hidden(tokens, mask, lm.stored_view(), reads=reads)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+@one_of(BOTH)
+def test_the_last_block_computes_no_more_than_is_read(raw, monkeypatch):
+    lm, rows = create(raw), []
+    tokens, mask = padded_batch(raw, "left")
+    run = Linear.forward
+    monkeypatch.setattr(Linear, "forward", lambda self, x: rows.append(x[0, ..., 0].numel()) or run(self, x))
+    lm.hidden(tokens, mask, lm.stored_view(), reads=(torch.tensor([1]), torch.tensor([3])))
+    of_a_block = {"llama": 7, "roberta": 6}[raw["model_type"]]
+    last = rows[of_a_block * (raw["num_hidden_layers"] - 1) :]
+    assert set(rows[: -len(last)]) == {tokens.numel()}
+    assert last == [tokens.numel()] * 3 + [1] * (len(last) - 3)  # keys, values, queries; then one token
+
+
 class Probes:
     """Several models' weights as one view."""
 
@@ -315,7 +342,7 @@ def test_hidden_states_through_the_cache_equal_those_of_one_pass(pieces, tmp_pat
     lm, cache, seen, parts = load(tmp_path), KVCache(), 0, []
     tokens, mask = padded_batch(raw, "left")
     for n in pieces:
-        parts.append(lm.hidden(tokens[:, seen : seen + n], mask[:, : seen + n], lm.stored_view(), cache)[0])
+        parts.append(lm.hidden(tokens[:, seen : seen + n], mask[:, : seen + n], lm.stored_view(), cache=cache)[0])
         seen += n
     want = lm.hidden(tokens, mask, lm.stored_view())[0]
     torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], want[mask.bool()], rtol=0, atol=1e-5)
@@ -602,7 +629,8 @@ def compiler():
 
 @pytest.mark.parametrize("raw", [tiny_llama(), tiny_roberta()], ids=["llama", "roberta"])
 def test_compiled_blocks(raw, compiler):
-    """The same logits from one graph for all layers, batches and lengths, and one for each number of probes."""
+    """The same logits and states from one graph for all batches and lengths: of all layers but the last where that is
+    asked for some tokens alone, of that one, and each for each number of probes."""
     lm, compiled, graphs = create(raw, seed=0), create(raw, seed=0), []
     compiled.compile_blocks(lambda graph, inputs: graphs.append(graph) or graph.forward)
     pairs = [Pair(lm.store, 0, 0, 0, ZO(), torch.float32) for _ in range(2)]
@@ -611,7 +639,11 @@ def test_compiled_blocks(raw, compiler):
             tokens = torch.randint(3, 90, (B, T), generator=torch.Generator().manual_seed(T))
             assert (compiled(tokens) - lm(tokens)).abs().max() < 1e-5
             assert (compiled(tokens, view=pairs[0]) - lm(tokens, view=pairs[0])).abs().max() < 1e-5
-    assert len(graphs) == 2
+            reads = torch.arange(B), torch.full((B,), T - 2)
+            for view in lm.stored_view(), pairs[0]:
+                gap = compiled.hidden(tokens, None, view, reads) - lm.hidden(tokens, None, view, reads)
+                assert gap.abs().max() < 1e-5
+    assert len(graphs) == 4
 
 
 @pytest.mark.parametrize("kind", ["adp", "lora"])
