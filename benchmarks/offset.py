@@ -1,0 +1,78 @@
+"""How much of a model's error is one constant: that it prefers an option whatever the text says.
+
+    python -m benchmarks.offset --model DIR --data-dir DIR
+    python -m benchmarks.offset --model runs/.../model --weights int8 --data-dir DIR
+
+Of a task with two options: accuracy and loss as they are; accuracy on test after the constant that does best on dev has
+been taken away from the difference of their scores; and the share of pairs, one example of either label, that the
+difference has in the right order (AUC), which no constant changes.  A model trained at random may gain accuracy by
+chance where it had a large constant; it cannot gain AUC.  Last line JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import parse
+from data.scoring import Encoded, collate, option_scores
+from train import Problem, prepare
+
+
+@torch.no_grad()
+def differences(problem: Problem, split: list[Encoded]) -> tuple[Tensor, Tensor]:
+    """Score of the second option less that of the first, and labels: [N] float32 and [N] int64."""
+    view, scores, labels = problem.lm.stored_view(), [], []
+    for start in range(0, len(split), problem.batch_size):
+        batch = collate(split[start : start + problem.batch_size], problem.pad, problem.lm.device)
+        scores.append(option_scores(problem.lm, batch, view)[0].cpu())
+        labels.append(batch.labels.cpu())
+    of_option = torch.cat(scores)
+    if of_option.shape[1] != 2:
+        raise ValueError(f"a constant between options needs two of them, got {of_option.shape[1]}")
+    return of_option[:, 1] - of_option[:, 0], torch.cat(labels)
+
+
+def accuracy(difference: Tensor, labels: Tensor, constant: float = 0.0) -> float:
+    return ((difference > constant).long() == labels).double().mean().item()
+
+
+def best_constant(difference: Tensor, labels: Tensor) -> float:
+    """The one that parts the labels best, in the middle between two neighbours."""
+    ordered = difference.sort().values
+    between = torch.cat((ordered[:1] - 1, (ordered[1:] + ordered[:-1]) / 2, ordered[-1:] + 1))
+    return max(between.tolist(), key=lambda constant: accuracy(difference, labels, constant))
+
+
+def auc(difference: Tensor, labels: Tensor) -> float:
+    """Share of pairs in the right order, ties half: 0.5 is chance, 1 is perfect."""
+    gaps = difference[labels == 1][:, None] - difference[labels == 0]
+    return ((gaps > 0).double() + 0.5 * (gaps == 0).double()).mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--task", default="sst2")
+    parser.add_argument("--weights", default="fp32")
+    args = parser.parse_args()
+    flags = f"--method quzo --k 512 --data-seed 42 --no-compile --task {args.task} --weights {args.weights}"
+    problem, _ = prepare(parse([*flags.split(), "--model", args.model, "--data-dir", args.data_dir]))
+    dev, test = differences(problem, problem.dev), differences(problem, problem.test)
+    constant = best_constant(*dev)
+    row = {
+        "test": accuracy(*test), "test_loss": F.binary_cross_entropy_with_logits(test[0], test[1].float()).item(),
+        "constant": constant, "test_without_constant": accuracy(*test, constant), "auc": auc(*test),
+    }  # fmt: skip
+    for name, value in row.items():
+        print(f"{name:24}{value:8.3f}")
+    print(json.dumps({"model": args.model, "task": args.task, "weights": args.weights} | row))
+
+
+if __name__ == "__main__":
+    main()
