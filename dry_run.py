@@ -106,13 +106,15 @@ def copies(shapes: dict[str, torch.Size], c: Config) -> int:
 
 
 def passing(config, c: Config) -> int:
-    """Bytes a token and a probe, of a forward that keeps nothing, at its widest: a block's float32 input beside its
-    norm in float32, attention's q, k and v with heads repeated, or the feed-forward's wide tensors."""
+    """Bytes a token and a probe, of a forward that keeps nothing, at its widest: a block's inputs, the float32 stream
+    and LLaMA's sum to come, beside its norm in float32, attention's q, k and v with heads repeated, or the
+    feed-forward's wide tensors."""
     b, D, F = BYTES[c.compute], config.hidden_size, config.intermediate_size
+    given = (4 + b if isinstance(config, LlamaConfig) else 4) * D
     wide = (3 if isinstance(config, LlamaConfig) else 2) * b * F
     if c.activations != "none":
         wide = max(wide, (b + 12) * F)  # rounding the last layer's input, in float32
-    return 4 * D + max(b * D + 8 * D, 7 * b * D, b * D + wide)
+    return given + max(b * D + 8 * D, 7 * b * D, b * D + wide)
 
 
 def kept(config, c: Config) -> int:

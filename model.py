@@ -373,13 +373,18 @@ class LlamaBlock(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, reads: Reads | None, *cache) -> Tensor:
-        """x, the residual stream, is float32 whatever the products are computed in: sums in bf16 put more noise into a
-        small probe's slope than all products together."""
-        dtype = product_dtype(self.mlp.gate_proj)
-        y = self.self_attn(self.input_layernorm(x).to(dtype), cos, sin, seen, reads, *cache)
-        x = chosen(x, reads) + y
-        return x + self.mlp(self.post_attention_layernorm(x).to(dtype))
+    def forward(
+        self, x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, reads: Reads | None, *cache
+    ) -> tuple[Tensor, Tensor]:
+        """x is the residual stream and y what comes to it from the block before: -> the same for the next one.  To add
+        them here spares a pass over x, which the norm reads anyway.
+
+        x is float32 whatever the products are computed in: sums in bf16 put more noise into a small probe's slope than
+        all products together."""
+        dtype, x = product_dtype(self.mlp.gate_proj), x + y
+        attended = self.self_attn(self.input_layernorm(x).to(dtype), cos, sin, seen, reads, *cache)
+        x = chosen(x, reads) + attended
+        return x, self.mlp(self.post_attention_layernorm(x).to(dtype))
 
 
 class RobertaSelfAttention(nn.Module):
@@ -680,6 +685,7 @@ class Llama(LanguageModel):
         """
         view = view if self.adapters is None else self.adapters.view(view)
         x = self.words(view, tokens).clone()  # a view would be another kind of input to torch.compile than a layer's x
+        y = torch.zeros_like(x, dtype=self.dtype)
         if mask is None and cache is None and branch is None:
             seen, positions = None, torch.arange(tokens.shape[1], device=tokens.device)[None]
         else:
@@ -691,8 +697,8 @@ class Llama(LanguageModel):
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         for i, wanted in enumerate(self.wanted(reads)):
             kept = () if cache is None else (cache, i)  # torch.compile would make a graph for every number
-            x = self.apply(self.block, f"model.layers.{i}.", view, x, cos, sin, seen, wanted, *kept)
-        return self.apply(self.norm, "model.norm.", view, x)
+            x, y = self.apply(self.block, f"model.layers.{i}.", view, x, y, cos, sin, seen, wanted, *kept)
+        return self.apply(self.norm, "model.norm.", view, x + y)
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, max_new_tokens: int, mask: Tensor | None = None) -> Tensor:
