@@ -62,7 +62,7 @@ class Config:
     compute: str = flag("auto", "what matrices are multiplied in; auto: fp32 on a CPU and for fp32 weights; on cuda "
                                 "fp8 for fp8 weights, activations and directions on the grid, else bf16",
                         ("auto", "fp32", "bf16", "fp8"))  # fmt: skip
-    compile: bool | None = flag(None, "compile the model's block, once for all layers and lengths; on for zo on "
+    compile: bool | None = flag(None, "compile the model's block, the same for all layers and lengths; on for zo on "
                                         "cuda with a fixed number of queries")  # fmt: skip
     graphs: bool | None = flag(None, "record a step's launches as CUDA graphs, one for each length of a batch, in "
                                      "eights; on for zo on cuda, without --profile")  # fmt: skip

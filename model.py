@@ -7,9 +7,9 @@ a layer's weights through torch.func.functional_call, so only one layer is ever 
 LLaMA: Touvron et al. 2023; RMSNorm, rotary embedding in split halves (as in Hugging Face files), SwiGLU,
 grouped-query attention.  RoBERTa: Liu et al. 2019; post-norm, learned positions, masked-LM head.
 
-Shape key: P probes, B batch, T tokens, S cached + new tokens, D hidden, H heads, K key-value heads, d head
-width, V vocabulary.  Imports checkpoint, quant and fused, to store weights and to round what is multiplied, and
-profiler, which names the phases.
+Shape key: P probes, B batch, T tokens, S cached + new tokens, M tokens that are read, D hidden, H heads, K key-value
+heads, d head width, V vocabulary.  Imports checkpoint, quant and fused, to store weights and to round what is
+multiplied, and profiler, which names the phases.
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ Reads = tuple[Tensor, Tensor]  # the tokens that a caller wants: rows and positi
 
 
 def chosen(x_PBTD: Tensor, reads: Reads | None) -> Tensor:
-    """-> [P, M, D].  The last block does so after its attention, and computes nothing that nobody reads."""
+    """-> [P, M, D], or all where there are no reads.  The last block goes on with these alone after its attention."""
     return x_PBTD if reads is None else x_PBTD[:, *reads]
 
 
@@ -382,8 +382,7 @@ class LlamaBlock(nn.Module):
         x is float32 whatever the products are computed in: sums in bf16 put more noise into a small probe's slope than
         all products together."""
         dtype, x = product_dtype(self.mlp.gate_proj), x + y
-        attended = self.self_attn(self.input_layernorm(x).to(dtype), cos, sin, seen, reads, *cache)
-        x = chosen(x, reads) + attended
+        x = chosen(x, reads) + self.self_attn(self.input_layernorm(x).to(dtype), cos, sin, seen, reads, *cache)
         return x, self.mlp(self.post_attention_layernorm(x).to(dtype))
 
 
@@ -421,8 +420,8 @@ class RobertaBlock(nn.Module):
     def forward(self, x: Tensor, seen: Tensor, reads: Reads | None) -> Tensor:
         """x is float32, as in LlamaBlock."""
         dtype = product_dtype(self.output.dense)
-        y = self.attention["self"](x.to(dtype), seen)
-        x = self.attention["output"](chosen(y, reads), chosen(x, reads))
+        attended = chosen(self.attention["self"](x.to(dtype), seen), reads)
+        x = self.attention["output"](attended, chosen(x, reads))
         return self.output(F.gelu(self.intermediate["dense"](x.to(dtype))), x)
 
 
@@ -505,6 +504,9 @@ class StoredView:
         return self.store[name].codes[None]
 
 
+GRAPHS = 24  # of a compiled block: torch keeps 8 unless told
+
+
 class LanguageModel:
     """A config, a store of named weights, and the functions that run them.
 
@@ -559,7 +561,7 @@ class LanguageModel:
         [P, M, D]."""
         raise NotImplementedError
 
-    def wanted(self, reads: Reads | None) -> list[Reads | None]:
+    def reads_of_blocks(self, reads: Reads | None) -> list[Reads | None]:
         """What is wanted of each block: all tokens, to which the next one attends; of the last one, reads."""
         return [None] * (self.config.num_hidden_layers - 1) + [reads]
 
@@ -590,8 +592,14 @@ class LanguageModel:
         return view.rows(name, used)[:, place]
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile the block, for all layers, batches and lengths at once: weights are inputs, sizes are symbols.  Only
-        the number of probes is not."""
+        """Compile the block, for all layers, batches and lengths at once: weights are inputs, sizes are symbols.
+
+        But the number of probes is none.  One sequence is another case than several; the last layer, where it goes on
+        with some tokens alone, than the others, and by whether there is one of them a sequence; and weights that want
+        gradients, in a pass that keeps them or not.  Most runs meet four of these cases, none more than GRAPHS.
+        """
+        limit = torch._dynamo.config.recompile_limit  # beyond it, blocks would run as they are
+        torch._dynamo.config.recompile_limit = max(GRAPHS, limit)
         self.block.compile(backend=backend, dynamic=True)
         self.is_compiled = True
 
@@ -610,8 +618,8 @@ class LanguageModel:
                 raise ValueError(f"{told}: use --compute bf16")
         self.multiplies_codes = True
 
-    def apply(self, part: nn.Module, prefix: str, view: View, x: Tensor, *context) -> Tensor:
-        """Run one weightless module on x [P, B, T, D], each probe with the weights that the view gives it."""
+    def apply(self, part: nn.Module, prefix: str, view: View, x: Tensor, *context) -> Tensor | tuple[Tensor, Tensor]:
+        """Run one weightless module on x [P, ..., D], each probe with the weights that the view gives it."""
         weights = {}
         for name, _ in part.named_parameters():
             stored = self.store.get(prefix + name)
@@ -685,7 +693,7 @@ class Llama(LanguageModel):
         """
         view = view if self.adapters is None else self.adapters.view(view)
         x = self.words(view, tokens).clone()  # a view would be another kind of input to torch.compile than a layer's x
-        y = torch.zeros_like(x, dtype=self.dtype)
+        y = torch.zeros_like(x, dtype=self.dtype).requires_grad_(x.requires_grad)  # for the same reason
         if mask is None and cache is None and branch is None:
             seen, positions = None, torch.arange(tokens.shape[1], device=tokens.device)[None]
         else:
@@ -695,9 +703,9 @@ class Llama(LanguageModel):
         angles = positions[..., None] * rope_frequencies(self.config.rope, self.config.head_dim, tokens.device)
         angles = torch.cat((angles, angles), -1)
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-        for i, wanted in enumerate(self.wanted(reads)):
+        for i, of_block in enumerate(self.reads_of_blocks(reads)):
             kept = () if cache is None else (cache, i)  # torch.compile would make a graph for every number
-            x, y = self.apply(self.block, f"model.layers.{i}.", view, x, y, cos, sin, seen, wanted, *kept)
+            x, y = self.apply(self.block, f"model.layers.{i}.", view, x, y, cos, sin, seen, of_block, *kept)
         return self.apply(self.norm, "model.norm.", view, x + y)
 
     @torch.no_grad()
@@ -763,8 +771,8 @@ class Roberta(LanguageModel):
         x = x + view.rows("roberta.embeddings.token_type_embeddings.weight", positions[:1, 0] * 0)[:, :, None]
         x = self.apply(self.embed, "roberta.embeddings.", view, x)
         seen = (mask.bool() | ~mask.any(1, keepdim=True))[:, None, None].repeat(len(x), 1, 1, 1)  # [P * B, 1, 1, T]
-        for i, wanted in enumerate(self.wanted(reads)):
-            x = self.apply(self.block, f"roberta.encoder.layer.{i}.", view, x, seen, wanted)
+        for i, of_block in enumerate(self.reads_of_blocks(reads)):
+            x = self.apply(self.block, f"roberta.encoder.layer.{i}.", view, x, seen, of_block)
         return self.apply(self.head, "lm_head.", view, x)
 
     def output_bias(self, view: View, words: Tensor | None) -> Tensor:

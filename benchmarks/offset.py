@@ -3,10 +3,10 @@
     python -m benchmarks.offset --model DIR --data-dir DIR
     python -m benchmarks.offset --model runs/.../model --weights int8 --data-dir DIR
 
-Of a task with two options: accuracy and loss as they are; accuracy on test after the constant that does best on dev has
-been taken away from the difference of their scores; and the share of pairs, one example of either label, that the
-difference has in the right order (AUC), which no constant changes.  A model trained at random may gain accuracy by
-chance where it had a large constant; it cannot gain AUC.  Last line JSON.
+On SST-2, k = 512: accuracy and loss as they are; accuracy on test after the constant that does best on dev has been
+taken away from the difference of the two options' scores; and the share of pairs, one sentence of either label, that
+the difference has in the right order (AUC), which no constant changes.  A model that is moved at random may gain
+accuracy where it had a large constant; its AUC is not expected to rise.  Last line JSON.
 """
 
 from __future__ import annotations
@@ -31,10 +31,8 @@ def differences(problem: Problem, split: list[Encoded]) -> tuple[Tensor, Tensor]
         batch = collate(split[start : start + problem.batch_size], problem.pad, problem.lm.device)
         scores.append(option_scores(problem.lm, batch, view)[0].cpu())
         labels.append(batch.labels.cpu())
-    of_option = torch.cat(scores)
-    if of_option.shape[1] != 2:
-        raise ValueError(f"a constant between options needs two of them, got {of_option.shape[1]}")
-    return of_option[:, 1] - of_option[:, 0], torch.cat(labels)
+    first, second = torch.cat(scores).unbind(1)
+    return second - first, torch.cat(labels)
 
 
 def accuracy(difference: Tensor, labels: Tensor, constant: float = 0.0) -> float:
@@ -54,24 +52,29 @@ def auc(difference: Tensor, labels: Tensor) -> float:
     return ((gaps > 0).double() + 0.5 * (gaps == 0).double()).mean().item()
 
 
+def loss(difference: Tensor, labels: Tensor) -> float:
+    """Cross-entropy of the right option, mean."""
+    return F.binary_cross_entropy_with_logits(difference, labels.float()).item()
+
+
+def opinion(problem: Problem) -> dict[str, float]:
+    """What is printed."""
+    test, constant = differences(problem, problem.test), best_constant(*differences(problem, problem.dev))
+    return {"test": accuracy(*test), "test_loss": loss(*test), "constant": constant,
+            "test_without_constant": accuracy(*test, constant), "auc": auc(*test)}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--task", default="sst2")
     parser.add_argument("--weights", default="fp32")
     args = parser.parse_args()
-    flags = f"--method quzo --k 512 --data-seed 42 --no-compile --task {args.task} --weights {args.weights}"
-    problem, _ = prepare(parse([*flags.split(), "--model", args.model, "--data-dir", args.data_dir]))
-    dev, test = differences(problem, problem.dev), differences(problem, problem.test)
-    constant = best_constant(*dev)
-    row = {
-        "test": accuracy(*test), "test_loss": F.binary_cross_entropy_with_logits(test[0], test[1].float()).item(),
-        "constant": constant, "test_without_constant": accuracy(*test, constant), "auc": auc(*test),
-    }  # fmt: skip
+    flags = f"--method quzo --task sst2 --k 512 --data-seed 42 --compute fp32 --no-compile --weights {args.weights}"
+    row = opinion(prepare(parse([*flags.split(), "--model", args.model, "--data-dir", args.data_dir]))[0])
     for name, value in row.items():
         print(f"{name:24}{value:8.3f}")
-    print(json.dumps({"model": args.model, "task": args.task, "weights": args.weights} | row))
+    print(json.dumps({"model": args.model, "weights": args.weights} | row))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ ARMS = {
     "QuZO W4, grid, products in bf16": (f"{QUZO} --weights int4 --direction-bits grid --eps 2e-4", GRID),
     "QuZO W8, q-rge2, codes": (f"{QUZO} {FP32} --weights int8 {WAYS['q-rge2']} --probe codes", FLOAT),
     "QuZO W4, q-rge2, nearest": (f"{QUZO} {FP32} --weights int4 {WAYS['q-rge2']} --rounding nearest", FINE),
-    # at W8's rate, and tested with its last weights: the best of ten evaluations of a random walk is above chance
+    # not tuned, and tested with its last weights: the luckiest of ten evaluations of a random walk is above chance
     "random, W8, grid": (
         f"{QUZO} {FP32} --weights int8 {WAYS['grid']} --estimator random --eval-every 2000", rates("4e-5")
     ),

@@ -67,10 +67,12 @@ CASES = [  # every direction, estimator, probe; rows of several scale groups, wi
 ]
 # the first two with every format, the others in turn, for the time they take
 RUNS = [(*form, *CASES[i]) for f, form in enumerate(FORMATS) for i in (0, 1, 2 + f % 3)]
-# and rows that hold two programs of a pair, one of an update
+# rows of one program of a pair and half of an update's, of two and one, and of four and two
 RUNS += [(w, r, (3, 4096), ZO(grid=True, eps=0.02)) for w, r in FORMATS if w in ("int8", "fp8", "fp8-e5m2")]
+RUNS += [("int8", 0, (2, 8192), ZO(grid=True, eps=0.02))]
 RUNS += [("int8", 4, (3, 4096), ZO(grid=True, probe="codes", queries=2, eps=0.02))]
-RUNS += [("int8", 0, (3, 4096), ZO(bits=4, eps=0.02)), ("fp8", 0, (3, 4096), ZO(bits=4, eps=0.02, probe="codes"))]
+RUNS += [("int8", 0, (3, C), ZO(bits=4, eps=0.02)) for C in (2048, 4096)]
+RUNS += [("fp8", 0, (3, C), ZO(bits=4, eps=0.02, probe="codes")) for C in (2048, 4096)]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")

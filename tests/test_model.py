@@ -646,6 +646,25 @@ def test_compiled_blocks(raw, compiler):
     assert len(graphs) == 4
 
 
+@pytest.mark.parametrize("raw", [tiny_llama(num_hidden_layers=3), tiny_roberta()], ids=["llama", "roberta"])
+def test_blocks_compiled_for_all_that_a_run_may_ask(raw, compiler):
+    """One sequence and several, one read a sequence and more, one probe and two, with gradients and without: all of
+    them fit into what torch keeps."""
+    lm, graphs = create(raw, seed=0), []
+    lm.compile_blocks(lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for stored in lm.store.values():
+        stored.value.requires_grad_()
+    for B, T in (5, 9), (1, 7), (3, 12):
+        tokens = torch.randint(3, 90, (B, T), generator=torch.Generator().manual_seed(T))
+        last = torch.arange(B), torch.full((B,), T - 1)
+        for reads in last, tuple(x.repeat(2) for x in last):
+            lm.hidden(tokens, None, lm.stored_view(), reads).sum().backward()
+            with torch.no_grad():
+                for view in lm.stored_view(), Pair(lm.store, 0, 0, 0, ZO(), torch.float32):
+                    lm.hidden(tokens, None, view, reads)
+    assert len(graphs) <= model.GRAPHS
+
+
 @pytest.mark.parametrize("kind", ["adp", "lora"])
 def test_adapters_around_compiled_blocks(kind, compiler):
     """Also of a model that has run without them."""
