@@ -45,6 +45,7 @@ def arms_of(task: str) -> Arms:
         "MeZO": (zo("mezo"), rates("1e-5", "2e-5", "4e-5", "8e-5")),
         "MeZO-LoRA": (zo("lora --optimizer zo"), PROBED),
         "AdaZeta, one query": (zo("adazeta"), PROBED),
+        "AdaZeta, one query, small": (f"{zo('adazeta')} --bottleneck 16 --tt-rank 3", PROBED),
         "AdaZeta, four queries": (zo("adazeta", 4), PROBED),
     }
     for name, (alpha, beta, most) in SCHEDULES.items():
