@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -352,6 +353,11 @@ def test_only_train_and_scripts_print_and_imports_go_one_way():
         assert "train" not in imports and not re.search(r"torch\.load|pickle\.|weights_only", text), path
         if path.stem != "train":
             assert not re.search(r"^\s*print\(", text, re.MULTILINE), path
+
+
+def test_what_is_installed_is_what_is_there():
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert told["py-modules"] == sorted(path.stem for path in ROOT.glob("*.py"))
 
 
 def test_importing_has_no_effect():
