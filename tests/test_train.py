@@ -266,9 +266,10 @@ def test_a_machine_that_gives_out_gets_one_line_and_exit_code_1(tmp_path, capsys
 
 
 def start_and_wait_for_steps(out: Path) -> subprocess.Popen:
-    flags = ["--steps", "100000", "--eval-every", "4", "--batch-size", "4", "--out", str(out)]
+    flags = ["--steps", "100000", "--eval-every", "4", "--batch-size", "4", "--num-eval", "100", "--out", str(out)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen([sys.executable, "train.py", "--device", "cpu", *flags], cwd=ROOT, **pipes)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that share a core with others wait for one another
+    process = subprocess.Popen([sys.executable, "train.py", "--device", "cpu", *flags], cwd=ROOT, env=env, **pipes)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         if (out / "trajectory").is_file() and len(read_trajectory(out / "trajectory")) >= 6:
