@@ -654,7 +654,7 @@ def test_blocks_compiled_for_all_that_a_run_may_ask(raw, compiler):
     lm.compile_blocks(lambda graph, inputs: graphs.append(graph) or graph.forward)
     for stored in lm.store.values():
         stored.value.requires_grad_()
-    for B, T in (5, 9), (1, 7), (3, 12):
+    for B, T in (5, 9), (1, 7):
         tokens = torch.randint(3, 90, (B, T), generator=torch.Generator().manual_seed(T))
         last = torch.arange(B), torch.full((B,), T - 1)
         for reads in last, tuple(x.repeat(2) for x in last):
