@@ -17,7 +17,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 # ---------------------------------------------------------------- rounding: words are random bits, None is nearest
 
@@ -512,7 +512,7 @@ def multiply_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 # an operator of its own, because torch.compile would join the probes' products by a copy
-@torch.library.custom_op("::".join((__name__, "multiply_codes")), mutates_args=())
+@library.custom_op(f"{__name__}::multiply_codes", mutates_args=())
 def multiply_codes(codes: Tensor, tokens: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """e4m3 codes [P, N, C] with token scales [P, N, 1], times e4m3 weights [P, O, C] with row scales [O, 1]."""
     if codes.device.type == "cpu":  # where torch's product takes one scale a tensor, or none, by version

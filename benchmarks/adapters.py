@@ -13,8 +13,9 @@ from zo_optim import queries_of
 BATCH, QUERIES = 32, 2000  # two forwards each
 EXAMPLES = {"sst2": 1024, "trec": 2646}  # of k = 512
 FIRST_ORDER = "--steps 600 --eval-every 60 --weights fp32 --lr-schedule linear"
+SMALL = "--bottleneck 16 --tt-rank 3"
 # biases are most of a small adapter, and norms as many again
-SMALL = "--placement sublayers --bottleneck 16 --tt-rank 3 --no-norms"
+A_FIFTH = f"--placement sublayers {SMALL} --no-norms"
 LRS = ("1e-4", "3e-4", "1e-3", "3e-3")
 RATES = rates(*LRS)
 PROBED = RATES + rates(*LRS, eps=("1e-2",))  # at the default of 1e-3, and larger: few parameters make small slopes
@@ -40,12 +41,12 @@ def arms_of(task: str) -> Arms:
     arms = {
         "LoRA, AdamW": (f"{FIRST_ORDER} --method lora", RATES),
         "LoRETTA_adp, AdamW": (f"{FIRST_ORDER} --method loretta-adp", RATES),
-        "LoRETTA_adp, AdamW, a fifth of LoRA's parameters": (f"{FIRST_ORDER} --method loretta-adp {SMALL}", RATES),
+        "LoRETTA_adp, AdamW, a fifth of LoRA's parameters": (f"{FIRST_ORDER} --method loretta-adp {A_FIFTH}", RATES),
         "LoRETTA_rep, AdamW": (f"{FIRST_ORDER} --method loretta-rep", RATES),
         "MeZO": (zo("mezo"), rates("1e-5", "2e-5", "4e-5", "8e-5")),
         "MeZO-LoRA": (zo("lora --optimizer zo"), PROBED),
         "AdaZeta, one query": (zo("adazeta"), PROBED),
-        "AdaZeta, one query, small": (f"{zo('adazeta')} --bottleneck 16 --tt-rank 3", PROBED),
+        "AdaZeta, one query, small": (f"{zo('adazeta')} {SMALL}", PROBED),
         "AdaZeta, four queries": (zo("adazeta", 4), PROBED),
     }
     for name, (alpha, beta, most) in SCHEDULES.items():

@@ -19,20 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import parse
-from data.scoring import Encoded, collate, option_scores
+from data.scoring import Encoded, judged
 from train import Problem, prepare
 
 
-@torch.no_grad()
 def differences(problem: Problem, split: list[Encoded]) -> tuple[Tensor, Tensor]:
-    """Score of the second option less that of the first, and labels: [N] float32 and [N] int64."""
-    view, scores, labels = problem.lm.stored_view(), [], []
-    for start in range(0, len(split), problem.batch_size):
-        batch = collate(split[start : start + problem.batch_size], problem.pad, problem.lm.device)
-        scores.append(option_scores(problem.lm, batch, view)[0].cpu())
-        labels.append(batch.labels.cpu())
-    first, second = torch.cat(scores).unbind(1)
-    return second - first, torch.cat(labels)
+    """Score of the second option less that of the first, and labels: [N] float32 and [N] int64, in order of length."""
+    scores, labels = map(torch.cat, zip(*judged(problem.lm, split, problem.pad, problem.batch_size), strict=True))
+    first, second = scores.cpu().unbind(1)
+    return second - first, labels.cpu()
 
 
 def accuracy(difference: Tensor, labels: Tensor, constant: float = 0.0) -> float:

@@ -9,6 +9,7 @@ Shape key: P probes, B examples, O options, T tokens, M answer tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from os.path import commonprefix  # of any sequences
 from typing import NamedTuple
@@ -206,13 +207,18 @@ class Quality(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(lm, encoded: list[Encoded], pad: int, batch_size: int) -> Quality:
-    """Quality on a split, with the weights as they are stored."""
-    in_order = sorted(encoded, key=lambda e: len(e.sequences[0]))  # like lengths together: less padding
-    view, right, loss = lm.stored_view(), 0, 0.0
+def judged(lm, encoded: list[Encoded], pad: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scores [B, O] and labels [B] of a split in batches, with the weights as they are stored.  In order of length."""
+    in_order, view = sorted(encoded, key=lambda e: len(e.sequences[0])), lm.stored_view()  # less padding
     for start in range(0, len(in_order), batch_size):
         batch = collate(in_order[start : start + batch_size], pad, lm.device)
-        scores = option_scores(lm, batch, view)[0]
-        right += int((scores.argmax(-1) == batch.labels).sum())
-        loss += float(F.cross_entropy(scores, batch.labels, reduction="sum"))
+        yield option_scores(lm, batch, view)[0], batch.labels
+
+
+def evaluate(lm, encoded: list[Encoded], pad: int, batch_size: int) -> Quality:
+    """Quality on a split, with the weights as they are stored."""
+    right, loss = 0, 0.0
+    for scores, labels in judged(lm, encoded, pad, batch_size):
+        right += int((scores.argmax(-1) == labels).sum())
+        loss += float(F.cross_entropy(scores, labels, reduction="sum"))
     return Quality(right / len(encoded), loss / len(encoded))

@@ -53,7 +53,7 @@ WAYS = {
     "grid, codes": ZO(eps=5e-3, queries=1, grid=True, probe="codes", estimator="q-rge1"),
 }
 # 264: two int4 groups and a short one; a width that is no multiple of 8 has no kernel, a vector of such a length has
-SHAPES = [(65, 136), (3, 1000), (300,), (1003,), (1, 8), (7, 24), (5, 264), (9, 13), (3, 2048), (2, 8192)]
+SHAPES = [(65, 136), (3, 1000), (300,), (1003,), (1, 8), (7, 24), (5, 264), (9, 13), (2, 4096), (3, 2048), (2, 8192)]
 every_format = pytest.mark.parametrize("weights, residual", FORMATS)
 every_way = pytest.mark.parametrize("zo", WAYS.values(), ids=WAYS)
 
