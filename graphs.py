@@ -36,7 +36,7 @@ class Replayed:
         which = (*constants, *(None if x is None else x.shape for x in inputs))
         if which not in self.met:  # the first time compiles kernels, which cannot be recorded
             self.met.add(which)
-            return self.function(self.step, inputs, *constants)
+            return self.function(self.step, copies(inputs), *constants)
         if which not in self.graphs:
             if len(self.graphs) == MOST:
                 self.graphs.clear()
@@ -50,7 +50,7 @@ class Replayed:
 
     def record(self, inputs: list[Tensor | None], *constants: Hashable) -> tuple:
         """All graphs share their memory: only one runs at a time, and its result is read before the next one does."""
-        places = [None if x is None else x.clone() for x in inputs]
+        places = copies(inputs)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool):  # waits for all else at first
             result = self.function(self.step, places, *constants)
@@ -59,3 +59,9 @@ class Replayed:
     @staticmethod
     def new_pool() -> object:
         return torch.cuda.graph_pool_handle()
+
+
+def copies(inputs: list[Tensor | None]) -> list[Tensor | None]:
+    """What a function is compiled with has to be like what it is recorded with: torch.compile takes a view for another
+    kind of input than a tensor with memory of its own, and would compile once more, which cannot be recorded."""
+    return [None if x is None else x.clone() for x in inputs]
