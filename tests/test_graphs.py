@@ -51,6 +51,21 @@ def test_the_first_call_of_a_kind_is_not_recorded(replayed):
     assert len(replayed.graphs) == 1
 
 
+def test_what_is_met_first_is_a_tensor_of_its_own(monkeypatch):
+    """As what is recorded is.  torch.compile takes a view for another kind of input, and would compile once more while
+    recording, which fails."""
+    monkeypatch.setattr(Replayed, "new_pool", staticmethod(lambda: None))
+    met, both = [], torch.arange(6).view(2, 3)
+
+    def function(step, inputs):
+        met.extend(inputs)
+        return inputs[0].sum()[None]
+
+    rows, positions = both
+    assert Replayed(function, torch.device("cpu"))(0, [rows, positions, None]).item() == 3
+    assert rows._is_view() and not any(x._is_view() for x in met[:2]) and met[2] is None
+
+
 def test_graphs_are_bounded(replayed, monkeypatch):
     monkeypatch.setattr(graphs, "MOST", 3)
     for step in range(40):
