@@ -129,9 +129,9 @@ DEFAULTS = {
     "lora": dict(weights="bf16", lora_rank=8, lora_alpha=16.0, norms=False, init="identity"),
 }  # fmt: skip
 OPTIMIZERS = {"quzo": "zo", "mezo": "zo", "adazeta": "zo"}  # of the others AdamW, as in the papers
-ADAPTER_DEFAULTS = {  # LoRETTA's large-model script; MeZO's recipe for LoRA
+ADAPTER_DEFAULTS = {  # LoRETTA's large-model script; MeZO's OPT recipe for LoRA
     "adapters by adamw": dict(steps=375, lr=1e-4, lr_schedule="constant", batch_size=8, eval_every=125),
-    "adapters by zo": dict(steps=20000, lr=1e-4, lr_schedule="constant", eps=1e-3, batch_size=16, eval_every=4000,
+    "adapters by zo": dict(steps=20000, lr=1e-4, lr_schedule="constant", eps=1e-2, batch_size=16, eval_every=4000,
                            direction_bits="full"),
 }  # fmt: skip
 TINY_DEFAULTS = {
@@ -317,7 +317,8 @@ def validate(c: Config) -> None:
 def probes_at_once(c: Config, queries: int) -> int:
     """How many of a step's 2 queries probes share a forward: of adapters all, but not on a CPU, whose cache they would
     overflow (benchmarks/probes.py)."""
-    return c.probes_per_forward or (2 * queries if c.method in ADAPTERS and c.device != "cpu" else 2)
+    usual = 2 * queries if c.method in ADAPTERS and c.device != "cpu" else 2
+    return min(c.probes_per_forward or usual, 2 * queries)
 
 
 def spec_of(c: Config, model_type: str) -> Spec | None:
@@ -336,9 +337,8 @@ def _meaningless(c: Config) -> list[str]:
     """Flags that mean nothing beside the method."""
     zo, kind = c.optimizer == "zo", ADAPTERS.get(c.method)
     groups = {
-        ("direction_bits", "eps", "stride", "queries", "estimator", "probe", "rounding", "probes_per_forward",
-         "profile"): zo,
-        ("residual", "oracle"): zo and not kind,
+        ("direction_bits", "eps", "stride", "queries", "estimator", "probes_per_forward", "profile"): zo,
+        ("residual", "oracle", "probe", "rounding"): zo and not kind,  # adapters are floats
         ("weight_decay",): c.method in FIRST_ORDER,
         ("master",): c.method == "fo-ste",
         ("alpha", "beta", "max_queries"): c.method == "adazeta" and c.queries is None,

@@ -7,7 +7,7 @@ counts.  The counts below follow the code line by line, and leave out what is sm
 measures them.
 
 Shape key: B sequences in a forward, T tokens, D hidden, F feed-forward width, V vocabulary.  Imports config, model,
-quant.
+quant, tensor_train, zo_optim.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from config import Config, probes_at_once, spec_of
 from model import LlamaConfig, config_of, expected_shapes, llama_parts, roberta_parts
 from quant import stored_parts
 from tensor_train import Spec, install, is_norm, targets_of
+from zo_optim import queries_of
 
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}  # of activations too: around fp8 products they are bf16
 
@@ -42,7 +43,7 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
         parts |= {"moments": 2 * trained, "gradients": trained, "activations": activations}
         at_once = sum(parts.values()) - min(parts["gradients"], parts["activations"])
     else:
-        P = probes_at_once(c, c.queries or c.max_queries)
+        P = probes_at_once(c, most_queries(c))
         scratch = pair(config, c) * P // 2 if spec is None else pair(config, c) // 2 + P * 4 * sum(trainable.values())
         parts |= {"scratch": scratch, "activations": N * P * passing(config, c)}
         at_once = sum(parts.values())
@@ -54,6 +55,15 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
         "tokens_a_sequence": tokens, "bytes": parts, "expected_peak_bytes": at_once,
         "expected_reserved_bytes": at_once + recorded,
     }  # fmt: skip
+
+
+def most_queries(c: Config) -> int:
+    """Of any step; AdaZeta's are most in the last epoch, or its cap where the flags do not say how many examples there
+    are."""
+    if c.queries or c.num_train is None:
+        return c.queries or c.max_queries
+    last = (c.steps - 1) // -(-c.num_train // c.batch_size)
+    return queries_of(last, c.alpha, c.beta, c.max_queries)
 
 
 def adapters(config, model_type: str, spec: Spec, shapes: dict[str, torch.Size]) -> tuple[dict[str, int], int]:

@@ -8,8 +8,8 @@ LLaMA: Touvron et al. 2023; RMSNorm, rotary embedding in split halves (as in Hug
 grouped-query attention.  RoBERTa: Liu et al. 2019; post-norm, learned positions, masked-LM head.
 
 Shape key: P probes, B batch, T tokens, S cached + new tokens, M tokens that are read, D hidden, H heads, K key-value
-heads, d head width, V vocabulary.  Imports checkpoint, quant and fused, to store weights and to round what is
-multiplied, and profiler, which names the phases.
+heads, d head width, V vocabulary.  Imports checkpoint, quant, random_bits and fused, to store weights and to round
+what is multiplied, and profiler, which names the phases.
 """
 
 from __future__ import annotations

@@ -115,10 +115,12 @@ def from_dense(
 
     Each bond keeps at most `rank` directions, and drops what is below tolerance / sqrt(d - 1) of the norm, so that
     without a rank |W - result| <= tolerance |W| (Frobenius).  With neither it is exact to rounding.
-    Raises ValueError where the factors do not multiply to I O.
+    Raises ValueError where the factors do not multiply to I O, and for a rank, a tolerance or numbers that are none.
     """
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+    if (rank is not None and rank < 1) or not 0 <= tolerance < math.inf:
+        raise ValueError(f"rank must be at least 1 and tolerance a number of at least 0, got {rank} and {tolerance}")
+    if not matrix.isfinite().all():
+        raise ValueError("a matrix with NaN or infinity has no tensor train")
     if math.prod(factors) != matrix.numel():
         raise ValueError(f"factors {factors} multiply to {math.prod(factors)}, not to {tuple(matrix.shape)}")
     rest, cores, r = matrix.double(), [], 1
@@ -199,8 +201,8 @@ class Spec:
         least = {"bottleneck": self.kind != "lora", "rank": 1}
         fits = self.kind in ("adp", "rep", "lora") and type(self.placement) is str
         for name, low in least.items():
-            fits &= type(getattr(self, name)) is int and low <= getattr(self, name) < 2**16
-        fits &= type(self.alpha) is float and 0 < self.alpha < 1e6
+            fits &= type(getattr(self, name)) is int and low <= getattr(self, name) <= 2**16
+        fits &= type(self.alpha) is float and 0 < self.alpha <= 1e6
         if not fits or type(self.norms) is not bool or type(self.identity) is not bool:
             raise ValueError(f"no usable adapters: {self}")
 
@@ -413,7 +415,12 @@ STEM = "adapters"
 
 
 def save(lm: LanguageModel, directory: str | Path) -> None:
-    """Write the adapters alone: adapters.safetensors, each tensor by its name, and config.json with their Spec."""
+    """Write the adapters alone: adapters.safetensors, each tensor by its name, and config.json with their Spec.
+
+    Raises ValueError for a model without adapters.
+    """
+    if lm.adapters is None:
+        raise ValueError("the model has no adapters to save: attach them first")
     config = {"model_type": lm.raw_config["model_type"], "adapters": asdict(lm.adapters.spec)}
     write_directory(Path(directory), config, [], lm.adapters.named(lm.store).items(), STEM)
 

@@ -487,7 +487,7 @@ def main(argv: list[str]) -> int:
     code, told = 0, ""
     try:
         c = parse(argv)
-        result = (replay if c.replay else dry_run if c.dry_run else run)(c)
+        result = (replay if c.replay else run if c.resume or not c.dry_run else dry_run)(c)
         print(json.dumps(result))
         code = 130 if result.get("interrupted") else 0 if result.get("equal", True) else 1
     except ValueError as error:
@@ -496,6 +496,10 @@ def main(argv: list[str]) -> int:
         code, told = 1, f"out of GPU memory; try a smaller --micro-batch-size, fewer bits or --no-graphs: {error}"
     except OSError as error:
         code, told = 1, str(error)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # all that tells the CPU's allocator from a bug
+            raise
+        code, told = 1, f"out of memory; try a smaller --micro-batch-size or fewer bits: {error}"
     except KeyboardInterrupt:
         code, told = 130, "interrupted twice: stopped at once"
     if told:

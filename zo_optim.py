@@ -8,7 +8,7 @@ first place, so that a step needs next to no rounding.
 
 Nothing here keeps a direction: it is drawn again, element by element, wherever it is needed.
 
-Shape key: P probes, R rows, C columns, r some of the rows, n queries.  Imports profiler, quant and random_bits.
+Shape key: P probes, R rows, C columns, r some of the rows, n queries.  Imports profiler, quant, random_bits, fused.
 """
 
 from __future__ import annotations

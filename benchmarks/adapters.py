@@ -18,8 +18,8 @@ SMALL = "--bottleneck 16 --tt-rank 3"
 A_FIFTH = f"--placement sublayers {SMALL} --no-norms"
 LRS = ("1e-4", "3e-4", "1e-3", "3e-3")
 RATES = rates(*LRS)
-PROBED = RATES + rates(*LRS, eps=("1e-2",))  # at the default of 1e-3, and larger: few parameters make small slopes
-ZO = "--weights fp32 --lr-schedule constant"
+PROBED = RATES + rates(*LRS, eps=("1e-2",))  # at 1e-3, and larger: few parameters make small slopes
+ZO = "--weights fp32 --lr-schedule constant --eps 1e-3"
 SCHEDULES = {"paper's schedule": (0.85, 0.45, 20), "released schedule": (0.85, 0.622, 15)}
 
 

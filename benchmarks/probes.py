@@ -18,26 +18,24 @@ from pathlib import Path
 import torch
 
 import tensor_train
-from benchmarks.memory import examples
-from config import parse, spec_of
+from benchmarks.memory import build, examples
+from config import Config, parse, spec_of
 from data.hub import raw_config
-from model import LanguageModel, create, load
-from train import DTYPES, Problem, Step, peak_memory, zeroth_order
+from train import Problem, Step, load_weights, peak_memory, zeroth_order
+
+LR = 1e-30  # a whole step, and yet every way meets the same weights
 
 
-def build(c, raw: dict) -> LanguageModel:
-    if Path(c.model).is_dir():
-        lm = load(c.model, c.device, DTYPES[c.compute], c.weights)
-    else:
-        lm = create(raw, device=c.device, dtype=DTYPES[c.compute], weights=c.weights)
-    tensor_train.attach(lm, spec_of(c, raw["model_type"]), c.seed)
-    return lm
+def problem_of(c: Config, raw: dict) -> Problem:
+    directory = Path(c.model)
+    problem = Problem(load_weights(c, directory), [], [], [], 0, c.batch_size) if directory.is_dir() else build(c, raw)
+    tensor_train.attach(problem.lm, spec_of(c, raw["model_type"]), c.seed)
+    return problem
 
 
 def timed(take_step, at: int, batch: list, device: str) -> tuple[float, Step]:
-    """At rate 0, so that every way meets the same weights."""
     started = time.perf_counter()
-    step = take_step(at, batch, 0.0)
+    step = take_step(at, batch, LR)
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter() - started, step
@@ -52,13 +50,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--at-once", type=int, nargs="+", help="probes a forward, the slowest way last (2 Q, 2, 1)")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="as train.py's")
+    for flag in "--compile", "--graphs":
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=True, help="as train.py's")
     args = parser.parse_args()
     ways = args.at_once or [2 * args.queries, 2, 1]
     flags = f"--method adazeta --queries {args.queries} --weights {args.weights} --batch-size {args.batch_size}"
-    c = parse(["--model", args.model, *flags.split(), *(() if args.graphs else ("--no-graphs",))])
-    raw = raw_config(args.model)
-    problem = Problem(build(c, raw), [], [], [], 0, c.batch_size)
+    without = [f"--no-{name}" for name in ("compile", "graphs") if not getattr(args, name)]
+    c, raw = parse(["--model", args.model, *flags.split(), *without]), raw_config(args.model)
+    problem = problem_of(c, raw)
     batch = examples(c, args.tokens, raw["vocab_size"])
     steps = {way: zeroth_order(dataclasses.replace(c, probes_per_forward=way), problem) for way in ways}
     times, slopes = {way: [] for way in ways}, {}
@@ -68,19 +67,16 @@ def main() -> None:
             slopes[way, repeat] = step.slopes
             times[way] += [seconds] if repeat > 1 else []
     median = {way: statistics.median(times[way]) for way in ways}
-    scale = max(abs(slope) for slope in slopes[ways[-1], 0])
+    of_way = {way: [slope for repeat in range(args.repeats + 2) for slope in slopes[way, repeat]] for way in ways}
     slow = ways[-1]
-    apart = {
-        way: max(
-            abs(a - b) for r in range(args.repeats) for a, b in zip(slopes[way, r], slopes[slow, r], strict=True)
-        )
-        for way in ways
-    }
+    scale = max(map(abs, of_way[slow]))
+    apart = {way: max(abs(a - b) for a, b in zip(of_way[way], of_way[slow], strict=True)) for way in ways}
     print(f"{'probes a forward':>18}{'step s':>10}{'ratio':>8}{'slopes apart':>14}")
     for way in ways:
-        print(f"{way:18}{median[way]:10.4f}{median[ways[-1]] / median[way]:8.2f}{apart[way] / scale:14.1e}")
+        print(f"{way:18}{median[way]:10.4f}{median[slow] / median[way]:8.2f}{apart[way] / scale:14.1e}")
     print(json.dumps({
         "model": args.model, "weights": c.weights, "compute": c.compute, "queries": args.queries,
+        "compile": c.compile, "graphs": c.graphs,
         "device": torch.cuda.get_device_name() if c.device != "cpu" else f"cpu, {torch.get_num_threads()} threads",
         "seconds": median, "spread": {way: [min(times[way]), max(times[way])] for way in ways},
         "peak_memory_bytes": peak_memory(c.device),

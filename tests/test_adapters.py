@@ -441,6 +441,12 @@ def test_a_broken_directory_is_refused_in_one_line(case, bases, tmp_path):
     assert "\n" not in str(raised.value) and re.search(told, str(raised.value)), raised.value
 
 
+def test_a_model_without_adapters_has_none_to_save(bases, tmp_path):
+    with pytest.raises(ValueError, match="no adapters to save"):
+        tensor_train.save(load(bases["llama"].directory), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_other_adapters_than_the_models_own_are_refused(bases, tmp_path):
     saved = adapted(bases["llama"], "adp mlp")
     tensor_train.save(saved, tmp_path / "a")
@@ -461,15 +467,17 @@ def test_other_adapters_than_the_models_own_are_refused(bases, tmp_path):
 def test_a_spec_of_other_types_is_refused_in_one_line(adapters, bases, tmp_path):
     tensor_train.save(adapted(bases["llama"], "adp mlp"), tmp_path / "a")
     reword(lambda config: config["adapters"].update(adapters))(tmp_path / "a")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="does not describe adapters.*no usable adapters") as raised:
         tensor_train.load(load(bases["llama"].directory), tmp_path / "a")
+    assert "\n" not in str(raised.value)
 
 
 def test_a_deep_config_is_refused_in_one_line(bases, tmp_path):
     tensor_train.save(adapted(bases["llama"], "adp mlp"), tmp_path / "a")
     reword("[" * 100_000)(tmp_path / "a")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="does not describe adapters") as raised:
         tensor_train.load(load(bases["llama"].directory), tmp_path / "a")
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("change", [
@@ -917,6 +925,8 @@ REFUSED = {
     "--method adazeta --queries 3 --alpha 0.5": "--alpha means nothing beside",
     "--method adazeta --queries 3 --max-queries 5": "--max-queries means nothing beside",
     "--method loretta-adp --optimizer zo --beta 0.5": "--beta means nothing beside --method loretta-adp --optimizer zo",
+    "--method adazeta --weights int4 --probe codes": "--probe means nothing beside --method adazeta",
+    "--method lora --optimizer zo --weights int8 --rounding nearest": "--rounding means nothing beside --method lora",
     "--method adazeta --optimizer adamw": "--method adazeta means --optimizer zo, got adamw",
     "--method mezo --optimizer adamw": "--method mezo means --optimizer zo",
     "--method fo --optimizer zo": "--method fo means --optimizer adamw",

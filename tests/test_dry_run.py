@@ -53,6 +53,20 @@ def test_first_order_holds_the_larger_of_gradients_and_activations():
     assert fp32["moments"] > 1.99 * bf16["moments"]
 
 
+def test_a_forward_has_no_more_probes_than_a_step():
+    """--probes-per-forward bounds them; 10,000 steps of 16 of 1,000 examples end in epoch 158: 8 queries, not 20."""
+    def activations(flags: str) -> int:
+        c = parse(f"--model llama2-7b --weights int4 --device cuda {flags}".split())
+        return predict(c, SHAPES["llama2-7b"], 64)["bytes"]["activations"]
+
+    pair = activations("--method quzo")
+    assert activations("--method quzo --probes-per-forward 8") == pair
+    assert activations("--method quzo --probes-per-forward 1") * 2 == pair
+    assert activations("--method adazeta") == activations("--method adazeta --queries 8") == 8 * pair
+    assert 2 * activations("--method adazeta --probes-per-forward 3") == 3 * pair
+    assert activations("--method adazeta --k 512") == 20 * pair  # whose files tell how many examples there are
+
+
 def test_the_command_prints_a_table_and_json_and_writes_nothing(tmp_path, capsys, monkeypatch):
     """Also for a GPU that is not here, and a preset that is not on this disk."""
     monkeypatch.chdir(tmp_path)

@@ -288,6 +288,7 @@ GRAPHED = ["--weights int8 --direction-bits 4 --no-compile", "--weights int8 --d
            "--weights int4 --direction-bits grid --queries 2 --micro-batch-size 5 --no-compile",
            "--weights fp8 --activations fp8 --compile", "--weights int8 --rounding nearest --no-compile",
            "--method adazeta --alpha 1 --beta 1", "--method adazeta --queries 3 --no-compile",
+           "--method adazeta --queries 3 --compile",
            "--method mezo --weights bf16 --probes-per-forward 1 --no-compile"]  # fmt: skip
 
 

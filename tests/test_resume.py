@@ -114,6 +114,8 @@ def test_what_cannot_be_taken_up_is_one_line(capsys, monkeypatch, tmp_path):
     refused(capsys, "is complete: all 8 steps", "--resume", str(whole))
     refused(capsys, "own flags", "--resume", str(whole), "--lr", "1")
     refused(capsys, "own flags", "--resume", str(whole), "--replay", str(whole))
+    for way in "--resume", "--replay":
+        refused(capsys, "got dry_run", way, str(whole), "--dry-run")
     refused(capsys, "is not a run folder", "--replay", str(tmp_path))
     refused(capsys, "is not a run folder", "--resume", str(tmp_path / "none"))
     shutil.copytree(whole, other)

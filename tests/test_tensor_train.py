@@ -308,6 +308,22 @@ def test_factors_of_another_product_are_refused(factors):
         from_dense(gaussian(12, 20), factors)
 
 
+@pytest.mark.parametrize("changes", [
+    dict(rank=0), dict(tolerance=-0.1), dict(tolerance=float("nan")), dict(tolerance=float("inf")),
+], ids=str)  # fmt: skip
+def test_ranks_and_tolerances_that_are_none_are_refused(changes):
+    with pytest.raises(ValueError, match="rank must be at least 1 and tolerance a number of at least 0"):
+        from_dense(gaussian(12, 20), (3, 4, 4, 5), **changes)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_matrix_of_what_is_no_number_is_refused(number):
+    W = gaussian(12, 20)
+    W[3, 7] = number
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        from_dense(W, (3, 4, 4, 5))
+
+
 # ---------------------------------------------------------------- factorisations
 
 WIDTHS = range(64, 8193, 64)

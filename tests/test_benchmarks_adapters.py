@@ -1,0 +1,53 @@
+"""What the table of adapters compares: equal numbers of forwards, and a fifth of LoRA's parameters at most."""
+
+import pytest
+
+import train
+from benchmarks.adapters import EXAMPLES, QUERIES, arms_of
+from benchmarks.speed import SHAPES
+from config import Config, parse
+from data.tasks import get_task, load_splits
+from dry_run import predict
+from zo_optim import queries_of
+
+ROBERTA = {
+    "model_type": "roberta", "hidden_size": 320, "intermediate_size": 1280, "num_hidden_layers": 8,
+    "num_attention_heads": 5, "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5, "pad_token_id": 1,
+}  # fmt: skip
+
+
+def configs(task: str) -> dict[str, Config]:
+    """Of each arm with each choice; a preset's name, so that no file is looked for."""
+    return {
+        f"{arm} {choice}": parse(["--model", "llama2-7b", "--device", "cpu", *flags.split(), *choice.split()])
+        for arm, (flags, choices) in arms_of(task).items() for choice in choices
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("task", EXAMPLES)
+def test_every_arm_means_something_and_has_the_same_forwards(task):
+    for name, c in configs(task).items():
+        train.validate(c)
+        if c.optimizer == "zo":
+            of_step = [
+                c.queries or queries_of(train.epoch(c, step, EXAMPLES[task]), c.alpha, c.beta, c.max_queries)
+                for step in range(c.steps)
+            ]
+            assert QUERIES <= sum(of_step) < QUERIES + of_step[-1], name
+            assert c.steps // c.eval_every == 10, name
+
+
+@pytest.mark.parametrize("raw", [SHAPES["llama-28m"], ROBERTA], ids=["llama", "roberta"])
+def test_a_fifth_of_loras_parameters_is_a_fifth_at_most(raw):
+    found = configs("trec").items()
+    counts = {name.split(" --lr")[0]: predict(c, raw, 64)["trainable_parameters"] for name, c in found}
+    small, lora = counts["trec: LoRETTA_adp, AdamW, a fifth of LoRA's parameters"], counts["trec: LoRA, AdamW"]
+    assert small <= lora / 5
+    assert counts["trec: AdaZeta, one query, small"] < counts["trec: AdaZeta, one query"] < lora
+
+
+@pytest.mark.parametrize("task", EXAMPLES)
+def test_examples_are_as_many_as_the_files_have(task, real_data):
+    found = load_splits(get_task(task), real_data("k-shot").parent, 512, 42, None, None, None)
+    assert len(found[0]) == EXAMPLES[task]
