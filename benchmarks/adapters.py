@@ -40,6 +40,7 @@ def zo(method: str, queries: int = 1) -> str:
 def arms_of(task: str) -> Arms:
     arms = {
         "LoRA, AdamW": (f"{FIRST_ORDER} --method lora", RATES),
+        "LoRA of rank 1, AdamW": (f"{FIRST_ORDER} --method lora --lora-rank 1 --lora-alpha 2", RATES),  # scaled alike
         "LoRETTA_adp, AdamW": (f"{FIRST_ORDER} --method loretta-adp", RATES),
         "LoRETTA_adp, AdamW, a fifth of LoRA's parameters": (f"{FIRST_ORDER} --method loretta-adp {A_FIFTH}", RATES),
         "LoRETTA_rep, AdamW": (f"{FIRST_ORDER} --method loretta-rep", RATES),
