@@ -16,6 +16,10 @@ FIRST_ORDER = "--steps 600 --eval-every 60 --weights fp32 --lr-schedule linear"
 SMALL = "--bottleneck 16 --tt-rank 3"
 # biases are most of a small adapter, and norms as many again
 A_FIFTH = f"--placement sublayers {SMALL} --no-norms"
+OF_A_FIFTH = {  # other ways to spend as much, on the one model or the other: the table gives their parameters
+    "16 wide, rank 4, no norms": "--placement sublayers --bottleneck 16 --tt-rank 4 --no-norms",
+    "16 wide, rank 2": "--placement sublayers --bottleneck 16 --tt-rank 2",
+}
 LRS = ("1e-4", "3e-4", "1e-3", "3e-3")
 RATES = rates(*LRS)
 PROBED = RATES + rates(*LRS, eps=("1e-2",))  # at 1e-3, and larger: few parameters make small slopes
@@ -50,6 +54,8 @@ def arms_of(task: str) -> Arms:
         "AdaZeta, one query, small": (f"{zo('adazeta')} {SMALL}", PROBED),
         "AdaZeta, four queries": (zo("adazeta", 4), PROBED),
     }
+    for name, flags in OF_A_FIFTH.items():
+        arms[f"LoRETTA_adp, AdamW, {name}"] = (f"{FIRST_ORDER} --method loretta-adp {flags}", RATES)
     for name, (alpha, beta, most) in SCHEDULES.items():
         steps = steps_of(task, alpha, beta, most)
         schedule = f"--alpha {alpha} --beta {beta} --max-queries {most} --steps {steps} --eval-every {steps // 10}"
