@@ -20,7 +20,7 @@ from config import Config, probes_at_once, spec_of
 from model import LlamaConfig, config_of, expected_shapes, llama_parts, roberta_parts
 from quant import stored_parts
 from tensor_train import Spec, install, is_norm, targets_of
-from zo_optim import queries_of
+from zo_optim import epoch_of, queries_of
 
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}  # of activations too: around fp8 products they are bf16
 
@@ -62,8 +62,7 @@ def most_queries(c: Config) -> int:
     are."""
     if c.queries or c.num_train is None:
         return c.queries or c.max_queries
-    last = (c.steps - 1) // -(-c.num_train // c.batch_size)
-    return queries_of(last, c.alpha, c.beta, c.max_queries)
+    return queries_of(epoch_of(c.steps - 1, c.num_train, c.batch_size), c.alpha, c.beta, c.max_queries)
 
 
 def adapters(config, model_type: str, spec: Spec, shapes: dict[str, torch.Size]) -> tuple[dict[str, int], int]:

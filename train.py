@@ -44,6 +44,7 @@ from zo_optim import (
     ZO,
     check_grid,
     chunks,
+    epoch_of,
     land_steps,
     learning_rate,
     probe_losses,
@@ -122,11 +123,6 @@ def load_base(c: Config, directory: Path) -> LanguageModel:
     lm.weights = c.weights
     lm.store = make_trainable(lm.store, c.weights if c.method == "fo-ste" else None, DTYPES[c.master or c.weights])
     return lm
-
-
-def epoch(c: Config, step: int, n: int) -> int:
-    """The pass over n examples that a step (from 0) is in, as AdaZeta counts: floor(step / ceil(n / batch))."""
-    return step // -(-n // c.batch_size)
 
 
 _order = lru_cache(maxsize=2)(permutation)  # a batch may span two epochs
@@ -335,7 +331,7 @@ def zeroth_order(c: Config, problem: Problem) -> StepFn:
         probe, land = Replayed(probe, lm.device), Replayed(land, lm.device)
 
     def step(at: int, examples: list[Encoded], lr: float) -> Step:
-        n_queries = c.queries or queries_of(epoch(c, at, n), c.alpha, c.beta, c.max_queries)
+        n_queries = c.queries or queries_of(epoch_of(at, n, c.batch_size), c.alpha, c.beta, c.max_queries)
         inputs = [x for batch in batches_of(problem, examples, c.micro_batch_size) for x in batch.tensors()]
         queries = queries_from(probe(at, inputs, n_queries).tolist(), c.seed, at, fixed)
         slopes = [query.slope for query in queries]
@@ -487,7 +483,8 @@ def main(argv: list[str]) -> int:
     code, told = 0, ""
     try:
         c = parse(argv)
-        result = (replay if c.replay else run if c.resume or not c.dry_run else dry_run)(c)
+        of_a_run = c.resume or c.replay  # which has its own flags: given another one, it says so
+        result = (replay if c.replay else dry_run if c.dry_run and not of_a_run else run)(c)
         print(json.dumps(result))
         code = 130 if result.get("interrupted") else 0 if result.get("equal", True) else 1
     except ValueError as error:

@@ -413,6 +413,11 @@ def learning_rate(lr: float, schedule: str, step: int, steps: int) -> float:
     return lr if schedule == "constant" else lr * (1 - step / steps)
 
 
+def epoch_of(step: int, examples: int, batch_size: int) -> int:
+    """The pass over the examples that a step (from 0) is in, as AdaZeta counts: in whole steps, the last one short."""
+    return step // -(-examples // batch_size)
+
+
 def queries_of(epoch: int, alpha: float, beta: float, most: int) -> int:
     """AdaZeta's schedule (section 3.3 and its code): Q = min(max(floor(alpha * epoch^beta), 1), most), epoch from 0."""
     return min(max(int(alpha * epoch**beta), 1), most)

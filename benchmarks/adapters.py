@@ -8,17 +8,16 @@ How arms are tuned and run: benchmarks/tuned.py.
 from __future__ import annotations
 
 from benchmarks.tuned import Arms, main, rates
-from zo_optim import queries_of
+from zo_optim import epoch_of, queries_of
 
 BATCH, QUERIES = 32, 2000  # two forwards each
 EXAMPLES = {"sst2": 1024, "trec": 2646}  # of k = 512
 FIRST_ORDER = "--steps 600 --eval-every 60 --weights fp32 --lr-schedule linear"
 SMALL = "--bottleneck 16 --tt-rank 3"
-# biases are most of a small adapter, and norms as many again
-A_FIFTH = f"--placement sublayers {SMALL} --no-norms"
-OF_A_FIFTH = {  # other ways to spend as much, on the one model or the other: the table gives their parameters
-    "16 wide, rank 4, no norms": "--placement sublayers --bottleneck 16 --tt-rank 4 --no-norms",
-    "16 wide, rank 2": "--placement sublayers --bottleneck 16 --tt-rank 2",
+FEW = {  # biases are most of a small adapter, and norms as many again
+    "a fifth of LoRA's parameters": f"{SMALL} --no-norms",
+    "16 wide, rank 4, no norms": "--bottleneck 16 --tt-rank 4 --no-norms",  # a fifth on zoroberta-26m
+    "16 wide, rank 2": "--bottleneck 16 --tt-rank 2",  # a fifth on zollama-28m
 }
 LRS = ("1e-4", "3e-4", "1e-3", "3e-3")
 RATES = rates(*LRS)
@@ -29,9 +28,9 @@ SCHEDULES = {"paper's schedule": (0.85, 0.45, 20), "released schedule": (0.85, 0
 
 def steps_of(task: str, alpha: float, beta: float, most: int) -> int:
     """How many steps of AdaZeta make up the budget of queries, the last of them whole."""
-    an_epoch, step, asked = -(-EXAMPLES[task] // BATCH), 0, 0
+    step, asked = 0, 0
     while asked < QUERIES:
-        asked += queries_of(step // an_epoch, alpha, beta, most)
+        asked += queries_of(epoch_of(step, EXAMPLES[task], BATCH), alpha, beta, most)
         step += 1
     return step
 
@@ -42,11 +41,15 @@ def zo(method: str, queries: int = 1) -> str:
 
 
 def arms_of(task: str) -> Arms:
+    few = {
+        f"LoRETTA_adp, AdamW, {name}": (f"{FIRST_ORDER} --method loretta-adp --placement sublayers {flags}", RATES)
+        for name, flags in FEW.items()
+    }
     arms = {
         "LoRA, AdamW": (f"{FIRST_ORDER} --method lora", RATES),
         "LoRA of rank 1, AdamW": (f"{FIRST_ORDER} --method lora --lora-rank 1 --lora-alpha 2", RATES),  # scaled alike
         "LoRETTA_adp, AdamW": (f"{FIRST_ORDER} --method loretta-adp", RATES),
-        "LoRETTA_adp, AdamW, a fifth of LoRA's parameters": (f"{FIRST_ORDER} --method loretta-adp {A_FIFTH}", RATES),
+        **few,
         "LoRETTA_rep, AdamW": (f"{FIRST_ORDER} --method loretta-rep", RATES),
         "MeZO": (zo("mezo"), rates("1e-5", "2e-5", "4e-5", "8e-5")),
         "MeZO-LoRA": (zo("lora --optimizer zo"), PROBED),
@@ -54,8 +57,6 @@ def arms_of(task: str) -> Arms:
         "AdaZeta, one query, small": (f"{zo('adazeta')} {SMALL}", PROBED),
         "AdaZeta, four queries": (zo("adazeta", 4), PROBED),
     }
-    for name, flags in OF_A_FIFTH.items():
-        arms[f"LoRETTA_adp, AdamW, {name}"] = (f"{FIRST_ORDER} --method loretta-adp {flags}", RATES)
     for name, (alpha, beta, most) in SCHEDULES.items():
         steps = steps_of(task, alpha, beta, most)
         schedule = f"--alpha {alpha} --beta {beta} --max-queries {most} --steps {steps} --eval-every {steps // 10}"

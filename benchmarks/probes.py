@@ -21,14 +21,16 @@ import tensor_train
 from benchmarks.memory import build, examples
 from config import Config, parse, spec_of
 from data.hub import raw_config
-from train import Problem, Step, load_weights, peak_memory, zeroth_order
+from train import Problem, Step, load_base, peak_memory, zeroth_order
 
 LR = 1e-30  # a whole step, and yet every way meets the same weights
 
 
 def problem_of(c: Config, raw: dict) -> Problem:
     directory = Path(c.model)
-    problem = Problem(load_weights(c, directory), [], [], [], 0, c.batch_size) if directory.is_dir() else build(c, raw)
+    if directory.is_dir():
+        return Problem(load_base(c, directory), [], [], [], 0, c.batch_size)
+    problem = build(c, raw)
     tensor_train.attach(problem.lm, spec_of(c, raw["model_type"]), c.seed)
     return problem
 

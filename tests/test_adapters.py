@@ -36,7 +36,7 @@ from quant import FORMATS, Float
 from random_bits import Key, Use, tensor_id
 from run_folder import read_trajectory
 from tensor_train import FIRST, TRAINED, Spec, TensorTrain, attach, merge
-from zo_optim import ZO, direction, estimate, queries_of, update
+from zo_optim import ZO, direction, epoch_of, estimate, queries_of, update
 
 RAW = {"llama": tiny_llama(attention_bias=True), "roberta": tiny_roberta()}
 KINDS = {  # kind, placement
@@ -795,8 +795,8 @@ def test_the_cap_of_the_released_command_is_met_at_epoch_101():
 @pytest.mark.parametrize("n, batch_size", [(1000, 16), (10, 4), (12, 4), (5, 8), (1, 1)])
 def test_epochs_are_counted_from_zero_in_whole_steps(n, batch_size):
     """floor(k / ceil(D / B)): 63 steps of 16 are one epoch of 1,000."""
-    c, a_pass = parse(["--batch-size", str(batch_size)]), math.ceil(n / batch_size)
-    assert [train.epoch(c, step, n) for step in range(5 * a_pass)] == [e for e in range(5) for _ in range(a_pass)]
+    a_pass = math.ceil(n / batch_size)
+    assert [epoch_of(step, n, batch_size) for step in range(5 * a_pass)] == [e for e in range(5) for _ in range(a_pass)]
 
 
 def test_a_run_takes_the_queries_of_its_schedule(run):

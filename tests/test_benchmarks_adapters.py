@@ -1,6 +1,7 @@
 """What the table of adapters compares: equal numbers of forwards, and a fifth of LoRA's parameters at most."""
 
 import pytest
+from helpers import tiny_roberta
 
 import train
 from benchmarks.adapters import EXAMPLES, QUERIES, arms_of
@@ -8,13 +9,9 @@ from benchmarks.speed import SHAPES
 from config import Config, parse
 from data.tasks import get_task, load_splits
 from dry_run import predict
-from zo_optim import queries_of
+from zo_optim import epoch_of, queries_of
 
-ROBERTA = {
-    "model_type": "roberta", "hidden_size": 320, "intermediate_size": 1280, "num_hidden_layers": 8,
-    "num_attention_heads": 5, "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1,
-    "layer_norm_eps": 1e-5, "pad_token_id": 1,
-}  # fmt: skip
+ROBERTA = tiny_roberta(hidden_size=320, intermediate_size=1280, num_hidden_layers=8, num_attention_heads=5)
 
 
 def configs(task: str) -> dict[str, Config]:
@@ -31,7 +28,7 @@ def test_every_arm_means_something_and_has_the_same_forwards(task):
         train.validate(c)
         if c.optimizer == "zo":
             of_step = [
-                c.queries or queries_of(train.epoch(c, step, EXAMPLES[task]), c.alpha, c.beta, c.max_queries)
+                c.queries or queries_of(epoch_of(step, EXAMPLES[task], c.batch_size), c.alpha, c.beta, c.max_queries)
                 for step in range(c.steps)
             ]
             assert QUERIES <= sum(of_step) < QUERIES + of_step[-1], name
