@@ -69,6 +69,7 @@ class Config:
     steps: int | None = flag(None, "updates")
     lr: float | None = flag(None, "learning rate")
     lr_schedule: str | None = flag(None, "constant, or linear down to 0", ("constant", "linear"))
+    warmup: int = flag(0, "first steps, in which the learning rate rises from 0")
     eps: float | None = flag(None, "size of a probe, in weight units")
     stride: int | None = flag(None, "of directions on the grid: how many of its spacings a probe moves a weight by; a "
                                     "step lands as on a grid of spacing eps over stride")  # fmt: skip
@@ -286,7 +287,7 @@ RANGES = {
     "probes_per_forward": COUNT, "max_queries": (1, 2**28 - 1), "alpha": (0, 1e6), "beta": (0, 10),
     "bottleneck": (1, 2**16), "tt_rank": (1, 2**16), "lora_rank": (1, 2**16), "lora_alpha": (1e-6, 1e6),
     "lr": (0, 1e6), "eps": (1e-8, 1e3), "stride": (1, 4096), "weight_decay": (0, 1e3), "seed": (0, 2**64 - 1),
-    "data_seed": (0, 2**32 - 1), "profile": (0, 1000),
+    "data_seed": (0, 2**32 - 1), "profile": (0, 1000), "warmup": (0, COUNT[1]),
 }  # fmt: skip
 
 
@@ -308,6 +309,8 @@ def validate(c: Config) -> None:
     check_products(c)
     if c.profile and c.steps < WARM_UP + c.profile:
         raise ValueError(f"--profile {c.profile} needs --steps of {WARM_UP + c.profile} or more, got {c.steps}")
+    if c.warmup >= c.steps:
+        raise ValueError(f"--warmup {c.warmup} leaves none of --steps {c.steps} at the full rate")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", c.device):
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {c.device!r}")
     if c.device != "cpu" and not c.dry_run and int(c.device.partition(":")[2] or 0) >= torch.cuda.device_count():

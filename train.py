@@ -196,7 +196,7 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
             if stop.number:
                 break
             examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, len(problem.train))]
-            lr = learning_rate(c.lr, c.lr_schedule, step, c.steps)
+            lr = learning_rate(c.lr, c.lr_schedule, step, c.steps, c.warmup)
             done = take_step(step, examples, lr)
             tokens = sum(map(width, examples))
             recorder.take(step + 1, done, {"lr": lr, "tokens": tokens})
@@ -272,7 +272,7 @@ def catch_up(c: Config, lm: LanguageModel, steps: list[list[float]]) -> None:
     """Redo the first steps of a recorded run from their slopes, without a forward pass."""
     zo, store = estimator(c), trained(lm)
     for step, slopes in enumerate(steps):
-        update(store, slopes, c.seed, step, zo, learning_rate(c.lr, c.lr_schedule, step, c.steps))
+        update(store, slopes, c.seed, step, zo, learning_rate(c.lr, c.lr_schedule, step, c.steps, c.warmup))
 
 
 def check_same(past: Past, name: str, value: object) -> None:

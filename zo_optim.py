@@ -408,9 +408,12 @@ def _landing_words(stored: Stored, key: Key, zo: ZO, rows: slice) -> Tensor | No
     return None if words is None else reuse(words)
 
 
-def learning_rate(lr: float, schedule: str, step: int, steps: int) -> float:
-    """constant: lr.  linear: from lr down to 0 over the run (the released QuZO scripts' schedule)."""
-    return lr if schedule == "constant" else lr * (1 - step / steps)
+def learning_rate(lr: float, schedule: str, step: int, steps: int, warmup: int = 0) -> float:
+    """constant: lr.  linear: from lr down to 0 over the run (the released QuZO scripts' schedule).  Either after
+    `warmup` steps that rise to it in equal parts (LoRETTA's GLUE script has 500 before a constant rate)."""
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    return lr if schedule == "constant" else lr * (1 - (step - warmup) / (steps - warmup))
 
 
 def epoch_of(step: int, examples: int, batch_size: int) -> int:

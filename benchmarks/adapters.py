@@ -12,16 +12,16 @@ from zo_optim import epoch_of, queries_of
 
 BATCH, QUERIES = 32, 2000  # two forwards each
 EXAMPLES = {"sst2": 1024, "trec": 2646}  # of k = 512
-FIRST_ORDER = "--steps 600 --eval-every 60 --weights fp32 --lr-schedule linear"
+FIRST_ORDER = "--steps 600 --eval-every 60 --weights fp32 --lr-schedule linear --warmup 60"
 SMALL = "--bottleneck 16 --tt-rank 3"
 FEW = {  # biases are most of a small adapter, and norms as many again
     "a fifth of LoRA's parameters": f"{SMALL} --no-norms",
     "16 wide, rank 4, no norms": "--bottleneck 16 --tt-rank 4 --no-norms",  # a fifth on zoroberta-26m
     "16 wide, rank 2": "--bottleneck 16 --tt-rank 2",  # a fifth on zollama-28m
 }
+RATES = rates("3e-4", "1e-3", "3e-3", "9e-3")
 LRS = ("1e-4", "3e-4", "1e-3", "3e-3")
-RATES = rates(*LRS)
-PROBED = RATES + rates(*LRS, eps=("1e-2",))  # at 1e-3, and larger: few parameters make small slopes
+PROBED = rates(*LRS) + rates(*LRS, eps=("1e-2",))  # at 1e-3, and larger: few parameters make small slopes
 ZO = "--weights fp32 --lr-schedule constant --eps 1e-3"
 SCHEDULES = {"paper's schedule": (0.85, 0.45, 20), "released schedule": (0.85, 0.622, 15)}
 
@@ -55,12 +55,14 @@ def arms_of(task: str) -> Arms:
         "MeZO-LoRA": (zo("lora --optimizer zo"), PROBED),
         "AdaZeta, one query": (zo("adazeta"), PROBED),
         "AdaZeta, one query, small": (f"{zo('adazeta')} {SMALL}", PROBED),
+        "AdaZeta, one query, released start": (f"{zo('adazeta')} --init released", PROBED),
         "AdaZeta, four queries": (zo("adazeta", 4), PROBED),
     }
     for name, (alpha, beta, most) in SCHEDULES.items():
         steps = steps_of(task, alpha, beta, most)
         schedule = f"--alpha {alpha} --beta {beta} --max-queries {most} --steps {steps} --eval-every {steps // 10}"
         arms[f"AdaZeta, {name}"] = (f"{ZO} --method adazeta {schedule}", PROBED)
+        arms[f"AdaZeta, {name}, released start"] = (f"{ZO} --method adazeta {schedule} --init released", PROBED)
     common = f"--task {task} --k 512 --data-seed 42 --batch-size {BATCH}"
     return {f"{task}: {name}": (f"{common} {flags}", choices) for name, (flags, choices) in arms.items()}
 

@@ -771,6 +771,8 @@ def test_micro_batches_see_the_same_weights():
 def test_learning_rates():
     assert [learning_rate(0.5, "constant", step, 4) for step in range(4)] == [0.5] * 4
     assert [learning_rate(0.5, "linear", step, 4) for step in range(5)] == [0.5, 0.375, 0.25, 0.125, 0]
+    assert [learning_rate(0.5, "constant", step, 4, 1) for step in range(4)] == [0.25, 0.5, 0.5, 0.5]
+    assert [learning_rate(1.0, "linear", step, 7, 3) for step in range(8)] == [0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25, 0]
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])
