@@ -130,7 +130,7 @@ DEFAULTS = {
     "lora": dict(weights="bf16", lora_rank=8, lora_alpha=16.0, norms=False, init="identity"),
 }  # fmt: skip
 OPTIMIZERS = {"quzo": "zo", "mezo": "zo", "adazeta": "zo"}  # of the others AdamW, as in the papers
-ADAPTER_DEFAULTS = {  # LoRETTA's large-model script; MeZO's OPT recipe for LoRA
+ADAPTER_DEFAULTS = {  # LoRETTA's large-model script, but for its evaluations; MeZO's OPT recipe for LoRA
     "adapters by adamw": dict(steps=375, lr=1e-4, lr_schedule="constant", batch_size=8, eval_every=125),
     "adapters by zo": dict(steps=20000, lr=1e-4, lr_schedule="constant", eps=1e-2, batch_size=16, eval_every=4000,
                            direction_bits="full"),
@@ -309,7 +309,7 @@ def validate(c: Config) -> None:
     check_products(c)
     if c.profile and c.steps < WARM_UP + c.profile:
         raise ValueError(f"--profile {c.profile} needs --steps of {WARM_UP + c.profile} or more, got {c.steps}")
-    if c.warmup >= c.steps:
+    if c.warmup >= c.steps and not c.profile:  # which may be what cuts the steps
         raise ValueError(f"--warmup {c.warmup} leaves none of --steps {c.steps} at the full rate")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", c.device):
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {c.device!r}")

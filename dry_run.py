@@ -108,7 +108,7 @@ def pair(config, c: Config) -> int:
 
 def copies(shapes: dict[str, torch.Size], c: Config) -> int:
     """Bytes of the matrices that back-propagation keeps because they are not the parameters themselves."""
-    if c.method == "fo" and c.weights == c.compute:
+    if c.method != "fo-ste" and c.weights == c.compute:
         return 0
     blocks = [s for name, s in shapes.items() if len(s) == 2 and ".layer" in name]
     return sum(math.prod(s) for s in blocks) * BYTES[c.compute]

@@ -47,6 +47,7 @@ class RunFolder:
         rows, slopes = (past.rows, past.slopes) if past else ([], [])
         self.losses = [(row["step"], row["loss"]) for row in rows if "slope" in row]
         self.devs = [(row["step"], row["dev"]) for row in rows if "dev" in row]
+        self.forwards = max((row["forwards"] for row in rows if "dev" in row), default=0)
         self._write("trajectory", "".join(map(_line, slopes)))
         self._write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         self._metrics = open(path / "metrics.jsonl", "a")  # noqa: SIM115 (open for the whole run)
@@ -65,9 +66,12 @@ class RunFolder:
         self.losses.append((step, loss))
         self._row({"step": step, "slope": slopes, "loss": loss} | metrics)
 
-    def dev(self, step: int, accuracy: float, loss: float, peak_memory_bytes: int) -> None:
+    def dev(self, step: int, forwards: int, accuracy: float, loss: float, peak_memory_bytes: int) -> None:
+        """forwards: in all steps until now, each of one batch by one probe."""
         self.devs.append((step, accuracy))
-        self._row({"step": step, "dev": accuracy, "dev_loss": loss, "peak_memory_bytes": peak_memory_bytes})
+        self.forwards = forwards
+        row = {"step": step, "forwards": forwards, "dev": accuracy, "dev_loss": loss}
+        self._row(row | {"peak_memory_bytes": peak_memory_bytes})
         self.draw()
 
     def result(self, result: dict) -> None:
@@ -80,7 +84,7 @@ class RunFolder:
         self._write_json("profile.json", profile)
 
     def draw(self) -> None:
-        self._write("curve.svg", curve_svg(self.losses, self.devs))
+        self._write("curve.svg", curve_svg(self.losses, self.devs, self.forwards))
 
     def _row(self, row: dict) -> None:
         self._metrics.write(json.dumps(row) + "\n")
@@ -167,8 +171,9 @@ def git_commit() -> str | None:
 WIDTH, HEIGHT, MARGIN = 640, 360, 48
 
 
-def curve_svg(losses: list[tuple[int, float]], devs: list[tuple[int, float]]) -> str:
-    """Loss (thin, smoothed; left axis) and dev accuracy (dots; right axis, 0 to 100 %) over steps."""
+def curve_svg(losses: list[tuple[int, float]], devs: list[tuple[int, float]], forwards: int = 0) -> str:
+    """Loss (thin, smoothed; left axis) and dev accuracy (dots; right axis, 0 to 100 %) over steps; below the last, the
+    forwards until the last dot."""
     last = max([step for step, _ in losses + devs], default=1) or 1
     smooth = _smooth(losses)
     top = max([loss for _, loss in smooth], default=1.0) * 1.05 or 1.0
@@ -198,6 +203,7 @@ def curve_svg(losses: list[tuple[int, float]], devs: list[tuple[int, float]]) ->
         text(MARGIN, bottom + 18, "0"),
         text(right, bottom + 18, f"{last}"),
         text(WIDTH / 2, bottom + 32, "step"),
+        *([text(right, bottom + 32, f"{forwards:,} forwards", anchor="end")] if forwards else []),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"

@@ -42,7 +42,7 @@ TABLE = {  # (I, O): the factors that the papers' code uses, where their product
     (768, 64): (8, 8, 12, 8, 8), (1024, 64): (4, 8, 8, 8, 8, 4), (4096, 64): (16, 16, 16, 4, 4, 4),
     (5120, 64): (5, 8, 8, 16, 8, 8), (8192, 64): (4, 16, 16, 16, 8, 4),
     (768, 8): (8, 8, 12, 8), (1024, 8): (4, 8, 8, 8, 4), (4096, 8): (16, 16, 8, 4, 4), (5120, 8): (8, 8, 10, 8, 8),
-    (8192, 8): (4, 16, 16, 16, 4), (4096, 16): (16, 16, 16, 4, 4),
+    (8192, 8): (4, 16, 16, 16, 4), (768, 16): (8, 8, 12, 4, 4), (4096, 16): (16, 16, 16, 4, 4),
 }  # fmt: skip
 
 
@@ -112,6 +112,8 @@ def from_dense(
     matrix: Tensor, factors: tuple[int, ...], rank: int | None = None, tolerance: float = 0.0
 ) -> list[Tensor]:
     """TT-SVD (Oseledets 2011, algorithm 1): W [I, O] -> cores [r, k, s] float64, by one SVD a bond.
+
+    As a TensorTrain holds them; to_dense([core[None] for core in cores], I) is W [1, I, O] again.
 
     Each bond keeps at most `rank` directions, and drops what is below tolerance / sqrt(d - 1) of the norm, so that
     without a rank |W - result| <= tolerance |W| (Frobenius).  With neither it is exact to rounding.

@@ -176,6 +176,7 @@ class Progress:
     steps: int = 0
     forwards: int = 0  # of one batch by one probe; a backward pass is not counted
     best_step: int = 0
+    best_forwards: int = 0
     best: Quality | None = None
 
 
@@ -183,7 +184,8 @@ def progress_of(past: Past) -> Progress:
     progress = Progress(len(past.slopes), sum(2 * len(slopes) for slopes in past.slopes))
     for row in past.rows:
         if "dev" in row and (progress.best is None or row["dev_loss"] < progress.best.loss):
-            progress.best, progress.best_step = Quality(row["dev"], row["dev_loss"]), row["step"]
+            progress.best = Quality(row["dev"], row["dev_loss"])
+            progress.best_step, progress.best_forwards = row["step"], row["forwards"]
     return progress
 
 
@@ -208,7 +210,7 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
             bar.set_postfix(loss=f"{done.loss:.3f}", dev=f"{folder.devs[-1][1]:.1%}" if folder.devs else "-")
     if progress.best is None:
         save(problem.lm, folder.model)
-        progress.best_step = progress.steps
+        progress.best_step, progress.best_forwards = progress.steps, progress.forwards
 
 
 class Recorder:
@@ -263,9 +265,9 @@ def judge(c: Config, problem: Problem, folder: RunFolder, progress: Progress) ->
     dev = problem.quality(problem.dev)
     check_finite(dev.loss, progress.steps - 1, c)
     if progress.best is None or dev.loss < progress.best.loss:
-        progress.best, progress.best_step = dev, progress.steps
+        progress.best, progress.best_step, progress.best_forwards = dev, progress.steps, progress.forwards
         save(problem.lm, folder.model)
-    folder.dev(progress.steps, dev.accuracy, dev.loss, peak_memory(c.device))
+    folder.dev(progress.steps, progress.forwards, dev.accuracy, dev.loss, peak_memory(c.device))
 
 
 def catch_up(c: Config, lm: LanguageModel, steps: list[list[float]]) -> None:
@@ -420,9 +422,9 @@ def run(c: Config) -> dict:
         "model": c.model, "task": c.task, "method": c.method, "weights": c.weights,
         "steps": progress.steps, "forwards": progress.forwards, "trainable_parameters": parameters(trained(lm)),
         "zero_shot": zero_shot, "dev": progress.best.accuracy if progress.best else None,
-        "dev_loss": progress.best.loss if progress.best else None, "best_step": progress.best_step, "test": test,
-        "interrupted": interrupted, "seconds": round(seconds, 1), "peak_memory_bytes": peak_memory(c.device),
-        "reserved_memory_bytes": reserved_memory(c.device),
+        "dev_loss": progress.best.loss if progress.best else None, "best_step": progress.best_step,
+        "best_forwards": progress.best_forwards, "test": test, "interrupted": interrupted, "seconds": round(seconds, 1),
+        "peak_memory_bytes": peak_memory(c.device), "reserved_memory_bytes": reserved_memory(c.device),
         "weights_sha256": lm.sha256(), "out": c.out,
     }  # fmt: skip
     folder.result(result)

@@ -44,7 +44,6 @@ from model import LanguageModel, create, load, read_config
 from quant import encode
 from run_folder import check_free, git_commit, versions
 from train import batch_indices, parameters, peak_memory
-from zo_optim import learning_rate
 
 # ---------------------------------------------------------------- documents
 
@@ -219,6 +218,11 @@ CLIP = 1.0
 TELL_EVERY = 100
 
 
+def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
+    """Linear up to the peak, then linear down to 0."""
+    return peak * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
+
+
 def fit(args: argparse.Namespace, lm: LanguageModel, stream: Stream, masking: Masking | None) -> float:
     """Train in place -> the mean loss of the last steps, TELL_EVERY of them."""
     lm.store = make_trainable(lm.store, None, torch.float32)
@@ -240,7 +244,7 @@ def fit(args: argparse.Namespace, lm: LanguageModel, stream: Stream, masking: Ma
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, CLIP)
         for group in adamw.param_groups:
-            group["lr"] = learning_rate(args.lr, "linear", step, args.steps, args.warmup)
+            group["lr"] = learning_rate(step, args.lr, args.warmup, args.steps)
         adamw.step()
         adamw.zero_grad()
         recent = [*recent, loss.detach()][-TELL_EVERY:]

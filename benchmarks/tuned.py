@@ -160,8 +160,8 @@ def winner(runs: Runs, arm: str, close: list[str], seeds: list[int]) -> str | No
 def line(runs: Runs, arm: str, choice: str, seeds: list[int]) -> str:
     found = [runs.done[arm, choice, seed] for seed in seeds if (arm, choice, seed) in runs.done]
     told = choice.replace("--lr ", "").replace("--eps", "eps")
-    if not found:
-        return f"| {arm} | | {told} | | | |"
+    if len(found) < len(seeds):
+        return f"| {arm} | | {told} | | runs of {len(found)} of {len(seeds)} seeds | |"
     tests = [100 * r["test"] for r in found]
     spread = f" ({statistics.stdev(tests):.1f})" if len(tests) > 1 else ""
     loss, dev = (statistics.mean(r[name] for r in found) for name in ("dev_loss", "dev"))

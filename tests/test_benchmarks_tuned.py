@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
+from contextlib import redirect_stderr, redirect_stdout
+from unittest.mock import Mock
 
 import pytest
 
+import train
 from benchmarks import tuned
 from benchmarks.tuned import Runs, outward, rates, whole
 
@@ -89,3 +93,55 @@ def test_time_that_ends_midway_leaves_no_choice(tmp_path, monkeypatch):
 def test_no_time_no_choice(tmp_path, monkeypatch):
     _, choice, log = table(tmp_path, monkeypatch, bowl(1e-3), rates("1e-4", "1e-3", "1e-2"), minutes=-1)
     assert choice is None and not log
+
+
+def test_a_row_has_means_and_spread_of_the_reported_seeds():
+    runs = Mock(done={
+        ("arm", "--lr 1 --eps 2", seed): {"test": test, "dev": 0.5, "dev_loss": loss, "trainable_parameters": 1234}
+        for seed, test, loss in ((1, 0.70, 0.4), (2, 0.80, 0.5), (3, 0.75, 0.6), (0, 0.1, 9.0))
+    })  # fmt: skip
+    told = tuned.line(runs, "arm", "--lr 1 --eps 2", [1, 2, 3])
+    assert told == "| arm | 1,234 | 1 eps 2 | 0.5000, 50.0 | 75.0 (5.0) | 70.0, 80.0, 75.0 |"
+
+
+def test_a_row_says_which_seeds_it_lacks():
+    done = {("arm", "--lr 1", 1): {"test": 0.7, "dev": 0.5, "dev_loss": 0.4, "trainable_parameters": 1234}}
+    assert tuned.line(Mock(done=done), "arm", "--lr 1", [1, 2, 3]) == "| arm | | 1 | | runs of 1 of 3 seeds | |"
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """`run` on the embedded model, which has its own data, by train.py itself in this process."""
+    def in_this_process(command, **options):
+        if command[0] == "git":
+            return Mock(stdout="")
+        flags, out, error = command[2:], io.StringIO(), io.StringIO()
+        at = flags.index("--data-dir")
+        with redirect_stdout(out), redirect_stderr(error):
+            code = train.main(flags[:at] + flags[at + 2 :])
+        return Mock(returncode=code, stdout=out.getvalue(), stderr=error.getvalue())
+
+    monkeypatch.setattr(tuned.subprocess, "run", in_this_process)
+    args = argparse.Namespace(model="tiny", data_dir="x", jobs=1, compile=False, out=str(tmp_path))
+
+    def run(flags: str) -> dict:
+        flags = f"--steps 2 --eval-every 1 --num-eval 8 --batch-size 4 --device cpu {flags}"
+        return tuned.run(args, 0, {"arm": "a", "choice": "c", "seed": 0, "flags": flags})
+
+    return run
+
+
+def test_a_row_is_what_the_run_came_to(command, tmp_path):
+    row = command("--method lora --lr 1e-3")
+    result = json.loads(next(tmp_path.glob("*/result.json")).read_text())
+    assert row["flags"] and {row[name] == result[name] for name in ("dev", "dev_loss", "test", "forwards")} == {True}
+
+
+def test_a_run_that_diverges_is_right_on_nothing(command):
+    row = command("--method fo --lr 1e6")
+    assert (row["dev"], row["dev_loss"], row["test"]) == (0.0, 1e9, 0.0)
+
+
+def test_any_other_failure_passes_for_no_measurement(command):
+    with pytest.raises(RuntimeError, match="--lr must be in"):
+        command("--method fo --lr -1")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train
-from config import parse, spec_of
+from config import parse, probes_at_once, spec_of
 from data.hub import SHAPES
 from dry_run import predict
 from model import create
@@ -51,6 +51,35 @@ def test_first_order_holds_the_larger_of_gradients_and_activations():
     assert many["bytes"]["gradients"] < many["bytes"]["activations"]
     fp32, bf16 = (peak(f"--method fo-ste --master {m}")["bytes"] for m in ("fp32", "bf16"))
     assert fp32["moments"] > 1.99 * bf16["moments"]
+
+
+@pytest.mark.parametrize("weights, copied", [("bf16", False), ("fp32", True), ("int4", True)])
+def test_backward_copies_matrices_that_are_not_what_is_multiplied(weights, copied):
+    """Products in bf16: one copy of each block's matrices, 12,952,010,752 bytes at the 7B shape."""
+    def activations(method: str, weights: str) -> int:
+        flags = f"--model llama2-7b --compute bf16 --weights {weights} --method {method} --batch-size 8"
+        return predict(parse(flags.split()), SHAPES["llama2-7b"], 64)["bytes"]["activations"]
+
+    more = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) if copied else 0
+    assert activations("lora", weights) == activations("fo", "bf16") + more
+
+
+def test_of_adapters_a_step_holds_each_probes_own_and_one_block_for_all():
+    """By hand, at the 7B shape: LoRA trains 32 (2 (4096 + 4096)) 8 numbers; four queries are eight probes."""
+    c = parse("--model llama2-7b --method lora --optimizer zo --queries 4 --weights bf16 --device cuda".split())
+    parts, n = predict(c, SHAPES["llama2-7b"], 64)["bytes"], 32 * 2 * 8192 * 8
+    block = 2 * (4 * 4096**2 + 3 * 4096 * 11008) + 4 * 2 * 4096
+    assert parts["adapters"] == 4 * n and parts["scratch"] == block + 8 * 4 * n
+    c = parse("--model llama2-7b --method lora --weights bf16 --device cuda".split())
+    parts = predict(c, SHAPES["llama2-7b"], 64)["bytes"]
+    assert parts["moments"] == 2 * 4 * n and parts["gradients"] == 4 * n
+
+
+@pytest.mark.parametrize("device, at_once", [("cuda", 16), ("cpu", 2)])
+def test_a_cpu_takes_two_probes_at_a_time(device, at_once):
+    """More of them overflow its cache (README)."""
+    c = parse(f"--model llama2-7b --method adazeta --queries 8 --device {device}".split())
+    assert probes_at_once(c, 8) == at_once
 
 
 def test_a_forward_has_no_more_probes_than_a_step():
@@ -98,7 +127,10 @@ def test_a_bad_config_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("flags", ["--weights int8", "--weights int4", "--method fo-ste --weights int8"])
+@pytest.mark.parametrize("flags", [
+    "--weights int8", "--weights int4", "--method fo-ste --weights int8", "--method lora --weights bf16",
+    "--method adazeta --queries 4 --weights int4",
+])  # fmt: skip
 def test_the_peak_is_within_ten_percent(flags):
     """At a size where the allocator's rounding no longer shows."""
     from benchmarks.memory import measure

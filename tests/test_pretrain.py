@@ -187,6 +187,12 @@ def test_held_out_loss_is_the_mean_over_targets_of_whole_forwards(raw, monkeypat
 # ---------------------------------------------------------------- whole runs
 
 
+def test_the_rate_rises_to_its_peak_and_falls_to_nothing():
+    rates = [pretrain.learning_rate(step, 1.0, 4, 20) for step in range(20)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5:] == pytest.approx([k / 16 for k in range(15, 0, -1)])
+
+
 @pytest.mark.parametrize("kind", ["llama", "roberta"])
 def test_loss_falls_and_the_directory_loads_here_and_in_transformers(kind, like, text, tmp_path, capsys):
     result = run(capsys, like(kind), text, tmp_path / "new")

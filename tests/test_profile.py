@@ -102,6 +102,11 @@ def test_bytes_and_operations_equal_a_count_by_hand(run):
     assert profile["phases"]["update"]["bytes"] == sum(2 * R * C + 4 * R for R, C in everything) + 2 * 4 * vectors
 
 
+def test_profiling_a_run_with_a_warmup_needs_no_other_flags():
+    """Which may be longer than what is left of the run."""
+    train.validate(train.parse("--method mezo --warmup 60 --profile 2".split()))
+
+
 def test_profiling_changes_no_weight(run, tmp_path):
     c = run[0]
     assert train.run(start(tmp_path / "run"))["weights_sha256"] == load(f"{c.out}/model", weights="int8").sha256()

@@ -16,7 +16,7 @@ RUNS = {
     "int8": "",
     "int4 grid": "--weights int4",
     "residual, two queries": "--weights int8 --residual 4 --queries 2 --lr-schedule constant",
-    "fp32, warmup": "--method mezo --warmup 4 --lr-schedule linear",
+    "fp32, warmup": "--method mezo --warmup 6 --lr-schedule linear",
     "adazeta": "--method adazeta --alpha 2 --beta 1 --max-queries 2 --batch-size 128 --steps 10",  # two epochs
     "adapters on int4": "--method lora --optimizer zo --weights int4",
 }

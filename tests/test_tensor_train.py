@@ -229,6 +229,7 @@ def test_full_rank_is_exact(matrix):
         assert [core.shape[1] for core in cores] == list(factors) and cores[0].shape[0] == cores[-1].shape[2] == 1
         assert all(a.shape[2] == b.shape[0] for a, b in zip(cores, cores[1:], strict=False))
         assert relative(by_gathering(cores, inputs, outputs), W) < 1e-10
+        assert relative(to_dense([core[None] for core in cores], inputs)[0], W) < 1e-10
     assert not by_gathering(from_dense(torch.zeros(inputs, outputs), factors), inputs, outputs).any()
 
 
@@ -399,11 +400,11 @@ def test_factors_of_odd_sizes_split_too():
         assert train.split is not None and math.prod(train.factors) == inputs * outputs
 
 
-PRINTED = {  # PAPERS 3.2: tensor_util.py's rows whose product is right
+PRINTED = {  # LoRETTA's tensor_util.py, of its rows those whose product is right; 768 x 16 is its table 10's
     (768, 64): (8, 8, 12, 8, 8), (1024, 64): (4, 8, 8, 8, 8, 4), (4096, 64): (16, 16, 16, 4, 4, 4),
     (5120, 64): (5, 8, 8, 16, 8, 8), (8192, 64): (4, 16, 16, 16, 8, 4), (768, 8): (8, 8, 12, 8),
     (1024, 8): (4, 8, 8, 8, 4), (4096, 8): (16, 16, 8, 4, 4), (5120, 8): (8, 8, 10, 8, 8),
-    (8192, 8): (4, 16, 16, 16, 4), (4096, 16): (16, 16, 16, 4, 4),
+    (8192, 8): (4, 16, 16, 16, 4), (768, 16): (8, 8, 12, 4, 4), (4096, 16): (16, 16, 16, 4, 4),
 }  # fmt: skip
 
 

@@ -97,7 +97,20 @@ def test_the_run_folder_holds_what_it_promises(quick, tmp_path):
         assert 0 <= row["clipped"] <= row["changed"] <= 1 and row["queries"] == 3 and row["tokens"] > 8
     best = min(devs, key=lambda r: r["dev_loss"])
     assert (result["dev"], result["dev_loss"], result["best_step"]) == (best["dev"], best["dev_loss"], best["step"])
+    assert [row["forwards"] for row in devs] == [18, 36] and result["best_forwards"] == 6 * best["step"]
+    assert "36 forwards" in (run / "curve.svg").read_text()
     assert (run / "curve.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize("method", ["lora", "mezo"])
+@pytest.mark.parametrize("schedule, after", [("constant", [1, 1, 1]), ("linear", [1, 2 / 3, 1 / 3])])
+def test_the_rate_rises_for_the_first_steps(quick, tmp_path, method, schedule, after):
+    """By AdamW and by forward passes; what is written down is what the step was given."""
+    flags = "--weights fp32 --lr 1e-4 --steps 6 --warmup 3".split()
+    quick("--method", method, "--lr-schedule", schedule, *flags)
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    lrs = [row["lr"] for row in rows if "lr" in row]
+    assert lrs == pytest.approx([1e-4 * part for part in (0.25, 0.5, 0.75, *after)])
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(quick):
@@ -464,6 +477,8 @@ def test_batches_of_a_step_have_one_length_where_lengths_are_rounded_up():
     ("--method adazeta --compile", "--compile makes code for each number of probes, which grows here"),
     ("--weights int8 --stride 2", "--stride is about directions on the grid"),
     ("--method fo --stride 2", "--stride means nothing beside --method fo"),
+    ("--warmup 1", "--warmup 1 leaves none of --steps 1 at the full rate"),
+    ("--method lora --warmup -1", "--warmup must be in [0, 2147483647], got -1"),
 ])  # fmt: skip
 def test_flags_that_would_be_ignored_are_refused(tmp_path, capsys, flags, told):
     assert train.main([*flags.split(), "--steps", "1", "--num-eval", "4", "--out", str(tmp_path / "run")]) == 2
