@@ -309,7 +309,7 @@ def validate(c: Config) -> None:
     check_products(c)
     if c.profile and c.steps < WARM_UP + c.profile:
         raise ValueError(f"--profile {c.profile} needs --steps of {WARM_UP + c.profile} or more, got {c.steps}")
-    if c.warmup >= c.steps and not c.profile:  # which may be what cuts the steps
+    if c.warmup >= c.steps and not c.profile:  # which cuts the steps by itself
         raise ValueError(f"--warmup {c.warmup} leaves none of --steps {c.steps} at the full rate")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", c.device):
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {c.device!r}")
