@@ -39,7 +39,7 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
     parts = stored(shapes, c) | ({} if spec is None else {"adapters": 4 * (trainable["adapters"] + fixed)})
     if c.optimizer == "adamw":
         trained = masters(shapes, c) if spec is None else 4 * sum(trainable.values())
-        a_token = kept(config, c) if spec is None else kept_beside_adapters(config, c, raw["model_type"], spec)
+        a_token = kept(config, c, raw["model_type"], spec)
         activations = N * config.num_hidden_layers * a_token + copies(shapes, c)
         parts |= {"moments": 2 * trained, "gradients": trained, "activations": activations}
         at_once = sum(parts.values()) - min(parts["gradients"], parts["activations"])
@@ -127,23 +127,25 @@ def passing(config, c: Config) -> int:
     return given + max(b * D + 8 * D, 7 * b * D, b * D + wide)
 
 
-def kept(config, c: Config) -> int:
-    """Bytes a token and a layer that a forward keeps for its backward: each norm's float32 input and normalised
-    input, attention's q, k, v and output, every linear layer's input, the activation function's two sides."""
+def kept(config, c: Config, model_type: str, spec: Spec | None) -> int:
+    """Bytes a token and a layer that a forward keeps for its backward: each norm's float32 input and, where norms are
+    trained, normalised input, attention's q, k, v and output, the activation function's two sides; and every linear
+    layer's input, or where those are frozen what their adapters keep."""
     b, D, F = BYTES[c.compute], config.hidden_size, config.intermediate_size
-    inputs = 4 * D + 2 * F if c.activations != "none" else 3 * D + F  # rounded, each layer has an input of its own
-    return 16 * D + b * (4 * D + inputs + (3 if isinstance(config, LlamaConfig) else 1) * F)
+    norms = 16 if spec is None or spec.norms else 8
+    if spec is not None:
+        inputs = kept_by_adapters(D, b, model_type, spec)
+    else:  # rounded, each layer has an input of its own
+        inputs = b * (4 * D + 2 * F if c.activations != "none" else 3 * D + F)
+    return norms * D + b * (4 * D + (3 if isinstance(config, LlamaConfig) else 1) * F) + inputs
 
 
-def kept_beside_adapters(config, c: Config, model_type: str, spec: Spec) -> int:
-    """The same where the model is frozen: linear layers need no inputs then, norms one tensor of two.  Each adapter
-    keeps its float32 input, which in an fp32 model is one for all that read the same, and its narrow middle."""
-    b, D, F = BYTES[c.compute], config.hidden_size, config.intermediate_size
-    model = (16 if spec.norms else 8) * D + b * (4 * D + (3 if isinstance(config, LlamaConfig) else 1) * F)
+def kept_by_adapters(D: int, b: int, model_type: str, spec: Spec) -> int:
+    """Each one's float32 input, which in an fp32 model is one for all that read the same, and its narrow middle."""
     places = list(targets_of(model_type, spec).values())
     after = places.count("output")
     inputs = after + min(1, len(places) - after) if b == 4 else len(places)
-    return model + 4 * (inputs * D + len(places) * (2 * spec.rank + spec.bottleneck))
+    return 4 * (inputs * D + len(places) * (2 * spec.rank + spec.bottleneck))
 
 
 def table(predicted: dict) -> str:

@@ -135,6 +135,11 @@ def batch_indices(seed: int, step: int, batch_size: int, n: int) -> list[int]:
     return [int(_order(seed, p // n, n)[p % n]) for p in positions]
 
 
+def rate_at(c: Config, step: int) -> float:
+    """Of a run and of its replay alike."""
+    return learning_rate(c.lr, c.lr_schedule, step, c.steps, c.warmup)
+
+
 def batches_of(problem: Problem, examples: list[Encoded], micro_batch_size: int) -> list[Batch]:
     """What goes through the model at once; of one length, where lengths are rounded up."""
     rounded = -(-max(map(width, examples)) // problem.multiple) * problem.multiple if problem.multiple > 1 else 0
@@ -198,7 +203,7 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
             if stop.number:
                 break
             examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, len(problem.train))]
-            lr = learning_rate(c.lr, c.lr_schedule, step, c.steps, c.warmup)
+            lr = rate_at(c, step)
             done = take_step(step, examples, lr)
             tokens = sum(map(width, examples))
             recorder.take(step + 1, done, {"lr": lr, "tokens": tokens})
@@ -274,7 +279,7 @@ def catch_up(c: Config, lm: LanguageModel, steps: list[list[float]]) -> None:
     """Redo the first steps of a recorded run from their slopes, without a forward pass."""
     zo, store = estimator(c), trained(lm)
     for step, slopes in enumerate(steps):
-        update(store, slopes, c.seed, step, zo, learning_rate(c.lr, c.lr_schedule, step, c.steps, c.warmup))
+        update(store, slopes, c.seed, step, zo, rate_at(c, step))
 
 
 def check_same(past: Past, name: str, value: object) -> None:
