@@ -1,256 +1,60 @@
-"""LLaMA and RoBERTa as plain modules over weights that somebody else keeps, and their safetensors loader.
+"""LLaMA and RoBERTa as plain modules over weights that somebody else keeps.
 
 The model is a pure function and the weights are data.  A View says how the weights are read: as they are
-stored, or as seen by the P probes of a zeroth-order step.  Each block is one weightless nn.Module, called with
+stored, or as the P perturbed copies of a zeroth-order step.  Each block is one weightless nn.Module, called with
 a layer's weights through torch.func.functional_call, so only one layer is ever materialised.
 
 LLaMA: Touvron et al. 2023; RMSNorm, rotary embedding in split halves (as in Hugging Face files), SwiGLU,
 grouped-query attention.  RoBERTa: Liu et al. 2019; post-norm, learned positions, masked-LM head.
 
-Shape key: P probes, B batch, T tokens, S cached + new tokens, M tokens that are read, D hidden, H heads, K key-value
-heads, d head width, V vocabulary.  Imports checkpoint, quant, random_bits and fused, to store weights and to round
-what is multiplied, and profiler, which names the phases.
+Shape key: P perturbed copies, B batch, T tokens, S cached + new tokens, M wanted tokens, D hidden, H heads, K
+key-value heads, d head width, V vocabulary.  Imports quant and random_bits, and of runtime model_configs and
+checkpoints, to load and save.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from checkpoint import COMPANIONS, check_names, find_tensors, read_tensors, write_directory
-from profiler import bytes_decoded, phase
-from quant import (
-    FLOATS,
-    Fp8,
-    Integers,
-    Oracle,
-    Stored,
-    check_format,
-    encode,
-    from_parts,
-    multiply_fp8,
-    quantise_tokens,
-    row_chunks,
-    stored_parts,
-)
+from quant import StoredWeights, encode
 from random_bits import tensor_id
-
-try:
-    import fused
-except ImportError:  # of Triton, which comes with CUDA builds of torch
-    fused = None
-
-if TYPE_CHECKING:  # what may be put around a model; this file only hands it the view
-    from tensor_train import Adapters
-
-# ---------------------------------------------------------------- configs: config.json and nothing else
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embedding: its base, and llama3's frequency scaling where factor > 1."""
-
-    theta: float = 10000.0
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    @classmethod
-    def from_config(cls, raw: dict) -> Rope:
-        """Reads `rope_parameters`, or the older `rope_theta` beside `rope_scaling`."""
-        scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(scaling, dict):
-            raise ValueError(f"rope_scaling must be an object, got {scaling!r}")
-        theta = scaling.get("rope_theta", raw.get("rope_theta", 10000.0))
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind == "default":
-            return cls(theta)
-        if kind != "llama3":
-            raise ValueError(f"rope scaling {kind!r} is not supported; known: default, llama3")
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        missing = [n for n in names if n not in scaling]
-        if missing:
-            raise ValueError(f"llama3 rope scaling lacks {', '.join(missing)}")
-        return cls(theta, *(scaling[n] for n in names))
-
-    def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if type(value) not in (int, float) or not value > 0:
-                raise ValueError(f"rope_{f.name} must be a number above 0, got {value!r}")
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    masked: ClassVar[bool] = False  # reads left to right
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int  # fewer than num_attention_heads means grouped queries
-    head_dim: int
-    rope: Rope
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    tie_word_embeddings: bool = False
-    hidden_act: str = "silu"
-    bos_token_id: int = 1
-    eos_token_id: int | list[int] | None = 2
-    pad_token_id: int | None = None
-
-    @property
-    def longest(self) -> int:
-        """Tokens that a sequence may have."""
-        return self.max_position_embeddings
-
-    @classmethod
-    def from_raw(cls, raw: dict) -> LlamaConfig:
-        known = _known(cls, raw)
-        heads = known["num_attention_heads"]
-        derived = {"num_key_value_heads": heads, "head_dim": known["hidden_size"] // heads}
-        config = cls(**derived | known, rope=Rope.from_config(raw))
-        if config.hidden_act != "silu":
-            raise ValueError(f"hidden_act {config.hidden_act!r} is not supported for llama; known: silu")
-        if heads % config.num_key_value_heads:
-            raise ValueError(f"{heads} heads do not split into {config.num_key_value_heads} key-value heads")
-        if config.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary embedding, got {config.head_dim}")
-        return config
-
-
-@dataclass(frozen=True)
-class RobertaConfig:
-    masked: ClassVar[bool] = True  # answers at a mask
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    max_position_embeddings: int
-    type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12
-    bos_token_id: int = 0
-    eos_token_id: int = 2
-    pad_token_id: int = 1
-    tie_word_embeddings: bool = True
-    hidden_act: str = "gelu"
-    position_embedding_type: str = "absolute"
-    is_decoder: bool = False
-
-    @property
-    def longest(self) -> int:
-        """Tokens that a sequence may have: positions count from the padding's index + 1."""
-        return self.max_position_embeddings - 1 - self.pad_token_id
-
-    @classmethod
-    def from_raw(cls, raw: dict) -> RobertaConfig:
-        config = cls(**_known(cls, raw))
-        supported = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
-        for name, value in supported.items():
-            if getattr(config, name) != value:
-                raise ValueError(f"{name} {getattr(config, name)!r} is not supported for roberta; known: {value!r}")
-        if config.hidden_size % config.num_attention_heads:
-            raise ValueError(f"{config.num_attention_heads} heads do not divide hidden_size {config.hidden_size}")
-        return config
-
-
-def _known(cls: type, raw: dict) -> dict:
-    """The fields of a config class that config.json gives; null counts as absent, except where it is a value."""
-    known = {}
-    for f in fields(cls):
-        value = raw.get(f.name)
-        above = -1 if f.name.endswith("_id") else 0
-        if value == -1 and "None" in f.type:  # some checkpoints' way of saying none
-            value = None
-        if value is not None and not _fits(value, f.type, above):
-            raise ValueError(f"{f.name} {value!r} is not a usable {f.type}")
-        if value is not None or (f.name in raw and "None" in f.type):
-            known[f.name] = value
-    return known
-
-
-def _fits(value: object, kind: str, above: int) -> bool:
-    """Whether a JSON value is of an annotated type.  bool is an int to Python, so types are compared exactly."""
-    if isinstance(value, list) and "list" in kind:
-        return all(_fits(v, "int", above) for v in value)
-    if kind in ("bool", "str"):
-        return type(value).__name__ == kind
-    return (type(value) is int or (kind == "float" and type(value) is float)) and value > above
-
-
-def config_of(raw: dict) -> LlamaConfig | RobertaConfig:
-    """The contents of config.json -> a frozen config.  Raises ValueError for what is unknown or unsupported."""
-    kinds = {"llama": LlamaConfig, "roberta": RobertaConfig}
-    if raw.get("model_type") not in kinds:
-        raise ValueError(f"model_type {raw.get('model_type')!r} is not supported; known: {', '.join(kinds)}")
-    try:
-        return kinds[raw["model_type"]].from_raw(raw)
-    except KeyError as error:
-        raise ValueError(f"lacks {error}") from None
-    except TypeError as error:  # a required field without a default
-        raise ValueError(str(error).split("__init__() ")[-1]) from None
-
-
-def read_config(directory: str | Path) -> tuple[LlamaConfig | RobertaConfig, dict]:
-    """config.json -> (the frozen config, the raw dictionary that `save` writes back)."""
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{directory} has no config.json; --model takes a Hugging Face model directory or a preset")
-    try:
-        raw = json.loads(path.read_text())
-        if not isinstance(raw, dict):
-            raise ValueError(f"must hold an object, got {type(raw).__name__}")
-        return config_of(raw), raw
-    except (ValueError, RecursionError) as error:  # what json raises is a ValueError too
-        raise ValueError(f"{path}: {error}") from None
-
+from runtime import checkpoints
+from runtime.model_configs import LlamaConfig, RobertaConfig, Rope, config_of, read_config
 
 # ---------------------------------------------------------------- parts
 
 
 class Linear(nn.Linear):
-    """x [P, ..., D] times each probe's own weight [P, O, D], or a shared one [1, O, D], -> [P, ..., O] in one product.
+    """x [P, ..., D] times each copy's own weight [P, O, D], or a shared one [1, O, D], -> [P, ..., O] in one product.
 
-    The bias [P, O] stays float32 in its store and takes the activation's dtype here.
+    The bias [P, O] stays float32 in its store and takes the activation's dtype here.  round_input is what may be done
+    to the input first, [P, N, D] -> the same shape (quant.quantise_tokens).
     """
 
-    activations = "none"  # how the input is rounded: LanguageModel.round_activations
+    round_input: Callable[[Tensor], Tensor] | None = None
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.register_buffer("weight_scale", None)  # [O, 1], where weights come as fp8 codes
+    @property
+    def input_dtype(self) -> torch.dtype:
+        return self.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight_scale is not None:
-            y = multiply_fp8(x.flatten(1, -2), self.weight, self.weight_scale)
-            y = y if self.bias is None else y + self.bias.to(y.dtype)[:, None]
-            return y.view(*x.shape[:-1], -1)
-        flat = quantise_tokens(x.flatten(1, -2), self.activations)  # [P, N, D]
-        if len(self.weight) < len(flat):  # a frozen weight, which all probes share: one large product
+        flat = x.flatten(1, -2)  # [P, N, D]
+        flat = flat if self.round_input is None else self.round_input(flat)
+        if len(self.weight) < len(flat):  # a frozen weight, which all copies share: one large product
             y = F.linear(flat, self.weight[0], None if self.bias is None else self.bias[0].to(x.dtype))
         elif self.bias is None:
             y = torch.bmm(flat, self.weight.mT)
         else:
             y = torch.baddbmm(self.bias.to(x.dtype)[:, None], flat, self.weight.mT)
         return y.view(*x.shape[:-1], -1)
-
-
-def product_dtype(layer: Linear) -> torch.dtype:
-    """What a layer's input comes in."""
-    return layer.weight.dtype if layer.weight_scale is None else torch.bfloat16
 
 
 class RMSNorm(nn.Module):
@@ -262,20 +66,16 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], None, self.eps) * along(self.weight, x)
+        weight = self.weight.view(len(self.weight), *[1] * (x.ndim - 2), -1)
+        return F.rms_norm(x.float(), x.shape[-1:], None, self.eps) * weight
 
 
 class LayerNorm(nn.LayerNorm):
-    """In float32, as RMSNorm."""
+    """Normalises in float32, as RMSNorm; weight and bias [P, D]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        normal = F.layer_norm(x.float(), x.shape[-1:], None, None, self.eps)
-        return torch.addcmul(along(self.bias, x), normal, along(self.weight, x))
-
-
-def along(vector: Tensor, x: Tensor) -> Tensor:
-    """A vector of each probe [P, D], to broadcast with x [P, ..., D]."""
-    return vector.view(len(vector), *[1] * (x.ndim - 2), -1)
+        weight, bias = (v.view(len(v), *[1] * (x.ndim - 2), -1) for v in (self.weight, self.bias))
+        return torch.addcmul(bias, F.layer_norm(x.float(), x.shape[-1:], None, None, self.eps), weight)
 
 
 def rope_frequencies(rope: Rope, d: int, device: torch.device) -> Tensor:
@@ -300,21 +100,21 @@ def rotate(x_BTHd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
 
 
 def attend(q_PBTHd: Tensor, k_PBSHd: Tensor, v_PBSHd: Tensor, seen: Tensor | None) -> Tensor:
-    """Softmax attention of each sequence of each probe -> [P, B, T, H * d].
+    """Softmax attention of each sequence of each copy -> [P, B, T, H * d].
 
-    seen [P * B, 1, 1 or T, S] bool; None is what each token has before it, for which there are faster kernels.
+    seen [P * B, 1, 1 or T, S] bool; None is the usual causal mask, for which there are faster kernels.
     """
     q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q_PBTHd, k_PBSHd, v_PBSHd))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
     return y.transpose(1, 2).reshape(*q_PBTHd.shape[:3], -1)
 
 
-Reads = tuple[Tensor, Tensor]  # the tokens that a caller wants: rows and positions, [M] int64 each
+TokenIndex = tuple[Tensor, Tensor]  # the tokens that a caller wants: rows and positions, [M] int64 each
 
 
-def chosen(x_PBTD: Tensor, reads: Reads | None) -> Tensor:
-    """-> [P, M, D], or all where there are no reads.  The last block goes on with these alone after its attention."""
-    return x_PBTD if reads is None else x_PBTD[:, *reads]
+def gather_tokens(x_PBTD: Tensor, index: TokenIndex | None) -> Tensor:
+    """-> [P, M, D], or all where there is no index.  The last block goes on with these alone after its attention."""
+    return x_PBTD if index is None else x_PBTD[:, *index]
 
 
 class KVCache:
@@ -341,8 +141,9 @@ class LlamaAttention(nn.Module):
         self.o_proj = Linear(self.heads * self.d, c.hidden_size, bias=c.attention_bias)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, reads: Reads | None, cache=None, layer: int = 0
-    ) -> Tensor:
+        self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, wanted: TokenIndex | None,
+        cache: KVCache | None = None, layer: int = 0,
+    ) -> Tensor:  # fmt: skip
         P, B, T, _ = x.shape
         q_PBTHd = rotate(self.q_proj(x).view(P, B, T, self.heads, self.d), cos, sin)
         k_PBTKd = rotate(self.k_proj(x).view(P, B, T, self.kv_heads, self.d), cos, sin)
@@ -352,7 +153,7 @@ class LlamaAttention(nn.Module):
         group = self.heads // self.kv_heads
         if group > 1:  # once each would be a copy
             k_PBTKd, v_PBTKd = k_PBTKd.repeat_interleave(group, 3), v_PBTKd.repeat_interleave(group, 3)
-        return self.o_proj(chosen(attend(q_PBTHd, k_PBTKd, v_PBTKd, seen), reads))
+        return self.o_proj(gather_tokens(attend(q_PBTHd, k_PBTKd, v_PBTKd, seen), wanted))
 
 
 class LlamaMLP(nn.Module):
@@ -374,15 +175,15 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, reads: Reads | None, *cache
+        self, x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, wanted: TokenIndex | None, *cache
     ) -> tuple[Tensor, Tensor]:
         """x is the residual stream and y what comes to it from the block before: -> the same for the next one.  To add
-        them here spares a pass over x, which the norm reads anyway.
+        them here spares a pass over x, which the norm wanted anyway.
 
-        x is float32 whatever the products are computed in: sums in bf16 put more noise into a small probe's slope than
-        all products together."""
-        dtype, x = product_dtype(self.mlp.gate_proj), x + y
-        x = chosen(x, reads) + self.self_attn(self.input_layernorm(x).to(dtype), cos, sin, seen, reads, *cache)
+        x is float32 whatever the products are computed in: sums in bf16 put more noise into a small projected
+        gradient than all products together."""
+        dtype, x = self.mlp.gate_proj.input_dtype, x + y
+        x = gather_tokens(x, wanted) + self.self_attn(self.input_layernorm(x).to(dtype), cos, sin, seen, wanted, *cache)
         return x, self.mlp(self.post_attention_layernorm(x).to(dtype))
 
 
@@ -417,11 +218,11 @@ class RobertaBlock(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": Linear(c.hidden_size, c.intermediate_size)})
         self.output = RobertaOutput(c.intermediate_size, c)
 
-    def forward(self, x: Tensor, seen: Tensor, reads: Reads | None) -> Tensor:
+    def forward(self, x: Tensor, seen: Tensor, wanted: TokenIndex | None) -> Tensor:
         """x is float32, as in LlamaBlock."""
-        dtype = product_dtype(self.output.dense)
-        attended = chosen(self.attention["self"](x.to(dtype), seen), reads)
-        x = self.attention["output"](attended, chosen(x, reads))
+        dtype = self.output.dense.input_dtype
+        attended = gather_tokens(self.attention["self"](x.to(dtype), seen), wanted)
+        x = self.attention["output"](attended, gather_tokens(x, wanted))
         return self.output(F.gelu(self.intermediate["dense"](x.to(dtype))), x)
 
 
@@ -445,96 +246,56 @@ class RobertaHead(nn.Module):
         self.layer_norm = LayerNorm(c.hidden_size, c.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer_norm(F.gelu(self.dense(x.to(product_dtype(self.dense)))))
+        return self.layer_norm(F.gelu(self.dense(x.to(self.dense.input_dtype))))
 
 
 # ---------------------------------------------------------------- whole models
 
 
 class View(Protocol):
-    """A way of reading the weights.  The leading axis P has one entry for each probe, or 1 where a tensor is frozen."""
+    """A way of reading the weights.  The leading axis P has one entry for each copy, or 1 where a tensor is frozen."""
 
     probes: int  # P
 
-    def read(self, name: str) -> Tensor:
-        """[P, *shape]; matrices in the compute dtype, all else in float32."""
+    def read(self, name: str, as_codes: bool = False) -> Tensor:
+        """[P, *shape]; matrices in the compute dtype, vectors in float32; as_codes, an fp8 matrix's e4m3 codes."""
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         """Rows of a matrix: index [n] int64 -> [P, n, C] float32."""
 
-    def codes(self, name: str) -> Tensor:
-        """An fp8 matrix as codes, [P, R, C] e4m3; its row scales are the store's."""
 
-
-def has_read_kernel(stored: Stored) -> bool:
-    """Codes on a GPU; floats are there already, and may want a gradient."""
-    return fused is not None and isinstance(stored, Integers | Fp8) and fused.serves(stored)
-
-
-class StoredView:
-    """The weights as they are stored: P = 1."""
-
-    probes = 1
-
-    def __init__(self, store: dict[str, Stored], dtype: torch.dtype):
-        self.store, self.dtype = store, dtype
-
-    @phase("materialise", bytes_decoded)
-    def read(self, name: str) -> Tensor:
-        stored = self.store[name]
-        if len(stored.shape) != 2:
-            return stored.read().view(1, *stored.shape)
-        if not isinstance(stored, Integers | Fp8 | Oracle):
-            return stored.read().to(self.dtype)[None]
-        if has_read_kernel(stored):
-            return fused.read(stored, self.dtype)
-        weight = torch.empty(1, *stored.shape, dtype=self.dtype, device=stored.device)
-        for rows in row_chunks(stored.shape, stored.device):  # codes are unpacked through numbers of 32 bits
-            weight[0, rows] = stored.read(rows)
-        return weight
-
-    @phase("materialise", bytes_decoded)
-    def rows(self, name: str, index: Tensor) -> Tensor:
-        stored = self.store[name]
-        if has_read_kernel(stored):
-            return fused.read(stored, torch.float32, index)
-        return stored.read(index).float()[None]
-
-    def codes(self, name: str) -> Tensor:
-        return self.store[name].codes[None]
-
-
-GRAPHS = 24  # of a compiled block: torch keeps 8 unless told
+MAX_RECOMPILES = 24  # of a compiled block: torch's default is 8
 
 
 class LanguageModel:
-    """A config, a store of named weights, and the functions that run them.
+    """A config, named weights that somebody else keeps, and the functions that run them.
 
     Forward passes come in two pieces, so that a caller who wants a few tokens and a few words pays for no more:
     `hidden` runs the blocks, `score` turns hidden states into logits.  Calling the model does both for all of them.
     """
 
     block: nn.Module  # without storage: one serves all layers
-    layers: str  # what the names of a block's tensors begin with, before its number
+    layers: str  # the prefix of a block's tensor names, before its number
     embedding: str  # name of the word embedding
     decoder: str  # name of the output matrix, which is the embedding where they are tied
 
-    def __init__(
-        self, config, raw_config: dict, store: dict[str, Stored], dtype: torch.dtype, weights: str, residual: int = 0
-    ):
-        self.config, self.raw_config, self.store, self.dtype = config, raw_config, store, dtype
-        self.weights, self.residual = weights, residual
-        self.activations, self.multiplies_codes, self.is_compiled = "none", False, False
-        self.adapters: Adapters | None = None  # tensor_train.attach
+    def __init__(self, config, raw_config: dict, weights: dict, dtype: torch.dtype, format: str, residual: int = 0):
+        """weights: stores by name (quant.Store); dtype: what matrices are multiplied in; format: how they are kept."""
+        self.config, self.raw_config, self.weights, self.dtype = config, raw_config, weights, dtype
+        self.format, self.residual, self.is_compiled = format, residual, False
+        self.round_input: Callable[[Tensor], Tensor] | None = None
+        self.stored_view_class = StoredWeights
+        self.view_wrappers: list[Callable[[View], View]] = []  # adapters and fp8 products change how weights are read
+        self.adapters = None  # tensor_train.attach
         self.other_files: list[Path] = []  # tokenizer and such, copied along by `save`
 
-    def round_activations(self, kind: str) -> None:
-        """Round the input of every linear layer and of the output matrix, one scale a token (quant.ACTIVATIONS)."""
-        self.activations = kind
+    def round_inputs(self, rounding: Callable[[Tensor], Tensor]) -> None:
+        """Round the input of every linear layer and of the output matrix, [..., C] -> the same shape."""
+        self.round_input = rounding
         for part in self.parts():
             for module in part.modules():
                 if isinstance(module, Linear):
-                    module.activations = kind
+                    module.round_input = rounding
 
     def parts(self) -> tuple[nn.Module, ...]:
         """The weightless modules."""
@@ -542,28 +303,31 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return self.store[self.embedding].device
+        return self.weights[self.embedding].device
 
-    def stored_view(self) -> StoredView:
-        return StoredView(self.store, self.dtype)
+    def stored_view(self) -> View:
+        """The weights as they are stored: P = 1."""
+        return self.stored_view_class(self.weights, self.dtype)
+
+    def wrapped(self, view: View) -> View:
+        """How adapters and fp8 products, where there are any, read the weights through this view."""
+        for wrap in self.view_wrappers:
+            view = wrap(view)
+        return view
 
     def __call__(self, tokens: Tensor, mask: Tensor | None = None, view: View | None = None) -> Tensor:
         """tokens [B, T] int64, mask [B, T] (1 = real token, padding on either side) -> logits [B, T, V] float32.
 
-        With a view of P probes the result is [P, B, T, V].
+        With a view of P copies the result is [P, B, T, V].
         """
         if view is None:
             return self(tokens, mask, self.stored_view())[0]
         return self.score(self.hidden(tokens, mask, view), view)
 
-    def hidden(self, tokens: Tensor, mask: Tensor | None, view: View, reads: Reads | None = None) -> Tensor:
-        """The last hidden states, after the final norm or head transform: -> [P, B, T, D] float32; of reads alone,
-        [P, M, D]."""
+    def hidden(self, tokens: Tensor, mask: Tensor | None, view: View, wanted: TokenIndex | None = None) -> Tensor:
+        """The last hidden states, after the final norm or head transform: -> [P, B, T, D] float32, or of the wanted
+        tokens alone [P, M, D]."""
         raise NotImplementedError
-
-    def reads_of_blocks(self, reads: Reads | None) -> list[Reads | None]:
-        """What is wanted of each block: all tokens, to which the next one attends; of the last one, reads."""
-        return [None] * (self.config.num_hidden_layers - 1) + [reads]
 
     def score(self, hidden: Tensor, view: View, words: Tensor | None = None) -> Tensor:
         """Hidden states [P, ..., D] -> float32 logits [P, ..., V], or [P, ..., n] for n chosen words.
@@ -571,22 +335,19 @@ class LanguageModel:
         Chosen words read only their own rows of the output matrix, in float32: they are few, and bf16 would round
         logits near 10 to 1/16.
         """
+        view = self.wrapped(view)
         matrix = view.read(self.decoder) if words is None else view.rows(self.decoder, words)
-        flat = quantise_tokens(hidden.flatten(1, -2), self.activations).to(matrix.dtype)  # [P, N, D]
+        flat = hidden.flatten(1, -2)  # [P, N, D]
+        flat = (flat if self.round_input is None else self.round_input(flat)).to(matrix.dtype)
         logits = (flat @ matrix.mT).float() + self.output_bias(view, words)
         return logits.view(*hidden.shape[:-1], -1)
 
     def output_bias(self, view: View, words: Tensor | None) -> Tensor | float:
         return 0.0
 
-    def words(self, view: View, tokens: Tensor) -> Tensor:
-        """Word embeddings: tokens [B, T] -> [P, B, T, D] float32."""
-        return self.look_up(view, self.embedding, tokens).expand(view.probes, -1, -1, -1)
-
-    @staticmethod
-    def look_up(view: View, name: str, index: Tensor) -> Tensor:
+    def look_up(self, view: View, name: str, index: Tensor) -> Tensor:
         """Rows of a table: index [B, T] -> [P, B, T, D] float32."""
-        if index.is_cuda:  # which would have to be waited for, to know how many are different
+        if index.is_cuda:  # to know how many are different, the host would have to wait for the GPU
             return view.rows(name, index.flatten()).unflatten(1, index.shape)
         used, place = index.unique(return_inverse=True)  # a row is drawn and dequantised once
         return view.rows(name, used)[:, place]
@@ -594,39 +355,18 @@ class LanguageModel:
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the block, for all layers, batches and lengths at once: weights are inputs, sizes are symbols.
 
-        But the number of probes is none.  One sequence is another case than several; the last layer, where it goes on
+        But the number of copies is none.  One sequence is another case than several; the last layer, where it goes on
         with some tokens alone, than the others, and by whether there is one of them a sequence; and weights that want
-        gradients, in a pass that keeps them or not.  Most runs meet four of these cases, none more than GRAPHS.
+        gradients, in a pass that keeps them or not.  Most runs meet four of these cases, none more than MAX_RECOMPILES.
         """
         limit = torch._dynamo.config.recompile_limit  # beyond it, blocks would run as they are
-        torch._dynamo.config.recompile_limit = max(GRAPHS, limit)
+        torch._dynamo.config.recompile_limit = max(MAX_RECOMPILES, limit)
         self.block.compile(backend=backend, dynamic=True)
         self.is_compiled = True
 
-    def multiply_codes(self) -> None:
-        """Let the blocks multiply fp8 codes by fp8 codes (quant.multiply_fp8).
-
-        Raises ValueError for other weights, activations or products around them, and for sizes that torch does not
-        multiply so.
-        """
-        if (self.weights, self.activations, self.dtype) != ("fp8", "fp8", torch.bfloat16):
-            raise ValueError(f"products of fp8 codes need fp8 weights and activations, and bf16 around them, got "
-                             f"{self.weights}, {self.activations} and {self.dtype}")  # fmt: skip
-        for name, stored in self.store.items():
-            if name.startswith(self.layers) and isinstance(stored, Fp8) and any(n % 16 for n in stored.shape):
-                told = f"products of fp8 codes need sizes that 16 divides, and {name} is {list(stored.shape)}"
-                raise ValueError(f"{told}: use --compute bf16")
-        self.multiplies_codes = True
-
     def apply(self, part: nn.Module, prefix: str, view: View, x: Tensor, *context) -> Tensor | tuple[Tensor, Tensor]:
-        """Run one weightless module on x [P, ..., D], each probe with the weights that the view gives it."""
-        weights = {}
-        for name, _ in part.named_parameters():
-            stored = self.store.get(prefix + name)
-            if self.multiplies_codes and isinstance(stored, Fp8):
-                weights |= {name: view.codes(prefix + name), name + "_scale": stored.scale}
-            else:
-                weights[name] = view.read(prefix + name)
+        """Run one weightless module on x [P, ..., D], each copy with the weights that the view gives it."""
+        weights = {name: view.read(prefix + name) for name, _ in part.named_parameters()}
         return functional_call(part, weights, (x, *context))
 
     def generate(self, tokens: Tensor, max_new_tokens: int, mask: Tensor | None = None) -> Tensor:
@@ -639,34 +379,7 @@ class LanguageModel:
         """
         if self.adapters is not None:
             raise ValueError("a plain checkpoint has no adapters: merge them first, or save them alone")
-        tensors = ((name, stored.read().view(stored.shape)) for name, stored in self.store.items())
-        write_directory(Path(directory), self._config_to_save(), self.other_files, tensors)
-
-    def save_stored(self, directory: str | Path) -> None:
-        """Write the weights as they are stored, codes and scales, for `load` with the same `weights` and `residual`.
-
-        Raises ValueError for a model with adapters: tensor_train.save writes those alone.
-        """
-        if self.adapters is not None:
-            raise ValueError("a model with adapters is not saved whole: save the adapters alone")
-        parts = ((name + suffix, t) for name, s in self.store.items() for suffix, t in s.parts().items())
-        if self.weights in FLOATS:
-            return write_directory(Path(directory), self._config_to_save(), self.other_files, parts)
-        config = self._config_to_save() | {CODES: {"weights": self.weights, "residual": self.residual}}
-        return write_directory(Path(directory), config, self.other_files, parts, CODES)
-
-    def _config_to_save(self) -> dict:
-        kept = {key: value for key, value in self.raw_config.items() if key not in ("torch_dtype", CODES)}
-        return kept | {"dtype": "bfloat16" if self.weights == "bf16" else "float32"}
-
-    def sha256(self) -> str:
-        """Hash of every stored bit: name, dtype, shape and bytes of each part, in order of name."""
-        digest = hashlib.sha256()
-        for name in sorted(self.store):
-            for suffix, part in self.store[name].parts().items():
-                digest.update(f"{name}{suffix} {part.dtype} {tuple(part.shape)}\n".encode())
-                digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        checkpoints.save_dense(Path(directory), self.raw_config, self.format, self.weights, self.other_files)
 
 
 class Llama(LanguageModel):
@@ -682,7 +395,7 @@ class Llama(LanguageModel):
         return self.block, self.norm
 
     def hidden(
-        self, tokens: Tensor, mask: Tensor | None, view: View, reads: Reads | None = None,
+        self, tokens: Tensor, mask: Tensor | None, view: View, wanted: TokenIndex | None = None,
         cache: KVCache | None = None, branch: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """mask covers cached and new tokens, [B, S].  Without one every token is read, which padding on the right does
@@ -691,8 +404,9 @@ class Llama(LanguageModel):
         branch [B, T], without a cache: several continuations of one beginning at once.  Tokens of branch 0 are the
         beginning; those of branch k go on from there, and do not see the others.
         """
-        view = view if self.adapters is None else self.adapters.view(view)
-        x = self.words(view, tokens).clone()  # a view would be another kind of input to torch.compile than a layer's x
+        view = self.wrapped(view)
+        x = self.look_up(view, self.embedding, tokens).expand(view.probes, -1, -1, -1)  # a frozen one has P = 1
+        x = x.clone()  # a view would be another kind of input to torch.compile than a layer's x
         y = torch.zeros_like(x, dtype=self.dtype).requires_grad_(x.requires_grad)  # for the same reason
         if mask is None and cache is None and branch is None:
             seen, positions = None, torch.arange(tokens.shape[1], device=tokens.device)[None]
@@ -703,9 +417,11 @@ class Llama(LanguageModel):
         angles = positions[..., None] * rope_frequencies(self.config.rope, self.config.head_dim, tokens.device)
         angles = torch.cat((angles, angles), -1)
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-        for i, of_block in enumerate(self.reads_of_blocks(reads)):
-            kept = () if cache is None else (cache, i)  # torch.compile would make a graph for every number
-            x, y = self.apply(self.block, f"model.layers.{i}.", view, x, y, cos, sin, seen, of_block, *kept)
+        for i in range(self.config.num_hidden_layers):
+            last = i == self.config.num_hidden_layers - 1  # to all tokens of the others, the next block attends
+            cached = () if cache is None else (cache, i)  # torch.compile would make a graph for every number
+            context = (y, cos, sin, seen, wanted if last else None, *cached)
+            x, y = self.apply(self.block, f"model.layers.{i}.", view, x, *context)
         return self.apply(self.norm, "model.norm.", view, x + y)
 
     @torch.no_grad()
@@ -760,19 +476,21 @@ class Roberta(LanguageModel):
     def parts(self) -> tuple[nn.Module, ...]:
         return self.embed, self.block, self.head
 
-    def hidden(self, tokens: Tensor, mask: Tensor | None, view: View, reads: Reads | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, mask: Tensor | None, view: View, wanted: TokenIndex | None = None) -> Tensor:
         mask = torch.ones_like(tokens) if mask is None else mask
-        view = view if self.adapters is None else self.adapters.view(view)
+        view = self.wrapped(view)
         positions = mask.cumsum(1) * mask + self.config.pad_token_id  # the first real token is at padding index + 1
         limit = self.config.max_position_embeddings
         if tokens.shape[1] + self.config.pad_token_id >= limit and positions.max() >= limit:
             raise ValueError(f"{tokens.shape[1]} tokens exceed {limit} positions")
-        x = self.words(view, tokens) + self.look_up(view, "roberta.embeddings.position_embeddings.weight", positions)
+        x = self.look_up(view, self.embedding, tokens).expand(view.probes, -1, -1, -1)
+        x = x + self.look_up(view, "roberta.embeddings.position_embeddings.weight", positions)
         x = x + view.rows("roberta.embeddings.token_type_embeddings.weight", positions[:1, 0] * 0)[:, :, None]
         x = self.apply(self.embed, "roberta.embeddings.", view, x)
         seen = (mask.bool() | ~mask.any(1, keepdim=True))[:, None, None].repeat(len(x), 1, 1, 1)  # [P * B, 1, 1, T]
-        for i, of_block in enumerate(self.reads_of_blocks(reads)):
-            x = self.apply(self.block, f"roberta.encoder.layer.{i}.", view, x, seen, of_block)
+        for i in range(self.config.num_hidden_layers):
+            last = i == self.config.num_hidden_layers - 1  # to all tokens of the others, the next block attends
+            x = self.apply(self.block, f"roberta.encoder.layer.{i}.", view, x, seen, wanted if last else None)
         return self.apply(self.head, "lm_head.", view, x)
 
     def output_bias(self, view: View, words: Tensor | None) -> Tensor:
@@ -791,7 +509,7 @@ def roberta_parts(c: RobertaConfig) -> tuple[nn.Module, ...]:
         return RobertaEmbedding(c), RobertaBlock(c), RobertaHead(c)
 
 
-# ---------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------- loading
 
 
 def expected_shapes(config: LlamaConfig | RobertaConfig) -> dict[str, torch.Size]:
@@ -840,22 +558,16 @@ def create(
     For pre-training, benchmarks and tests.  The numbers depend on the kind of device.
     """
     config = config_of(raw)
-    store = {}
+    stores = {}
     for name, shape in expected_shapes(config).items():
         generator = torch.Generator(device).manual_seed(tensor_id(f"{seed} {name}"))  # takes 32 bits of a seed
         is_matrix, is_bias = len(shape) == 2, name.endswith("bias")
         tensor = torch.full(shape, 1.0 - is_bias, device=device)
         if is_matrix:
             tensor.normal_(0.0, 0.02, generator=generator)
-        store[name] = encode(tensor, weights, residual)
-    return _whole(config, raw, store, dtype, weights, residual)
-
-
-def _whole(config: LlamaConfig | RobertaConfig, *rest) -> LanguageModel:
-    return (Llama if isinstance(config, LlamaConfig) else Roberta)(config, *rest)
-
-
-CODES = "codes"  # a file name of their own, so that no other program takes codes for weights; and a config key
+        stores[name] = encode(tensor, weights, residual)
+    kind = Llama if isinstance(config, LlamaConfig) else Roberta
+    return kind(config, raw, stores, dtype, weights, residual)
 
 
 def load(
@@ -869,76 +581,16 @@ def load(
     """Load a checkpoint directory: config.json and safetensors, one tensor at a time into its final store.
 
     weights is how matrices are stored (quant.FORMATS), residual the extra bits of integer codes, oracle keeps those
-    as fake-quantised fp32 (quant.Oracle); dtype is what matrices are multiplied in.  Raises ValueError for anything
-    missing, unexpected, wrongly shaped, not finite, corrupt, or of an unknown architecture.
+    as fake-quantised fp32 (quant.FakeQuantised); dtype is what matrices are multiplied in.  Raises ValueError for
+    anything missing, unexpected, wrongly shaped, not finite, corrupt, or of an unknown architecture.
     """
-    check_format(weights, residual, oracle)
-    torch.empty(31 * 2**20, dtype=torch.uint8)  # freed at once.  See NOTES.md: glibc then keeps what forwards free
-    directory, device, form = Path(directory), torch.device(device), (weights, residual, oracle)
-    config, raw = read_config(directory)
-    has_codes = any(directory.glob(f"{CODES}*.safetensors"))
-    if has_codes:
-        _check_same_codes(directory, raw.get(CODES), weights, residual)
-    store = (_load_codes if has_codes else _load_dense)(directory, config, device, form)
-    assert len({tensor_id(name) for name in store}) == len(store)  # or two tensors would share their directions
-    lm = _whole(config, raw, store, dtype, weights, residual)
-    lm.other_files = [directory / name for name in COMPANIONS if (directory / name).is_file()]
+    directory, (config, raw) = Path(directory), read_config(directory)
+    stores = checkpoints.load_weights(
+        directory, raw, expected_shapes(config), lambda name: ignorable(name, config), torch.device(device),
+        weights, residual, oracle,
+    )  # fmt: skip
+    assert len({tensor_id(name) for name in stores}) == len(stores)  # or two tensors would share their directions
+    kind = Llama if isinstance(config, LlamaConfig) else Roberta
+    lm = kind(config, raw, stores, dtype, weights, residual)
+    lm.other_files = checkpoints.companion_files(directory)
     return lm
-
-
-def _load_dense(directory: Path, config, device: torch.device, form: tuple) -> dict[str, Stored]:
-    shapes, files, store, finite = expected_shapes(config), find_tensors(directory), {}, {}
-    check_names(directory, set(files), set(shapes), lambda name: ignorable(name, config))
-    for name, tensor in read_tensors(files, shapes, device):
-        finite[name] = _is_finite(files[name], name, tensor)
-        store[name] = encode(tensor, *form)
-    _check_finite(files, finite)
-    return {name: store[name] for name in shapes}
-
-
-def _is_finite(file: Path, name: str, tensor: Tensor) -> Tensor:
-    """A bool on the tensor's device: to ask for its value would make the host wait for a GPU.
-
-    Raises ValueError for a type that no checkpoint has.
-    """
-    if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):  # float8 has scales
-        raise ValueError(f"{file}: {name} is {tensor.dtype}, expected floating point of 16 bits or more")
-    ends = torch.stack(tensor.aminmax())  # both are NaN where any element is; isfinite would make copies
-    return ends.float().isfinite().all()  # as float32, where 1e300 is infinite
-
-
-def _check_finite(files: dict[str, Path], finite: dict[str, Tensor]) -> None:
-    for name, verdict in finite.items():
-        if not verdict:
-            raise ValueError(f"{files[name]}: {name} holds NaN or infinity")
-
-
-def _check_same_codes(directory: Path, held: object, weights: str, residual: int) -> None:
-    if held == {"weights": weights, "residual": residual}:
-        return
-    if not isinstance(held, dict) or set(held) != {"weights", "residual"}:
-        raise ValueError(f"{directory / 'config.json'} must say what the codes are, got {CODES} {held!r}")
-    raise ValueError(
-        f"{directory} holds {held['weights']} codes with {held['residual']} residual bits; load it with weights "
-        f"{held['weights']} and residual {held['residual']}, got {weights} and {residual}"
-    )
-
-
-def _load_codes(directory: Path, config, device: torch.device, form: tuple) -> dict[str, Stored]:
-    """The inverse of save_stored for codes."""
-    shapes, files = expected_shapes(config), find_tensors(directory, CODES)
-    suffixes = {name: stored_parts(shape, *form[:2]) for name, shape in shapes.items()}
-    expected = {name + suffix: part for name, parts in suffixes.items() for suffix, part in parts.items()}
-    check_names(directory, set(files), set(expected), lambda name: False)
-    read = read_tensors(files, {name: shape for name, (_, shape) in expected.items()}, device)
-    tensors = {name: tensor.clone() for name, tensor in read}  # on a CPU they are mapped from their files
-    store, finite = {}, {}
-    for name, shape in shapes.items():
-        if len(shape) == 1:
-            finite[name] = _is_finite(files[name], name, tensors[name])
-        try:
-            store[name] = from_parts({suffix: tensors.pop(name + suffix) for suffix in suffixes[name]}, shape, *form)
-        except ValueError as error:
-            raise ValueError(f"{files[name]}: {name}{error}") from None
-    _check_finite(files, finite)
-    return store

@@ -5,11 +5,12 @@ A matrix W [I, O] is read as a d-way tensor k_1 x ... x k_d with k_1 ... k_d = I
 
     W[i_1 ... i_d] = G_1[:, i_1, :] G_2[:, i_2, :] ... G_d[:, i_d, :],    G_j [r_{j-1}, k_j, r_j],    r_0 = r_d = 1
 
-Every module here takes weights with a leading axis of probes, as those of model.py do, so that the 2Q small adapters
-of a step run beside one large batch of the frozen model.  Adapters compute in float32 whatever the model computes in.
+Every module here takes weights with a leading axis of perturbed copies, as those of model.py do, so that the 2Q small
+adapters of a step run beside one large batch of the frozen model.  Adapters compute in float32 whatever the model
+computes in.
 
-Shape key: P probes, N tokens, I in, O out, k factors, r ranks, d cores.  Imports checkpoint, quant,
-random_bits.
+Shape key: P perturbed copies, N tokens, I in, O out, k factors, r ranks, d cores.  Imports quant, random_bits, model,
+and runtime's checkpoints.
 """
 
 from __future__ import annotations
@@ -21,23 +22,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from checkpoint import check_names, find_tensors, read_tensors, write_directory
-from quant import Float, Stored
+from model import LanguageModel, View
+from quant import Float, Store
 from random_bits import tensor_id
-
-if TYPE_CHECKING:
-    from model import LanguageModel, View
+from runtime.checkpoints import check_names, find_tensors, read_tensors, write_directory
 
 # ---------------------------------------------------------------- factorisations
 
-MOST = 16  # of a factor, where the number has one so small
+MAX_FACTOR = 16  # where the number has factors so small
 TABLE = {  # (I, O): the factors that the papers' code uses, where their product is I O; (O, I) is the reverse
     (768, 64): (8, 8, 12, 8, 8), (1024, 64): (4, 8, 8, 8, 8, 4), (4096, 64): (16, 16, 16, 4, 4, 4),
     (5120, 64): (5, 8, 8, 16, 8, 8), (8192, 64): (4, 16, 16, 16, 8, 4),
@@ -61,12 +60,12 @@ def balanced(n: int) -> tuple[int, ...]:
     512 -> 8 8 8, 768 -> 8 8 12, 3584 -> 14 16 16, 50 -> 5 10.
     """
     primes = _primes(n)
-    small = math.prod(p for p in primes if p <= MOST)
+    small = math.prod(p for p in primes if p <= MAX_FACTOR)
     for count in range(1, len(primes) + 1):
-        found = [f for f in _splits(small, count, 2) if f[-1] <= MOST]
+        found = [f for f in _splits(small, count, 2) if f[-1] <= MAX_FACTOR]
         if found:
-            return tuple(sorted([*min(found, key=lambda f: (f[-1] - f[0], f)), *(p for p in primes if p > MOST)]))
-    return tuple(sorted(p for p in primes if p > MOST)) or (1,)
+            return tuple(sorted([*min(found, key=lambda f: (f[-1] - f[0], f)), *(p for p in primes if p > MAX_FACTOR)]))
+    return tuple(sorted(p for p in primes if p > MAX_FACTOR)) or (1,)
 
 
 def _primes(n: int) -> list[int]:
@@ -85,7 +84,7 @@ def _splits(n: int, count: int, least: int) -> Iterable[tuple[int, ...]]:
         if n >= least:
             yield (n,)
         return
-    for first in range(least, min(MOST, round(n ** (1 / count))) + 1):
+    for first in range(least, min(MAX_FACTOR, round(n ** (1 / count))) + 1):
         if n % first == 0:
             yield from ((first, *rest) for rest in _splits(n // first, count - 1, first))
 
@@ -264,18 +263,18 @@ class Branch(nn.Module):
 
 # ---------------------------------------------------------------- around a model
 
-TRAINED, FIRST = "adapters", "adapters.first"  # the two vectors in the model's store that hold all adapter weights
+TRAINED_VECTOR, INITIAL_VECTOR = "adapters", "adapters.first"  # two of the model's weights, which hold all adapters
 
 
 class Place(NamedTuple):
-    vector: str  # TRAINED or FIRST
+    vector: str  # TRAINED_VECTOR or INITIAL_VECTOR
     start: int
     shape: torch.Size
 
 
 @dataclass
 class Adapters:
-    """Where each adapter tensor is in the model's store.
+    """Where each adapter tensor is in the model's two vectors of adapter weights.
 
     All that is trained is one vector: one draw a query instead of thousands, one update, and one tensor for AdamW.
     """
@@ -283,12 +282,9 @@ class Adapters:
     spec: Spec
     places: dict[str, Place]
 
-    def view(self, view: View) -> AdaptedView:
-        return AdaptedView(view, self.places)
-
-    def named(self, store: dict[str, Float]) -> dict[str, Tensor]:
-        """Each tensor by its name, sharing the store's memory."""
-        return {name: _cut_out(store[p.vector].value.detach()[None], p)[0] for name, p in self.places.items()}
+    def named(self, weights: dict[str, Store]) -> dict[str, Tensor]:
+        """Each tensor by its name, sharing the vectors' memory."""
+        return {name: _cut_out(weights[p.vector].value.detach()[None], p)[0] for name, p in self.places.items()}
 
 
 def _cut_out(vector: Tensor, place: Place) -> Tensor:
@@ -297,23 +293,27 @@ def _cut_out(vector: Tensor, place: Place) -> Tensor:
 
 
 class AdaptedView:
-    """A view of the model and of its adapters.  Their vectors are read once, when the first part is asked for."""
+    """A view of the frozen model as it is stored, and of its adapters as `view` reads them (perturbed, or stored too).
 
-    def __init__(self, view: View, places: dict[str, Place]):
-        self.view_of_model, self.places, self.vectors = view, places, {}
-        self.probes, self.rows, self.codes = view.probes, view.rows, view.codes
+    Their vectors are read once, when the first part is asked for.
+    """
 
-    def read(self, name: str) -> Tensor:
+    def __init__(self, view: View, frozen: View, places: dict[str, Place]):
+        self.view, self.frozen, self.places, self.vectors = view, frozen, places, {}
+        self.probes, self.rows = view.probes, frozen.rows
+
+    def read(self, name: str, as_codes: bool = False) -> Tensor:
         place = self.places.get(name)
         if place is None:
-            return self.view_of_model.read(name)
+            return self.frozen.read(name, as_codes)
         if place.vector not in self.vectors:
-            self.vectors[place.vector] = self.view_of_model.read(place.vector)
+            of_vector = self.view if place.vector == TRAINED_VECTOR else self.frozen
+            self.vectors[place.vector] = of_vector.read(place.vector)
         return _cut_out(self.vectors[place.vector], place)
 
 
 def attach(lm: LanguageModel, spec: Spec, seed: int) -> None:
-    """Put adapters on the targets of every block, and their weights into the store; all else is then frozen.
+    """Put adapters on the targets of every block, and their weights among the model's; all else is then frozen.
 
     Raises ValueError for a placement that the model or the kind has not, and for a model that has adapters.
     """
@@ -323,7 +323,8 @@ def attach(lm: LanguageModel, spec: Spec, seed: int) -> None:
         torch.compiler.reset()  # or what is compiled would go on without adapters
     targets = targets_of(lm.raw_config["model_type"], spec)
     lm.adapters = Adapters(spec, places := {})
-    parts = {TRAINED: [], FIRST: []}
+    lm.view_wrappers.insert(0, lambda view: AdaptedView(view, lm.stored_view(), places))
+    parts = {TRAINED_VECTOR: [], INITIAL_VECTOR: []}
 
     def add(name: str, value: Tensor, vector: str) -> None:
         places[name] = Place(vector, sum(map(torch.numel, parts[vector])), value.shape)
@@ -335,12 +336,12 @@ def attach(lm: LanguageModel, spec: Spec, seed: int) -> None:
             prefix = f"{lm.layers}{i}.{path}.adapter."
             values = initial(module, spec, lambda name, prefix=prefix: tensor_id(f"{seed} {prefix}{name}"))
             for name, value in values.items():
-                add(prefix + name, value, FIRST if name.startswith("first_") else TRAINED)
-    for name in [name for name in lm.store if spec.norms and is_norm(name)]:
-        add(name, lm.store.pop(name).value.cpu(), TRAINED)
+                add(prefix + name, value, INITIAL_VECTOR if name.startswith("first_") else TRAINED_VECTOR)
+    for name in [name for name in lm.weights if spec.norms and is_norm(name)]:
+        add(name, lm.weights.pop(name).value.cpu(), TRAINED_VECTOR)
     for vector, values in parts.items():
         if values:
-            lm.store[vector] = Float(torch.cat(values).to(lm.device))
+            lm.weights[vector] = Float(torch.cat(values).to(lm.device))
 
 
 def is_norm(name: str) -> bool:
@@ -408,9 +409,9 @@ def initial(module: nn.Module, spec: Spec, key: Callable[[str], int]) -> dict[st
 # ---------------------------------------------------------------- adapters alone on disk, and merged
 
 
-def trained(lm: LanguageModel) -> dict[str, Stored]:
-    """The part of the store that is trained: the adapters' vector where there are adapters, else everything."""
-    return lm.store if lm.adapters is None else {TRAINED: lm.store[TRAINED]}
+def trained(lm: LanguageModel) -> dict[str, Store]:
+    """The stores that are trained: the adapters' vector where there are adapters, else everything."""
+    return lm.weights if lm.adapters is None else {TRAINED_VECTOR: lm.weights[TRAINED_VECTOR]}
 
 
 STEM = "adapters"
@@ -424,7 +425,7 @@ def save(lm: LanguageModel, directory: str | Path) -> None:
     if lm.adapters is None:
         raise ValueError("the model has no adapters to save: attach them first")
     config = {"model_type": lm.raw_config["model_type"], "adapters": asdict(lm.adapters.spec)}
-    write_directory(Path(directory), config, [], lm.adapters.named(lm.store).items(), STEM)
+    write_directory(Path(directory), config, [], lm.adapters.named(lm.weights).items(), STEM)
 
 
 def load(lm: LanguageModel, directory: str | Path) -> None:
@@ -445,7 +446,7 @@ def load(lm: LanguageModel, directory: str | Path) -> None:
             raise ValueError(f"{files[name]}: {name} must hold finite float32 numbers")
     if lm.adapters is None:
         attach(lm, spec, seed=0)
-    for name, tensor in lm.adapters.named(lm.store).items():
+    for name, tensor in lm.adapters.named(lm.weights).items():
         tensor.copy_(tensors[name])
 
 
@@ -469,7 +470,7 @@ def _shapes(lm: LanguageModel, spec: Spec) -> dict[str, torch.Size]:
         for i in range(lm.config.num_hidden_layers) for path, module in modules.items()
         for name, p in module.named_parameters()
     }  # fmt: skip
-    return shapes | {name: stored.shape for name, stored in lm.store.items() if spec.norms and is_norm(name)}
+    return shapes | {name: stored.shape for name, stored in lm.weights.items() if spec.norms and is_norm(name)}
 
 
 @torch.no_grad()
@@ -480,18 +481,18 @@ def merge(lm: LanguageModel) -> LanguageModel:
     """
     if lm.adapters is None or lm.adapters.spec.kind == "adp":
         raise ValueError("only rep and lora adapters can be merged into a matrix")
-    tensors = lm.adapters.named(lm.store)
-    frozen = [(name, stored) for name, stored in lm.store.items() if name not in (TRAINED, FIRST)]
-    store = {name: Float(stored.read().float().clone().view(stored.shape)) for name, stored in frozen}
-    store |= {name: Float(tensor.clone()) for name, tensor in tensors.items() if is_norm(name)}
+    tensors = lm.adapters.named(lm.weights)
+    frozen = [(name, stored) for name, stored in lm.weights.items() if name not in (TRAINED_VECTOR, INITIAL_VECTOR)]
+    merged = {name: Float(stored.dequantise().float().clone().view(stored.shape)) for name, stored in frozen}
+    merged |= {name: Float(tensor.clone()) for name, tensor in tensors.items() if is_norm(name)}
     for i in range(lm.config.num_hidden_layers):
         for path in targets_of(lm.raw_config["model_type"], lm.adapters.spec):
             prefix = f"{lm.layers}{i}.{path}."
             branch = lm.block.get_submodule(path).adapter
             weights = {name: tensors[f"{prefix}adapter.{name}"][None] for name, _ in branch.named_parameters()}
-            weight = store[f"{prefix}weight"].value
+            weight = merged[f"{prefix}weight"].value
             every = torch.eye(weight.shape[1], device=weight.device)[None]  # [1, I, I]
             weight += functional_call(branch, weights, (every,))[0].T
-    merged = type(lm)(lm.config, lm.raw_config, store, lm.dtype, "fp32")
-    merged.other_files = lm.other_files
-    return merged
+    plain = type(lm)(lm.config, lm.raw_config, merged, lm.dtype, "fp32")
+    plain.other_files = lm.other_files
+    return plain

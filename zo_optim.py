@@ -1,38 +1,210 @@
-"""Zeroth-order fine-tuning: directions, probes that never write a weight, estimators, and updates.
+"""Zeroth-order fine-tuning: one step, the perturbed weights that it reads, directions, and schedules.
 
-MeZO (Malladi et al., NeurIPS 2023, section 2): z ~ N(0, I), slope = (L(w + eps z) - L(w - eps z)) / (2 eps),
-w <- w - lr / n * sum of slope * z.  QuZO (EMNLP 2025, eq. 5 to 10 and algorithm 1): the direction is rounded
-stochastically to a few bits, twice and independently: u1 = Q1(u) is probed, u2 = Q2(u) is stepped along, and
-the step lands on the weight's own grid by stochastic rounding.  Grid directions (ours) are drawn on that grid in the
-first place, so that a step needs next to no rounding.
+MeZO (Malladi et al., NeurIPS 2023, algorithm 1): z ~ N(0, I), the projected gradient g = (L(w + eps z) - L(w - eps z))
+/ (2 eps), w <- w - lr / Q * sum of g z.  QuZO (EMNLP 2025, eq. 5 to 10 and algorithm 1): the direction is rounded
+stochastically to a few bits, twice and independently: u1 = Q1(u) is probed, u2 = Q2(u) is stepped along, and the
+step lands on the weight's own grid by stochastic rounding.  Grid directions (ours, docs/directions.md) are drawn on
+that grid in the first place, so that a step needs next to no rounding.
 
-Nothing here keeps a direction: it is drawn again, element by element, wherever it is needed.
+No direction is ever stored: it is drawn again, element by element, wherever it is needed.
 
-Shape key: P probes, R rows, C columns, r some of the rows, n queries.  Imports profiler, quant, random_bits, fused.
+Shape key: Q queries, P perturbed copies, R rows, C columns, r some of the rows.  Imports quant and random_bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, reduce
 from statistics import NormalDist
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from profiler import bytes_coded, bytes_probed, bytes_stepped, phase
-from quant import Stored, matrix_shape, row_chunks
-from random_bits import Key, Use, as_int32, bits16, bits32, random_words, reuse, tensor_id
+from quant import E4M3, Store, matrix_shape, row_chunks
+from random_bits import Key, Purpose, bits16, bits32, philox_blocks, second_uniform, tensor_id
 
-if TYPE_CHECKING:
-    from model import StoredView
+# ---------------------------------------------------------------- one step
 
-try:
-    import fused
-except ImportError:  # of Triton, which comes with CUDA builds of torch
-    fused = None
+
+class Step(NamedTuple):
+    plus: Tensor  # [Q] float64 on the CPU: L(w + eps u1)
+    minus: Tensor  # [Q]: L(w - eps u1)
+    projected_grads: Tensor  # [Q]: with the key, all that is needed to redo the update
+    counts: Tensor  # [2] int64 on the weights' device: elements changed, elements held back by the edge of their grid
+
+
+@torch.no_grad()
+def zo_step(weights: dict[str, Store], loss_fn: LossFn, key: Key, zo: ZO, lr: float) -> Step:
+    """One step of MeZO or QuZO (algorithm 1 of either).
+
+    weights: the stores to train, by name (quant.encode makes one of any tensor).  loss_fn: a view of P perturbed copies
+    of them -> [P] losses.  key: (seed, step).  Raises ValueError where the loss is not finite; nothing is written then.
+    """
+    plus, minus = probe_losses(weights, loss_fn, key, zo)  # L(w + eps u1), L(w - eps u1): nothing is written
+    projected_grads = (plus - minus) / (2 * zo.eps)
+    if zo.estimator == "random":
+        projected_grads = projected_grads * coins(key, zo.queries)
+    if not projected_grads.isfinite().all():
+        raise ValueError(f"the loss is not finite at step {key.step + 1}: try a smaller --lr")
+    counts = update(weights, projected_grads, key, zo, lr)  # w <- round(w - lr / Q sum g u2): all that ever writes
+    return Step(plus, minus, projected_grads, counts)
+
+
+def probe_losses(weights: dict[str, Store], loss_fn: LossFn, key: Key, zo: ZO) -> tuple[Tensor, Tensor]:
+    """The losses at w + eps u1 and at w - eps u1: [Q] float64 each, on the CPU, all at the same weights w."""
+    losses = zo.losses(weights, loss_fn, key).cpu()  # the only place where a step waits for a GPU
+    return losses.double().view(-1, 2).unbind(1)
+
+
+@torch.no_grad()
+def update(weights: dict[str, Store], projected_grads: Tensor, key: Key, zo: ZO, lr: float) -> Tensor:
+    """w <- round(w - lr / Q * sum of g_q u2_q): the mean of the Q queries lands on the weight's grid at once.
+
+    (Algorithm 1 of QuZO lands each query's step by itself: the same mean with more rounding.)  It needs no forward
+    pass: key, projected_grads [Q] float64 and lr redo it, which is what --replay and --resume do.
+    Returns Step's counts.
+    """
+    lengths = -lr * projected_grads / len(projected_grads)
+    device = next(iter(weights.values())).device
+    if not lengths.any():  # adding +0.0 would turn a stored -0.0 into +0.0
+        return torch.zeros(2, dtype=torch.int64, device=device)
+    factors = zo.factor(lengths).float()
+    factors = factors.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else factors
+    return zo.add_directions_(weights, factors, key)
+
+
+# ---------------------------------------------------------------- the estimator: how weights are probed and stepped
+
+
+@dataclass(frozen=True)
+class ZO:
+    """How directions are drawn, probed and stepped along.  (gpu.kernels.FusedZO does the same in one kernel a tensor.)
+
+    bits None, grid False: u ~ N(0, I), MeZO's.  bits 2 to 8: QuZO's, u rounded to codes of that width.  grid: u drawn
+    on the weights' own grid, which leaves nothing to round (ours).
+    """
+
+    eps: float = 1e-3  # in weight units
+    queries: int = 1  # Q
+    bits: int | None = None
+    grid: bool = False
+    stride: int = 1  # of the grid: how many of its spacings a probe moves a weight by
+    estimator: str = "q-rge2"  # QuZO eq. 8; "q-rge1" steps along u1 itself; "random" is an ablation
+    probe: str = "float"  # ablation "codes": w + eps u1 is rounded stochastically onto the weight's grid
+    nearest: bool = False  # ablation: steps land by rounding to nearest, which loses nearly all of them
+    dtype: torch.dtype = torch.float32  # of perturbed matrices: what a forward multiplies in
+    probes_per_forward: int = 2  # perturbed copies at a time, to bound memory; losses change by rounding only
+
+    @property
+    def min_spacing(self) -> float:
+        """The spacing h that the grid acts as if it had (grid_direction)."""
+        return self.eps / self.stride
+
+    @property
+    def step_rounding(self) -> Purpose:
+        """Which rounding of u is stepped along: u2, or in q-rge1 u1."""
+        return Purpose.PROBE_ROUNDING if self.estimator == "q-rge1" else Purpose.UPDATE_ROUNDING
+
+    def factor(self, length: float | Tensor) -> float | Tensor:
+        """What scales a drawn direction to length * u: grid directions are drawn as min_spacing * u."""
+        return length / self.min_spacing if self.grid else length
+
+    def losses(self, weights: dict[str, Store], loss_fn: LossFn, key: Key) -> Tensor:
+        """L(w + eps u1) and L(w - eps u1) of each query in turn: [2Q] float32 on the weights' device."""
+        probes = [(query, sign) for query in range(self.queries) for sign in (1, -1)]
+        at_once = (probes[i : i + self.probes_per_forward] for i in range(0, len(probes), self.probes_per_forward))
+        return torch.cat([loss_fn(PerturbedWeights(weights, key, self, some)) for some in at_once])
+
+    def perturbed(
+        self, store: Store, key: Key, signs: tuple[int, ...], dtype: torch.dtype, rows: Tensor | None = None
+    ) -> Tensor:
+        """w + sign * eps * u1 for each sign, from one draw; the store is not written.
+
+        -> [P, R, C] in dtype (e4m3: an fp8 store's codes), or of chosen rows [n] int64 only, [P, n, C].
+        """
+        R, C = matrix_shape(store.shape)
+        copies = torch.empty(len(signs), R if rows is None else len(rows), C, dtype=dtype, device=store.device)
+        for chunk in row_chunks(store.shape, store.device) if rows is None else [rows]:
+            eps_u1 = self.scaled_direction(self.factor(self.eps), store, key, chunk, Purpose.PROBE_ROUNDING)
+            landed, bits = dtype == E4M3.dtype or self.probe == "codes", None
+            if self.probe == "codes" and store.rounds:  # the same for both signs, so that codes move symmetrically
+                bits = bits32(key, Purpose.PROBE_LANDING, row_index(store, chunk), C)
+            w = None if landed else store.dequantise(chunk)
+            for copy, sign in zip(copies if rows is not None else copies[:, chunk], signs, strict=True):
+                if not landed:
+                    copy.copy_(torch.add(w, eps_u1, alpha=sign))
+                elif dtype == E4M3.dtype:
+                    copy.copy_(store.rounded_code(chunk, sign * eps_u1, bits)[0])
+                else:
+                    copy.copy_(store.add_rounded(chunk, sign * eps_u1, bits))
+        return copies
+
+    def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
+        """w <- round(w + sum of factor_q * direction_q): all that ever writes.  factors [Q] float32 -> counts."""
+        return sum(self.step_(store, key._replace(tensor=tensor_id(name)), factors) for name, store in weights.items())
+
+    def step_(self, store: Store, key: Key, factors: Tensor) -> Tensor:
+        """add_directions_ for one tensor."""
+        counts = torch.zeros(2, dtype=torch.int64, device=store.device)
+        for rows in row_chunks(store.shape, store.device):
+            delta = reduce(Tensor.add_, (
+                self.scaled_direction(factor, store, key._replace(query=query), rows, self.step_rounding)
+                for query, factor in enumerate(factors)
+            ))  # fmt: skip
+            bits = None
+            if store.rounds and not self.nearest:
+                # A grid direction's bits are used up only in part: given whether query 0's hit, the rest of its bits
+                # is uniform and rounds the step, also the sum of several queries
+                purpose = Purpose.DIRECTION if self.grid else Purpose.WEIGHT_ROUNDING
+                bits = bits32(key, purpose, row_index(store, rows), delta.shape[1])
+                bits = second_uniform(bits) if self.grid else bits
+            counts += store.add_rounded_(rows, delta, bits)
+        return counts
+
+    def scaled_direction(
+        self, factor: float | Tensor, store: Store, key: Key, rows: slice | Tensor, rounding: Purpose
+    ) -> Tensor:
+        """factor(length) -> length * u for some rows of one tensor: [r, C] float32."""
+        columns, index = matrix_shape(store.shape)[1], row_index(store, rows)
+        if self.grid:
+            return grid_direction(key, index, store.spacing(rows), columns, self.min_spacing, factor)
+        return direction(key, index, columns, self.bits, rounding).mul_(factor)
+
+
+class PerturbedWeights:
+    """A view of P perturbed copies of the weights, w + eps u1 or w - eps u1 of some queries.  Reading writes nothing.
+
+    probes: the (query, sign) of each copy.
+    """
+
+    def __init__(self, weights: dict[str, Store], key: Key, zo: ZO, probes: list[tuple[int, int]]):
+        self.weights, self.key, self.zo, self.probes = weights, key, zo, len(probes)
+        self.signs = {query: tuple(sign for q, sign in probes if q == query) for query, _ in probes}
+
+    def read(self, name: str, as_codes: bool = False) -> Tensor:
+        """[P, *shape]: matrices in the compute dtype, vectors in float32; as_codes, an fp8 matrix's e4m3 codes."""
+        shape = self.weights[name].shape
+        dtype = E4M3.dtype if as_codes else self.zo.dtype if len(shape) >= 2 else torch.float32
+        return self.rows(name, None, dtype).view(-1, *shape)
+
+    def rows(self, name: str, index: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows of a matrix: index [n] int64 -> [P, n, C].  Only those rows are drawn."""
+        store, copies = self.weights[name], []
+        for query, signs in self.signs.items():
+            key = self.key._replace(query=query, tensor=tensor_id(name))
+            copies.append(self.zo.perturbed(store, key, signs, dtype, index))
+        return copies[0] if len(copies) == 1 else torch.cat(copies)
+
+
+LossFn = Callable[[PerturbedWeights], Tensor]
+
+
+def row_index(store: Store, rows: slice | Tensor) -> Tensor:
+    """The numbers of some rows, by which draws are keyed: [r] int64."""
+    return torch.arange(rows.start, rows.stop, device=store.device) if isinstance(rows, slice) else rows
+
 
 # ---------------------------------------------------------------- directions
 
@@ -63,32 +235,16 @@ def normal_table(device: torch.device) -> Tensor:
     return torch.tensor(half + [-u for u in half], dtype=torch.int32, device=device)
 
 
-@cache
-def normal_knots(device: torch.device) -> Tensor:
-    """The same for fused.py, [2048] int32: the f-th of a piece's 16 midpoints is (lower 20 bits + 2 f * upper 12) >> 3.
-
-    8 kB stay in a GPU's first-level cache, where the table's 256 kB do not.
-    """
-    knots = quantile_knots()
-    packed = [32 * low + (high - low) + 4 | high - low << 20 for low, high in zip(knots, knots[1:], strict=False)]
-    return torch.tensor(as_int32(*packed), dtype=torch.int32, device=device)
-
-
-def normal(key: Key, rows: Tensor, columns: int) -> Tensor:
-    """u ~ N(0, 1) in units of 2^-14: rows [r] int64 -> [r, C] int32."""
-    bits = bits16(key, Use.DIRECTION, rows, columns)
-    return normal_table(rows.device).index_select(0, bits.flatten()).view(bits.shape)
-
-
-def direction(key: Key, rows: Tensor, columns: int, bits: int | None, rounding: Use) -> Tensor:
+def direction(key: Key, rows: Tensor, columns: int, bits: int | None, rounding: Purpose) -> Tensor:
     """Chosen rows of one tensor's direction, in units of sigma: rows [r] int64 -> [r, C] float32.
 
-    bits None: u itself (MeZO).  Otherwise Q(u): stochastic rounding onto 2^bits - 1 levels, step apart, where
-    step = 4 / (2^(bits - 1) - 1) sigma.  It is integer arithmetic throughout, and E[Q(u) | u] = u exactly.
+    bits None: u ~ N(0, 1) itself (MeZO).  Otherwise Q(u) (QuZO eq. 7): stochastic rounding onto 2^bits - 1 levels,
+    step = 4 / (2^(bits - 1) - 1) sigma apart.  It is integer arithmetic throughout, and E[Q(u) | u] = u exactly.
     The variance is 1 + step^2 E[f (1 - f)], about 1 + step^2 / 6 for small steps (f: u's distance to the level
     below, in steps).  `rounding` names the draw: PROBE_ROUNDING gives u1, UPDATE_ROUNDING gives u2.
     """
-    u = normal(key, rows, columns)
+    uniform = bits16(key, Purpose.DIRECTION, rows, columns)
+    u = normal_table(rows.device).index_select(0, uniform.flatten()).view(uniform.shape)
     if bits is None:
         return u * UNIT
     levels = 2 ** (bits - 1) - 1
@@ -97,315 +253,41 @@ def direction(key: Key, rows: Tensor, columns: int, bits: int | None, rounding: 
     return code * (CLIP / levels)
 
 
-def grid_step(
-    key: Key, rows: Tensor, spacing: Tensor, columns: int, grain: float, times: float | Tensor = 1.0
+def grid_direction(
+    key: Key, rows: Tensor, spacing: Tensor, columns: int, min_spacing: float, factor: float | Tensor = 1.0
 ) -> Tensor:
-    """times * grain * u for a direction u drawn on the weight's own grid: [r, C] float32, in weight units.
+    """factor * h * u for a direction u drawn on the weight's own grid: [r, C] float32, in weight units.
 
-    With s the grid's spacing at a weight (`spacing`, which broadcasts to [r, C]) and t = max(s, grain):
+    With s the grid's spacing at a weight (`spacing`, which broadcasts to [r, C]), h = min_spacing and t = max(s, h):
 
-        grain * u = +t or -t, with probability (grain / t)^2 / 2 each, else 0
+        h u = +t or -t, with probability (h / t)^2 / 2 each, else 0
 
-    so E[u] = 0 and E[u u^T] = I, as for a Gaussian (the probability to 2^-22 of itself and 2^-32).  Most elements are
-    0; the others are one code up or down.  The estimate slope * u has E|g_hat|^2 = (d - 1 + E u^4) |g|^2, where E u^4 =
-    (t / grain)^2 is nothing beside the d of a language model, so it is as good as a Gaussian's.  But a step
-    lr * slope * u is now p = lr * |slope| / grain spacings at the few weights that it touches.  Landing it has the
-    variance (grain / s)^2 s^2 {p} (1 - {p}) a weight, {p} = p - floor(p): at most grain * lr * |slope|, where a step in
-    every weight has up to s * lr * |slope| * |u|.  The grid acts as if its spacing were grain, however coarse it is,
-    and at whole p nothing is rounded at all.  The word that chose a weight lands it too: random_bits.reuse.
-    How small grain may be: (s / grain)^2 has to stay well below d, and p well below the number of codes, or the range
-    (+-7 in int4) holds the largest steps back.  A probe is eps = stride * grain long, `stride` spacings at those
-    weights, so that the losses' difference can be kept above its own noise without making the grid coarser.
+    so E[u] = 0 and E[u u^T] = I, as for a Gaussian (the probability to 2^-22 of itself and 2^-32): most weights stay,
+    the others move by one code.  A step lr g u is then p = lr |g| / h spacings at those few weights, and landing it
+    has the variance h^2 {p} (1 - {p}) a weight ({p}: p's fraction), where a step in every weight has up to
+    s lr |g| |u|: the grid acts as if its spacing were h, however coarse it is.
+    docs/directions.md derives this, and what bounds h and stride.
     """
-    t = spacing.clamp(min=grain)
-    ratio = torch.full_like(t, grain) / t  # a number over a tensor would be a product with a rounded reciprocal
+    t = spacing.clamp(min=min_spacing)
+    ratio = torch.full_like(t, min_spacing) / t  # a number over a tensor would be a product with a rounded reciprocal
     threshold = (ratio.clamp_(max=1 - 2.0**-24).square_() * 2.0**32).to(torch.int64)  # below 2^32
-    words = bits32(key, Use.DIRECTION, rows, columns)
-    hit = (words & 0x7FFFFFFF).to(torch.int64) * 2 < threshold  # 31 bits say whether, the top one says which way
-    t = t * times
-    return torch.where(hit, torch.where(words < 0, -t, t), 0.0)
+    bits = bits32(key, Purpose.DIRECTION, rows, columns)
+    hit = (bits & 0x7FFFFFFF).to(torch.int64) * 2 < threshold  # 31 bits say whether, the top one says which way
+    t = t * factor
+    return torch.where(hit, torch.where(bits < 0, -t, t), 0.0)
 
 
-def check_grid(store: Store, grain: float) -> None:
-    """Raises ValueError where grain is so far below a grid's spacing that 31 bits cannot hold (grain / s)^2 to 1 %,
-    nor land a step to 3 % of a spacing (random_bits.reuse)."""
-    for name, stored in store.items():
+def check_grid(weights: dict[str, Store], min_spacing: float) -> None:
+    """Raises ValueError where min_spacing is so far below a grid's spacing that 31 bits cannot hold (h / s)^2 to 1 %,
+    nor land a step to 3 % of a spacing (random_bits.second_uniform)."""
+    for name, stored in weights.items():
         widest = max(float(stored.spacing(rows).amax()) for rows in row_chunks(stored.shape, stored.device))
-        if grain < widest / 4096:
-            told = f"is under a 4096th of the grid's widest spacing, {widest:.3g} in {name}"
-            raise ValueError(f"--eps over --stride, {grain:.3g}, {told}")
+        if min_spacing < widest / 4096:
+            message = f"is under a 4096th of the grid's widest spacing, {widest:.3g} in {name}"
+            raise ValueError(f"--eps over --stride, {min_spacing:.3g}, {message}")
 
 
-@dataclass(frozen=True)
-class ZO:
-    """What an estimator needs to know.
-
-    bits None, grid False: u ~ N(0, I), MeZO's.  bits 2 to 8: QuZO's, u rounded to codes of that width.  grid: u drawn
-    on the weights' own grid, which leaves nothing to round.
-    """
-
-    eps: float = 1e-3
-    queries: int = 1
-    bits: int | None = None
-    grid: bool = False
-    estimator: str = "q-rge2"  # "q-rge1" steps along u1 itself; "random" turns slopes over by coin, a control
-    probe: str = "float"  # "codes" lands w + eps u1 on the weight's grid
-    nearest: bool = False  # land steps by rounding to nearest: loses nearly all of them, which it is there to show
-    stride: int = 1  # of the grid: how many of its spacings a probe moves a weight by
-
-    @property
-    def grain(self) -> float:
-        """How fine the grid acts (grid_step)."""
-        return self.eps / self.stride
-
-    @property
-    def levels(self) -> int:
-        """Codes on each side of 0: 7 for 4 bits; 0 stands for the full direction, -1 for the grid's."""
-        return -1 if self.grid else 0 if self.bits is None else 2 ** (self.bits - 1) - 1
-
-    @property
-    def step_rounding(self) -> Use:
-        """Which rounding of u is stepped along."""
-        return Use.PROBE_ROUNDING if self.estimator == "q-rge1" else Use.UPDATE_ROUNDING
-
-    def times(self, length: float) -> float:
-        """What `along` takes to go so far: grid directions come as grain * u."""
-        return length / self.grain if self.grid else length
-
-    def along(self, times: float | Tensor, stored: Stored, key: Key, rows: slice | Tensor, rounding: Use) -> Tensor:
-        """length * u for rows of one tensor: [r, C] float32.  times: times(length), or that in memory, [] float32."""
-        columns, index = stored.shape[-1], row_index(stored, rows)
-        if self.grid:
-            return grid_step(key, index, stored.spacing(rows), columns, self.grain, times)
-        return direction(key, index, columns, self.bits, rounding).mul_(times)
-
-
-Store = dict[str, Stored]
-
-
-def row_index(stored: Stored, rows: slice | Tensor) -> Tensor:
-    """Numbers of rows, as draws are keyed by them: [r] int64."""
-    return torch.arange(rows.start, rows.stop, device=stored.device) if isinstance(rows, slice) else rows
-
-
-def has_kernels(stored: Stored) -> bool:
-    """Whether a fused kernel can stand in for the definitions below."""
-    return fused is not None and fused.serves(stored)
-
-
-# ---------------------------------------------------------------- probes: ways of reading the weights
-
-
-class Pair:
-    """The view of one query's probes W + eps d and W - eps d, made from one draw.  Writes nothing."""
-
-    def __init__(
-        self, store: Store, seed: int, step: int | Tensor, query: int, zo: ZO, dtype: torch.dtype, plain: bool = False,
-        signs: tuple[int, ...] = (1, -1),
-    ):  # fmt: skip
-        """step: its number, or that in memory (random_bits.Key).
-        plain: the definition in torch, also where a fused kernel could stand in for it.
-        signs: which of the two, to hold no more than is asked for."""
-        self.store, self.zo, self.dtype, self.plain, self.signs = store, zo, dtype, plain, signs
-        self.place, self.probes = (seed, step, query), len(signs)
-
-    @phase("materialise", bytes_probed)
-    def read(self, name: str) -> Tensor:
-        """[P, *shape]; matrices in the compute dtype, all else in float32."""
-        stored = self.store[name]
-        dtype = self.dtype if len(stored.shape) == 2 else torch.float32
-        if self._has_kernel(name):
-            return self._by_kernel(name, dtype).view(-1, *stored.shape)
-        pair = torch.empty(self.probes, *matrix_shape(stored.shape), dtype=dtype, device=stored.device)
-        for rows in row_chunks(stored.shape, stored.device):
-            pair[:, rows] = self._signed(name, rows)
-        return pair.view(-1, *stored.shape)
-
-    @phase("materialise", bytes_coded)
-    def codes(self, name: str) -> Tensor:
-        """Of an fp8 matrix, rounded to nearest (probe float) or landed (codes): [P, R, C] e4m3."""
-        stored = self.store[name]
-        if self._has_kernel(name):
-            return self._by_kernel(name, stored.grid.dtype)
-        pair = torch.empty(self.probes, *stored.shape, dtype=stored.grid.dtype, device=stored.device)
-        for rows in row_chunks(stored.shape, stored.device):
-            d, words = self._drawn(name, rows)
-            for probe, sign in enumerate(self.signs):
-                pair[probe, rows] = stored.landed(rows, d if sign > 0 else -d, words)
-        return pair
-
-    @phase("materialise", bytes_probed)
-    def rows(self, name: str, index: Tensor) -> Tensor:
-        """index [n] int64 -> [P, n, C] float32.  Draws those rows only."""
-        return self._by_kernel(name, torch.float32, index) if self._has_kernel(name) else self._signed(name, index)
-
-    def _has_kernel(self, name: str) -> bool:
-        return has_kernels(self.store[name]) and not self.plain
-
-    def _by_kernel(self, name: str, dtype: torch.dtype, index: Tensor | None = None) -> Tensor:
-        stored, key = self.store[name], Key(*self.place, tensor_id(name))
-        return fused.read_pair(stored, key, self.zo, normal_knots(stored.device), dtype, self.signs, index)
-
-    def _drawn(self, name: str, rows: slice | Tensor) -> tuple[Tensor, Tensor | None]:
-        """eps u1, and for probes of codes the words that land it: the same for both signs, so that integers move
-        symmetrically."""
-        stored, key, zo = self.store[name], Key(*self.place, tensor_id(name)), self.zo
-        d = zo.along(zo.times(zo.eps), stored, key, rows, Use.PROBE_ROUNDING)
-        return d, words_for(stored, key, Use.PROBE_LANDING, rows) if zo.probe == "codes" else None
-
-    def _signed(self, name: str, rows: slice | Tensor) -> Tensor:
-        stored, (d, words) = self.store[name], self._drawn(name, rows)
-        if self.zo.probe == "float":
-            weight = stored.read(rows)
-            return torch.stack([weight + d if sign > 0 else weight - d for sign in self.signs])
-        return torch.stack([stored.land(rows, d if sign > 0 else -d, words) for sign in self.signs])
-
-
-class Probes:
-    """The view of several queries' probes at once; tensors that are not trained are read once for all, [1, *shape]."""
-
-    def __init__(self, pairs: list[Pair], frozen: StoredView):
-        self.pairs, self.frozen = pairs, frozen
-        self.probes = sum(pair.probes for pair in pairs)
-
-    def read(self, name: str) -> Tensor:
-        if name not in self.pairs[0].store:
-            return self.frozen.read(name)
-        return _joined([pair.read(name) for pair in self.pairs])
-
-    def rows(self, name: str, index: Tensor) -> Tensor:
-        if name not in self.pairs[0].store:
-            return self.frozen.rows(name, index)
-        return _joined([pair.rows(name, index) for pair in self.pairs])
-
-    def codes(self, name: str) -> Tensor:
-        if name not in self.pairs[0].store:
-            return self.frozen.codes(name)
-        return _joined([pair.codes(name) for pair in self.pairs])
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def words_for(stored: Stored, key: Key, use: Use, rows: slice | Tensor) -> Tensor | None:
-    """Random words to land on a store's grid: [r, C] int32, or None where nothing is rounded."""
-    if not stored.rounds:
-        return None
-    return bits32(key, use, row_index(stored, rows), stored.shape[-1])
-
-
-# ---------------------------------------------------------------- estimators and updates
-
-
-@dataclass(frozen=True)
-class Query:
-    """One estimate: both losses and slope = (plus - minus) / (2 eps), the projected gradient, or that turned over by a
-    coin (estimator random)."""
-
-    plus: float
-    minus: float
-    slope: float
-
-
-LossFn = Callable[[Probes], Tensor]  # a view of P probes -> [P] losses
-
-
-def estimate(store: Store, loss_fn: LossFn, seed: int, step: int, *rest) -> list[Query]:
-    """The n queries of one step, all at the same weights.  Reads the store and never writes it."""
-    return queries_from(probe_losses(store, loss_fn, seed, step, *rest).tolist(), seed, step, rest[0])
-
-
-@torch.no_grad()
-def probe_losses(
-    store: Store, loss_fn: LossFn, seed: int, step: int | Tensor, zo: ZO, dtype: torch.dtype,
-    frozen: StoredView | None = None, at_once: int = 2,
-) -> Tensor:  # fmt: skip
-    """The losses of each query's two probes in turn, [2n].  Nothing here waits for a GPU.
-
-    store: what is trained; frozen: a view of everything else.  at_once: how many of the 2n probes a forward takes, to
-    bound its memory; the losses change by rounding only.
-    """
-    losses = []
-    for probes in chunks([(q, sign) for q in range(zo.queries) for sign in (1, -1)], at_once):
-        signs = {q: tuple(sign for p, sign in probes if p == q) for q, _ in probes}
-        pairs = [Pair(store, seed, step, q, zo, dtype, signs=both) for q, both in signs.items()]
-        losses.append(loss_fn(Probes(pairs, frozen)))
-    return torch.cat(losses)
-
-
-def queries_from(losses: list[float], seed: int, step: int, zo: ZO) -> list[Query]:
-    queries = []
-    for q, (plus, minus) in enumerate(chunks(losses, 2)):
-        slope = (plus - minus) / (2 * zo.eps)
-        queries.append(Query(plus, minus, slope * coin(seed, step, q) if zo.estimator == "random" else slope))
-    return queries
-
-
-def chunks(items: list, size: int) -> Iterator[list]:
-    return (items[i : i + size] for i in range(0, len(items), size))
-
-
-def coin(seed: int, step: int, query: int) -> int:
-    """+1 or -1."""
-    return 1 if random_words(Key(seed, step, query), Use.COIN, torch.zeros(1, dtype=torch.int64))[0, 0] < 0 else -1
-
-
-def update(
-    store: Store, slopes: list[float], seed: int, step: int, zo: ZO, lr: float, land: Callable | None = None
-) -> Tensor:
-    """w <- land(w - lr / n * sum of slope_i * u2_i), the mean of the n queries landing on the weight's grid at once.
-
-    (Algorithm 1 lands each query's step by itself: the same mean with more rounding.)  land_steps is all that ever
-    writes a weight, and needs no forward pass: (seed, step, slopes, lr) redo it.  Returns [2] int64, on the weights'
-    device because reading it waits for the update: elements changed, elements held back by the edge of the grid.
-    land: what to call in place of land_steps, with a step's number and its factors.
-    """
-    coefficients = [-lr * slope / len(slopes) for slope in slopes]
-    device = next(iter(store.values())).device
-    if not any(coefficients):  # adding +0.0 would turn a stored -0.0 into +0.0
-        return torch.zeros(2, dtype=torch.int64, device=device)
-    factors = torch.tensor([zo.times(c) for c in coefficients], dtype=torch.float32, pin_memory=device.type == "cuda")
-    factors = factors.to(device, non_blocking=True)
-    return land(step, factors) if land else land_steps(store, factors, seed, step, zo)
-
-
-@phase("update", bytes_stepped)
-@torch.no_grad()
-def land_steps(store: Store, factors: Tensor, seed: int, step: int | Tensor, zo: ZO, plain: bool = False) -> Tensor:
-    """w <- land(w + the sum of coefficient_i * u2_i), factors [n] being zo.times of the coefficients: -> [2] int64.
-
-    plain: the definition in torch, also where a fused kernel could stand in for it.
-    """
-    counts = torch.zeros(fused.SHARDS if fused is not None else 1, 2, dtype=torch.int64, device=factors.device)
-    for name, stored in store.items():
-        key = Key(seed, step, 0, tensor_id(name))
-        if has_kernels(stored) and not (plain or zo.nearest):
-            fused.update_(stored, key, factors, zo, normal_knots(factors.device), counts)
-        else:
-            counts[0] += _update_tensor(stored, key, factors, zo)
-    return counts.sum(0)
-
-
-def _update_tensor(stored: Stored, key: Key, factors: Tensor, zo: ZO) -> Tensor:
-    """One tensor's, by definition."""
-    counts = torch.zeros(2, dtype=torch.int64, device=stored.device)
-    for rows in row_chunks(stored.shape, stored.device):
-        steps = (
-            zo.along(factor, stored, key._replace(query=q), rows, zo.step_rounding) for q, factor in enumerate(factors)
-        )
-        delta = reduce(Tensor.add_, steps)
-        counts += stored.add_(rows, delta, None if zo.nearest else _landing_words(stored, key, zo, rows))
-    return counts
-
-
-def _landing_words(stored: Stored, key: Key, zo: ZO, rows: slice) -> Tensor | None:
-    """A draw of their own; or for grid directions, whose words are used up only in part, query 0's once more, also for
-    the sum of several queries: given whether its word hit, that is uniform where it is."""
-    if not zo.grid:
-        return words_for(stored, key, Use.WEIGHT_ROUNDING, rows)
-    words = words_for(stored, key, Use.DIRECTION, rows)
-    return None if words is None else reuse(words)
+# ---------------------------------------------------------------- schedules
 
 
 def learning_rate(lr: float, schedule: str, step: int, steps: int, warmup: int = 0) -> float:
@@ -421,6 +303,18 @@ def epoch_of(step: int, examples: int, batch_size: int) -> int:
     return step // -(-examples // batch_size)
 
 
-def queries_of(epoch: int, alpha: float, beta: float, most: int) -> int:
-    """AdaZeta's schedule (section 3.3 and its code): Q = min(max(floor(alpha * epoch^beta), 1), most), epoch from 0."""
-    return min(max(int(alpha * epoch**beta), 1), most)
+def adazeta_queries(epoch: int, alpha: float, beta: float, max_queries: int) -> int:
+    """AdaZeta (section 3.3 and its code): Q = min(max(floor(alpha * epoch^beta), 1), max_queries), epoch from 0."""
+    return min(max(int(alpha * epoch**beta), 1), max_queries)
+
+
+# ---------------------------------------------------------------- ablations
+# --estimator random, --probe codes and --rounding nearest are in no paper and learn less: each takes one idea away, to
+# show what it is for.  The first is here; the others are ZO.probe and ZO.nearest.
+
+
+def coins(key: Key, queries: int) -> Tensor:
+    """+1 or -1 for each query, [Q] float64: a control whose steps are as long as the estimator's and know nothing."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    first = [philox_blocks(Key(key.seed, key.step, q), Purpose.COIN, zero, 8)[0, 0, 0] for q in range(queries)]
+    return torch.tensor([1.0 if word < 0 else -1.0 for word in first], dtype=torch.float64)

@@ -1,1 +1,1 @@
-"""Tasks, their official files, tokenizers, option scoring, and checkpoints from the Hugging Face hub."""
+"""Tasks and their official files, tokenizers, and option scoring; tiny/ is the embedded model and task."""

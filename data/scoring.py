@@ -4,7 +4,7 @@ A causal model scores an option by the mean log-probability of its tokens after 
 Where every option is one token, one forward per example is enough, and the softmax over options cancels the
 vocabulary's normaliser, so the options' logits alone are the scores.  A masked model is read at the mask.
 
-Shape key: P probes, B examples, O options, T tokens, M answer tokens.
+Shape key: P perturbed copies, B examples, O options, T tokens, M answer tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from data.tasks import Example, Task
 from data.tokenizer import Tokenizer
-from profiler import phase
 
 MASK = "<mask>"
 
@@ -48,10 +47,6 @@ class Batch:
     owner: Tensor  # [M] in [0, B * O): the option that a read belongs to
     lengths: Tensor  # [B * O] tokens of each option
     branch: Tensor | None  # [B, T]; None where all options are read off one token
-
-    def tensors(self) -> list[Tensor | None]:
-        """In the order of Batch(...)."""
-        return list(vars(self).values())
 
 
 class Encoder:
@@ -113,7 +108,7 @@ class Encoder:
         return Encoded(sequences, answers, -1, example.label)
 
 
-class Packed(NamedTuple):
+class Branched(NamedTuple):
     """An example's tokens as they go through the model."""
 
     tokens: list[int]
@@ -121,7 +116,7 @@ class Packed(NamedTuple):
     reads: list[tuple[int, int, int]]  # where to read, the answer's token there, its option
 
 
-def pack(e: Encoded) -> Packed:
+def branches_of(e: Encoded) -> Branched:
     """What all options begin with once, then what each goes on with; an option's last token is only predicted."""
     sequences = e.sequences
     if len(sequences) == 1 and len(e.answers) > 1:
@@ -134,15 +129,14 @@ def pack(e: Encoded) -> Packed:
         places = [*range(same), *range(same + shift, len(body) + shift)]
         tokens, branch = tokens + body[same:], branch + [option + 1] * (len(body) - same)
         reads += [(at, token, option) for at, token in zip(places[-len(answer) :], answer, strict=True)]
-    return Packed(tokens, branch, reads)
+    return Branched(tokens, branch, reads)
 
 
 def width(e: Encoded) -> int:
     """Tokens of an example in a forward."""
-    return len(e.sequences[0]) if len(e.sequences) == 1 else len(pack(e).tokens)
+    return len(e.sequences[0]) if len(e.sequences) == 1 else len(branches_of(e).tokens)
 
 
-@phase("data")
 def collate(examples: list[Encoded], pad: int, device: torch.device, tokens: int = 0) -> Batch:
     """Examples -> one batch.  If any example needs the tokens of its options, all are read so: scores then compare.
 
@@ -153,16 +147,16 @@ def collate(examples: list[Encoded], pad: int, device: torch.device, tokens: int
         rows, branch = [e.sequences[0] for e in examples], None
         reads = [(i, e.at, 0, 0) for i, e in enumerate(examples)]
     else:
-        packed, options = [pack(e) for e in examples], len(examples[0].answers)
+        packed, options = [branches_of(e) for e in examples], len(examples[0].answers)
         rows, branch = [p.tokens for p in packed], padded([p.branch for p in packed], 0, tokens)
         reads = [(i, at, token, i * options + option) for i, p in enumerate(packed) for at, token, option in p.reads]
     mask = padded([[1] * len(row) for row in rows], 0, tokens)
-    row, at, target, owner = put(torch.tensor(reads), device).unbind(1)
-    lengths = put(torch.tensor([len(a) for e in examples for a in e.answers]), device)
-    words = put(torch.tensor([a[0] for a in examples[0].answers]), device) if shared else None
-    labels = put(torch.tensor([e.label for e in examples]), device)
-    branch = None if branch is None else put(branch, device)
-    ids, mask = put(padded(rows, pad, tokens), device), put(mask, device)
+    row, at, target, owner = to_device(torch.tensor(reads), device).unbind(1)
+    lengths = to_device(torch.tensor([len(a) for e in examples for a in e.answers]), device)
+    words = to_device(torch.tensor([a[0] for a in examples[0].answers]), device) if shared else None
+    labels = to_device(torch.tensor([e.label for e in examples]), device)
+    branch = None if branch is None else to_device(branch, device)
+    ids, mask = to_device(padded(rows, pad, tokens), device), to_device(mask, device)
     return Batch(ids, mask, labels, row, at, words, target, owner, lengths, branch)
 
 
@@ -172,7 +166,7 @@ def padded(rows: list[list[int]], pad: int, tokens: int) -> Tensor:
     return torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
 
 
-def put(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on the device that nobody waits for: from pageable memory, CUDA would first finish all that it has."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -181,7 +175,7 @@ def option_scores(lm, batch: Batch, view) -> Tensor:
     """[P, B, O] float32, comparable within an example: softmax over O is the model's choice."""
     branches = {} if batch.branch is None else {"branch": batch.branch}  # a masked model has none
     mask = batch.mask if lm.config.masked else None  # left to right nothing sees the padding
-    hidden = lm.hidden(batch.tokens, mask, view, reads=(batch.row, batch.at), **branches)  # [P, M, D]
+    hidden = lm.hidden(batch.tokens, mask, view, wanted=(batch.row, batch.at), **branches)  # [P, M, D]
     if batch.words is not None:
         return lm.score(hidden, view, batch.words)
     log_p = F.log_softmax(lm.score(hidden, view), -1)
@@ -192,13 +186,33 @@ def option_scores(lm, batch: Batch, view) -> Tensor:
 
 def losses(lm, batch: Batch, view) -> Tensor:
     """Cross-entropy of the right option, mean over the batch: -> [P]."""
-    return cross_entropies(option_scores(lm, batch, view), batch.labels)
+    return torch.stack([F.cross_entropy(scores, batch.labels) for scores in option_scores(lm, batch, view)])
 
 
-@phase("loss")
-def cross_entropies(scores: Tensor, labels: Tensor) -> Tensor:
-    """[P, B, O] and [B] -> [P], each probe's mean over the batch."""
-    return torch.stack([F.cross_entropy(of_probe, labels) for of_probe in scores])
+@dataclass
+class BatchLoss:
+    """The loss_fn of zo_optim.zo_step: a view of P copies -> each one's mean loss over the examples of all batches."""
+
+    lm: object  # a model.LanguageModel
+    batches: list[Batch]  # one after the other, to bound memory
+
+    def __call__(self, view) -> Tensor:
+        """-> [P] float32."""
+        return sum(self.parts(view))
+
+    def parts(self, view) -> Iterator[Tensor]:
+        """[P] for each batch, which add up to the loss."""
+        n = sum(len(batch.labels) for batch in self.batches)
+        for batch in self.batches:
+            yield losses(self.lm, batch, view) * (len(batch.labels) / n)
+
+    def tensors(self) -> list[Tensor | None]:
+        return [tensor for batch in self.batches for tensor in vars(batch).values()]
+
+    def with_tensors(self, tensors: list[Tensor | None]) -> BatchLoss:
+        """The same loss of other tensors() of the same shapes."""
+        n = len(tensors) // len(self.batches)
+        return BatchLoss(self.lm, [Batch(*tensors[i : i + n]) for i in range(0, len(tensors), n)])
 
 
 class Quality(NamedTuple):
@@ -207,7 +221,7 @@ class Quality(NamedTuple):
 
 
 @torch.no_grad()
-def judged(lm, encoded: list[Encoded], pad: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def score_batches(lm, encoded: list[Encoded], pad: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Scores [B, O] and labels [B] of a split in batches, with the weights as they are stored.  In order of length."""
     in_order, view = sorted(encoded, key=lambda e: len(e.sequences[0])), lm.stored_view()  # less padding
     for start in range(0, len(in_order), batch_size):
@@ -218,7 +232,7 @@ def judged(lm, encoded: list[Encoded], pad: int, batch_size: int) -> Iterator[tu
 def evaluate(lm, encoded: list[Encoded], pad: int, batch_size: int) -> Quality:
     """Quality on a split, with the weights as they are stored."""
     right, loss = 0, 0.0
-    for scores, labels in judged(lm, encoded, pad, batch_size):
+    for scores, labels in score_batches(lm, encoded, pad, batch_size):
         right += int((scores.argmax(-1) == labels).sum())
         loss += float(F.cross_entropy(scores, labels, reduction="sum"))
     return Quality(right / len(encoded), loss / len(encoded))

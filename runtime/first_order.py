@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant import Float, Stored, Valued, encode, straight_through
+from quant import Float, Store, ValueStore, encode, straight_through
 
 
 @dataclass
-class Master(Valued):
+class Master(ValueStore):
     """A float matrix [R, C], fp32 or bf16, read as its nearest point on a fixed grid of codes."""
 
     value: Tensor
@@ -28,18 +28,18 @@ class Master(Valued):
 
     @classmethod
     def of(cls, value: Tensor, weights: str, dtype: torch.dtype) -> Master:
-        return cls(value.to(dtype), weights, encode(value, weights).parts()[".scale"])
+        return cls(value.to(dtype), weights, encode(value, weights).tensors()[".scale"])
 
-    def codes(self, rows: slice | Tensor = slice(None)) -> Stored:
+    def codes(self, rows: slice | Tensor = slice(None)) -> Store:
         return encode(self.value.detach()[rows], self.weights, scale=self.scale[rows])
 
-    def parts(self) -> dict[str, Tensor]:
-        """What is saved and hashed: the codes."""
-        return self.codes().parts()
+    def tensors(self) -> dict[str, Tensor]:
+        """The codes are saved and hashed."""
+        return self.codes().tensors()
 
-    def read(self, rows: slice | Tensor = slice(None)) -> Tensor:
+    def dequantise(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """Rows [r, C] as the codes' float32, with the master's gradient."""
-        return straight_through(self.value[rows], self.codes(rows).read())
+        return straight_through(self.value[rows], self.codes(rows).dequantise())
 
 
 def make_trainable(store: dict[str, Float], weights: str | None, master: torch.dtype) -> dict[str, Float | Master]:

@@ -1,7 +1,7 @@
-"""One Triton kernel a tensor for what zo_optim defines in plain torch: read a pair of probes, apply an update.
+"""One Triton kernel a tensor for what zo_optim.ZO and quant.StoredWeights define in plain torch.
 
 The plain definitions draw, round and add in some fifty small kernels a tensor, so a small model waits for
-launches and a large one for memory.  These do the same arithmetic on the same Philox words in one pass;
+launches and a large one for memory.  These do the same arithmetic on the same Philox bits in one pass;
 tests/test_gpu.py demands equal codes and equal floats (hence no fused multiply-add and division to nearest).
 
 Each program takes BLOCK groups of 8 neighbouring elements, which share a Philox block a draw.
@@ -9,41 +9,78 @@ A group is in one row and under one scale, so what belongs to those is computed 
 of them: tensors are [BLOCK], [BLOCK, 1] or [BLOCK, 8], and nothing moves between threads.  Where all of a program is in
 one row (ONE_ROW), what belongs to it is computed once, [1, 1].  (The first version had [8 * BLOCK] elements with a row,
 a column and a scale each: twice the instructions, half of them integer divisions and copies through shared memory.)
-Imports quant and random_bits.
+Imports zo_optim, quant and random_bits.
 """
 
 from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant import GROUP, Float, Fp8, Integers, Oracle, Stored, matrix_shape
-from random_bits import GOLDEN, LOW, Key, Use, as_int32, number_, philox_
-
-if TYPE_CHECKING:  # which imports this file
-    from zo_optim import ZO
+from quant import GROUP_SIZE, Float, Fp8, Integers, Store, StoredWeights, matrix_shape
+from random_bits import GOLDEN, LOW, M0, M1, W0, W1, Key, Purpose, tensor_id
+from zo_optim import ZO, quantile_knots
 
 PAIR_BLOCK, UPDATE_BLOCK = 256, 512  # groups a program, two and four to a thread: as measured (NOTES.md)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-NO_DIRECTION = tl.constexpr(-2)  # beside ZO.levels
+NO_DIRECTION = tl.constexpr(-2)  # beside the levels of directions (_levels)
 SHARDS = 256  # of the counts, since programs that add to one number wait for one another
 EXACT = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where the definition rounds twice
-GROUP_, SHARDS_, GOLDEN_ = tl.constexpr(GROUP), tl.constexpr(SHARDS), tl.constexpr(GOLDEN)
-DIRECTION, PROBE_ROUNDING = tl.constexpr(int(Use.DIRECTION)), tl.constexpr(int(Use.PROBE_ROUNDING))
-WEIGHT_ROUNDING, PROBE_LANDING = tl.constexpr(int(Use.WEIGHT_ROUNDING)), tl.constexpr(int(Use.PROBE_LANDING))
+GROUP_, SHARDS_, GOLDEN_ = tl.constexpr(GROUP_SIZE), tl.constexpr(SHARDS), tl.constexpr(GOLDEN)
+DIRECTION, PROBE_ROUNDING = tl.constexpr(int(Purpose.DIRECTION)), tl.constexpr(int(Purpose.PROBE_ROUNDING))
+WEIGHT_ROUNDING, PROBE_LANDING = tl.constexpr(int(Purpose.WEIGHT_ROUNDING)), tl.constexpr(int(Purpose.PROBE_LANDING))
+M0_, M1_, W0_, W1_ = tl.constexpr(M0), tl.constexpr(M1), tl.constexpr(W0), tl.constexpr(W1)
+
+
+@triton.jit
+def _number(x):
+    """A number, whether it is given or where it is."""
+    if x.dtype.is_ptr():
+        x = tl.load(x)
+    return x
+
+
+@triton.jit
+def _philox(c0, c1, c2, c3, k0, k1):
+    """random_bits.philox for counters c0 [...] uint32 and five numbers of 32 bits -> four uint32 words each.
+
+    Triton's own takes the halves of a product apart, with a multiplication each.
+    """
+    zero = c0 * 0
+    c1, c2, c3 = (zero + c1).to(tl.uint32), (zero + c2).to(tl.uint32), (zero + c3).to(tl.uint32)
+    k0, k1 = (zero + k0).to(tl.uint32), (zero + k1).to(tl.uint32)
+    for _ in tl.static_range(10):
+        p0, p1 = c0.to(tl.uint64) * M0_, c2.to(tl.uint64) * M1_
+        c0, c2 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
+        k0 = tl.add(k0, W0_, sanitize_overflow=False)
+        k1 = tl.add(k1, W1_, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit(do_not_specialize=["c1", "c2", "c3", "k0", "k1"])  # a compile for each step otherwise
+def _philox_kernel(blocks, words, n, c1, c2, c3, k0, k1, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = at < n
+    c0 = tl.load(blocks + at, mask=live, other=0).to(tl.uint32)
+    w0, w1, w2, w3 = _philox(c0, _number(c1), c2, c3, k0, k1)
+    tl.store(words + at * 4 + 0, w0.to(tl.int32, bitcast=True), mask=live)
+    tl.store(words + at * 4 + 1, w1.to(tl.int32, bitcast=True), mask=live)
+    tl.store(words + at * 4 + 2, w2.to(tl.int32, bitcast=True), mask=live)
+    tl.store(words + at * 4 + 3, w3.to(tl.int32, bitcast=True), mask=live)
 
 
 @triton.jit
 def _words(block, step, tensor, query, USE: tl.constexpr, k0, k1):
-    """random_bits.random_words for counter blocks [BLOCK] -> four uint32 words each."""
-    return philox_(block.to(tl.uint32), step, tensor, query * 16 + USE, k0, k1)
+    """random_bits.philox_blocks for counter blocks [BLOCK] -> four uint32 words each."""
+    return _philox(block.to(tl.uint32), step, tensor, query * 16 + USE, k0, k1)
 
 
 @triton.jit
@@ -72,7 +109,7 @@ def _bits32(group, step, tensor, query, USE: tl.constexpr, k0, k1):
 
 @triton.jit
 def _normal(knots, bits):
-    """zo_optim.normal, from zo_optim.normal_knots."""
+    """zo_optim.normal_table's entries, from normal_knots."""
     knot = tl.load(knots + ((bits >> 4) & 2047)).to(tl.uint32, bitcast=True)
     size = ((knot & 0xFFFFF) + (knot >> 20) * ((bits << 1) & 30).to(tl.uint32) >> 3).to(tl.int32)
     return tl.where(bits < 32768, size, -size)
@@ -107,22 +144,24 @@ def _divide(x, unit):
 
 
 @triton.jit
-def _grid_step(times, words, unit, power, grain, KIND: tl.constexpr, OVER_UNIT: tl.constexpr):
-    """zo_optim.grid_step in parts: its size for times > 0, or that over unit, and which of the words hit (their top
-    bits say which way).  unit [BLOCK, 1] or [1, 1]; power is _power's, and like the size as unit is or [BLOCK, 8].
+def _grid_direction(times, words, unit, power, min_spacing, KIND: tl.constexpr, OVER_UNIT: tl.constexpr):
+    """zo_optim.grid_direction in parts: its size for times > 0, or that over unit, and which of the words hit.
+
+    Their top bits say which way.  unit [BLOCK, 1] or [1, 1]; power is _power's, and like the size as unit is or
+    [BLOCK, 8].
 
     Products and quotients of floats commute with powers of two, and with taking the larger one: what is rounded is
     computed once for a group, or for a row.  A step's threshold is doubled: (words << 1) is below it as often as words'
     31 bits are below its rounded half.
     """
-    finest = tl.full(unit.shape, grain, tl.float32)
-    below: tl.constexpr = 0.125 if KIND == "fp8" else 0.25 if KIND == "fp8-e5m2" else 1.0  # 2^-MANTISSA
+    finest = tl.full(unit.shape, min_spacing, tl.float32)
+    below: tl.constexpr = 0.125 if KIND == "fp8" else 1.0  # 2^-mantissa bits
     own, least = unit * times * below, finest * times
     if OVER_UNIT:
         own, least = _divide(own, unit), _divide(least, unit)
     size = tl.maximum(own * power, least)
     ratio, exponent = _divide(finest, unit), power.to(tl.int32, bitcast=True)
-    if KIND == "fp8" or KIND == "fp8-e5m2":  # power^-2 is a float, of exponent field 381 - 2 * power's mod 512
+    if KIND == "fp8":  # power^-2 is a float, of exponent field 381 - 2 * power's mod 512
         inverse = ((381 - 512) * 8388608 - 2 * exponent).to(tl.float32, bitcast=True)
         threshold = tl.minimum(ratio * ratio * (4294967296.0 / below / below) * inverse, 4294966784.0)  # 1 - 2^-23
     else:
@@ -145,17 +184,18 @@ def _signed(size, words, hit):
 
 
 @triton.jit
-def _along(
-    factor, grain, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING: tl.constexpr, LEVELS: tl.constexpr,
-    KIND: tl.constexpr, OVER_UNIT: tl.constexpr, PROBE: tl.constexpr,
+def _scaled_direction(
+    factor, min_spacing, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING: tl.constexpr,
+    LEVELS: tl.constexpr, KIND: tl.constexpr, OVER_UNIT: tl.constexpr, PROBE: tl.constexpr,
 ):  # fmt: skip
-    """zo_optim.ZO.along, or that over unit, [BLOCK, 8].  LEVELS -1 is a grid direction; where that is 0, it is +0.
+    """zo_optim.ZO.scaled_direction, or that over unit, [BLOCK, 8].
 
-    PROBE: factor is positive.
+    LEVELS -1 is a grid direction; where that is 0, it is +0.  PROBE: factor is positive.
     """
     if LEVELS == -1:
         words = _bits32(group, step, tensor, query, DIRECTION, k0, k1)
-        size, hit = _grid_step(factor if PROBE else tl.abs(factor), words, unit, power, grain, KIND, OVER_UNIT)
+        positive = factor if PROBE else tl.abs(factor)
+        size, hit = _grid_direction(positive, words, unit, power, min_spacing, KIND, OVER_UNIT)
         if not PROBE:
             size = _like(size, factor)
         d = _signed(size, words, hit)
@@ -189,29 +229,30 @@ def _power_below(x):
 
 
 @triton.jit
-def _round8(x, words, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, TOP: tl.constexpr):
-    """quant.Grid8.round, stochastic."""
-    down: tl.constexpr = 2.0 ** (-126 - LOWEST)
-    up: tl.constexpr = 2.0 ** (126 + LOWEST)
-    cut = _cut(tl.minimum(tl.maximum(x, -TOP), TOP) * down, words, 23 - MANTISSA)
+def _round8(x, words, MANTISSA_BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr):
+    """quant.Fp8Format.round, stochastic."""
+    down: tl.constexpr = 2.0 ** (-126 - MIN_EXPONENT)
+    up: tl.constexpr = 2.0 ** (126 + MIN_EXPONENT)
+    cut = _cut(tl.minimum(tl.maximum(x, -MAX), MAX) * down, words, 23 - MANTISSA_BITS)
     return tl.fma(cut, tl.full(cut.shape, up, tl.float32), 0.0)  # not a product: of -0 it makes +0
 
 
 @triton.jit
-def _nearest8(x, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, TOP: tl.constexpr):
-    """quant.Grid8.round to nearest, ties to even."""
-    x = tl.minimum(tl.maximum(x, -TOP), TOP)
-    cut: tl.constexpr = 23 - MANTISSA
+def _nearest8(x, MANTISSA_BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr):
+    """quant.Fp8Format.round to nearest, ties to even."""
+    x = tl.minimum(tl.maximum(x, -MAX), MAX)
+    cut: tl.constexpr = 23 - MANTISSA_BITS
     pattern = x.to(tl.int32, bitcast=True)
     pattern = (pattern + ((pattern >> cut) & 1) + ((1 << (cut - 1)) - 1)) & -(1 << cut)
-    shift: tl.constexpr = 1.5 * 2.0 ** (23 + LOWEST - MANTISSA)  # where a float32's last place is the even part's step
+    # there a float32's last place is the even part's step
+    shift: tl.constexpr = 1.5 * 2.0 ** (23 + MIN_EXPONENT - MANTISSA_BITS)
     even = ((x + shift) - shift).to(tl.int32, bitcast=True) | x.to(tl.int32, bitcast=True) & -(2**31)  # also of -0
-    return tl.where(tl.abs(x) < 2.0**LOWEST, even, pattern).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < 2.0**MIN_EXPONENT, even, pattern).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _fields(packed, group, live, BITS: tl.constexpr):
-    """quant.unpack: the 8 signed numbers of BITS bits of each group, which fill BITS bytes, [BLOCK, 8] int32."""
+    """quant.unpack_bits: the 8 signed numbers of BITS bits of each group, which fill BITS bytes, [BLOCK, 8] int32."""
     word = tl.load(packed + group, mask=live, other=0)
     fields = _in_order(
         word, word >> BITS, word >> (2 * BITS), word >> (3 * BITS), word >> (4 * BITS), word >> (5 * BITS),
@@ -223,7 +264,7 @@ def _fields(packed, group, live, BITS: tl.constexpr):
 
 @triton.jit
 def _store_fields(packed, numbers, group, live, BITS: tl.constexpr):
-    """quant.pack."""
+    """quant.pack_bits."""
     fields = (numbers & ((1 << BITS) - 1)).to(packed.dtype.element_ty)
     even, odd = tl.split(tl.reshape(fields, [group.shape[0], 2, 2, 2]))
     pairs = even | (odd << BITS)  # [BLOCK, 2, 2]
@@ -234,31 +275,25 @@ def _store_fields(packed, numbers, group, live, BITS: tl.constexpr):
 
 
 @triton.jit
-def _from_byte(byte, KIND: tl.constexpr, BY_HAND: tl.constexpr):
-    """fp8 codes, uint8 -> float32.  By hand, where there is no fp8: through float16, which has the same layout, but for
-    e4m3 an exponent 8 lower."""
+def _from_byte(byte, BY_HAND: tl.constexpr):
+    """e4m3 codes, uint8 -> float32.  By hand, where there is no fp8: through float16, whose exponent is 8 higher."""
     if not BY_HAND:
-        x = byte.to(tl.float8e4nv if KIND == "fp8" else tl.float8e5, bitcast=True).to(tl.float32)
+        x = byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
         byte = byte.to(tl.int32)
-        half = ((byte & 0x7F) << 7 | (byte & 0x80) << 8) if KIND == "fp8" else byte << 8
-        x = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * (256.0 if KIND == "fp8" else 1.0)
+        half = (byte & 0x7F) << 7 | (byte & 0x80) << 8
+        x = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
     return x
 
 
 @triton.jit
-def _to_byte(x, KIND: tl.constexpr, BY_HAND: tl.constexpr):
-    """float32 -> fp8 codes, uint8: to nearest, ties to even, sizes beyond the top to the top.
-
-    By hand, what lies between two points has to be e4m3.
-    """
+def _to_byte(x, BY_HAND: tl.constexpr):
+    """float32 -> e4m3 codes, uint8: to nearest, ties to even, sizes beyond the largest to the largest."""
     if not BY_HAND:
-        byte = x.to(tl.float8e4nv if KIND == "fp8" else tl.float8e5).to(tl.uint8, bitcast=True)
-    elif KIND == "fp8":
+        byte = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
         half = (_nearest8(x, 3, -6, 448.0) * 0.00390625).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
         byte = ((half >> 7) & 0x7F | (half >> 8) & 0x80).to(tl.uint8)
-    else:
-        byte = (x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) >> 8).to(tl.uint8)
     return byte
 
 
@@ -281,8 +316,8 @@ def _code(value, group, at, whole, live, KIND: tl.constexpr, BY_HAND: tl.constex
     """The stored numbers as float32, before their scale."""
     if KIND == "int4":
         code = _fields(value, group, whole, 4).to(tl.float32)
-    elif KIND == "fp8" or KIND == "fp8-e5m2":
-        code = _from_byte(tl.load(value + at, mask=live, other=0), KIND, BY_HAND)
+    elif KIND == "fp8":
+        code = _from_byte(tl.load(value + at, mask=live, other=0), BY_HAND)
     else:
         code = tl.load(value + at, mask=live, other=0).to(tl.float32)
     return code
@@ -293,8 +328,8 @@ def _store(value, new, group, at, whole, live, KIND: tl.constexpr, BY_HAND: tl.c
     """The inverse of _code."""
     if KIND == "int4":
         _store_fields(value, new.to(tl.int32), group, whole, 4)
-    elif KIND == "fp8" or KIND == "fp8-e5m2":
-        tl.store(value + at, _to_byte(new, KIND, BY_HAND), mask=live)
+    elif KIND == "fp8":
+        tl.store(value + at, _to_byte(new, BY_HAND), mask=live)
     else:
         tl.store(value + at, new.to(value.dtype.element_ty), mask=live)
 
@@ -324,49 +359,46 @@ def _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND: tl.constexpr, ONE_RO
 
 @triton.jit
 def _power(code, unit, KIND: tl.constexpr):
-    """Each store's spacing over its scale, a power of two; of fp8 2^MANTISSA times that."""
+    """Each store's spacing over its scale, a power of two; of fp8 2^mantissa bits times that."""
     if KIND == "fp32":
         power = unit * 0
     elif KIND == "bf16":
         power = _power_below(code) * 0.0078125  # 2^-7
     elif KIND == "fp8":
         power = tl.maximum(_power_below(code), 0.015625)  # 2^-6
-    elif KIND == "fp8-e5m2":
-        power = tl.maximum(_power_below(code), 0.00006103515625)  # 2^-14
     else:
         power = unit * 0 + 1.0
     return power
 
 
 @triton.jit
-def _land(code, d, words, KIND: tl.constexpr, TOP: tl.constexpr):
-    """Each store's land, before its scale.  d: over the scale too."""
+def _add_rounded(code, d, words, KIND: tl.constexpr, MAX: tl.constexpr):
+    """Each store's add_rounded, before its scale.  d: over the scale too."""
     if KIND == "fp32":
         new = code + d
     elif KIND == "bf16":
         new = _cut(code + d, words, 16)
     elif KIND == "fp8":
         new = _round8(d + code, words, 3, -6, 448.0)
-    elif KIND == "fp8-e5m2":
-        new = _round8(d + code, words, 2, -14, 57344.0)
     else:
         new = _stochastic_round(d, words) + code
-        new = tl.minimum(tl.maximum(new, -TOP), TOP)
+        new = tl.minimum(tl.maximum(new, -MAX), MAX)
     return new
 
 
-VARYING = ["MAGIC", "SHIFT", "factor", "grain", "step", "tensor", "query", "k0", "k1"]  # never compile-time constants
+# Arguments that are never compile-time constants
+VARYING = ["MAGIC", "SHIFT", "factor", "min_spacing", "step", "tensor", "query", "k0", "k1"]
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _pair_kernel(
-    pair, value, scale, knots, rows, ROWS, PER_ROW, MAGIC, SHIFT, LENGTH, factor, grain, step, tensor, query, k0, k1,
-    KIND: tl.constexpr, TOP: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr, PLUS: tl.constexpr,
+    pair, value, scale, knots, rows, ROWS, PER_ROW, MAGIC, SHIFT, LENGTH, factor, min_spacing, step, tensor, query,
+    k0, k1, KIND: tl.constexpr, MAX: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr, PLUS: tl.constexpr,
     MINUS: tl.constexpr, CHOSEN: tl.constexpr, BYTES: tl.constexpr, BY_HAND: tl.constexpr, TAIL: tl.constexpr,
     ONE_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group, at, whole, live = _place(LENGTH, TAIL, BLOCK)
-    to, step = at, number_(step)
+    to, step = at, _number(step)
     if CHOSEN:  # groups of the rows' rows
         row = _row(group, MAGIC, SHIFT)
         row, column = tl.load(rows + row, mask=whole, other=0), group - row * PER_ROW
@@ -383,14 +415,14 @@ def _pair_kernel(
         d = unit * 0
     else:
         power = _power(code, unit, KIND)
-        d = _along(
-            factor, grain, unit, power, knots, group, step, tensor, query, k0, k1, PROBE_ROUNDING, LEVELS, KIND,
+        d = _scaled_direction(
+            factor, min_spacing, unit, power, knots, group, step, tensor, query, k0, k1, PROBE_ROUNDING, LEVELS, KIND,
             over_unit, True,
         )  # fmt: skip
     if CODES:
         words = _bits32(group, step, tensor, query, PROBE_LANDING, k0, k1)
         away = d * -1.0  # Triton's -d is 0 - d: no -0
-        plus, minus = _land(code, d, words, KIND, TOP), _land(code, away, words, KIND, TOP)
+        plus, minus = _add_rounded(code, d, words, KIND, MAX), _add_rounded(code, away, words, KIND, MAX)
         if not BYTES:
             plus, minus = plus * unit, minus * unit
     elif BYTES:
@@ -398,7 +430,7 @@ def _pair_kernel(
     else:
         plus, minus = code * unit + d, code * unit - d
     if BYTES:
-        plus, minus = _to_byte(plus, KIND, BY_HAND), _to_byte(minus, KIND, BY_HAND)
+        plus, minus = _to_byte(plus, BY_HAND), _to_byte(minus, BY_HAND)
     if PLUS:
         tl.store(pair + to, plus.to(pair.dtype.element_ty), mask=live)
         pair += LENGTH
@@ -408,18 +440,18 @@ def _pair_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def _update_kernel(
-    value, scale, residual, counts, knots, factors, N, PER_ROW, MAGIC, SHIFT, grain, step, tensor, query, k0, k1,
-    QUERIES: tl.constexpr, KIND: tl.constexpr, TOP: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr,
+    value, scale, residual, counts, knots, factors, N, PER_ROW, MAGIC, SHIFT, min_spacing, step, tensor, query, k0, k1,
+    QUERIES: tl.constexpr, KIND: tl.constexpr, MAX: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr,
     ROUNDING: tl.constexpr, BY_HAND: tl.constexpr, TAIL: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group, at, whole, live = _place(N, TAIL, BLOCK)
-    step = number_(step)
+    step = _number(step)
     old = _code(value, group, at, whole, live, KIND, BY_HAND)
     unit = _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND, ONE_ROW)
     power = _power(old, unit, KIND)
     integers: tl.constexpr = KIND == "int8" or KIND == "int4"
     coded: tl.constexpr = KIND != "fp32" and KIND != "bf16"
-    if LEVELS == -1:  # random_bits.reuse
+    if LEVELS == -1:  # random_bits.second_uniform
         words = _bits32(group, step, tensor, query, DIRECTION, k0, k1)
         landing = tl.mul(words, GOLDEN_, sanitize_overflow=False)
     else:
@@ -429,20 +461,20 @@ def _update_kernel(
     fine_unit = unit * (1.0 / (1 << RESIDUAL))
     if LEVELS == -1 and coded and QUERIES == 1:
         factor = tl.load(factors)
-        d, hit = _grid_step(tl.abs(factor), words, unit, power, grain, KIND, True)
+        d, hit = _grid_direction(tl.abs(factor), words, unit, power, min_spacing, KIND, True)
         d = _like(d * (1 << RESIDUAL), factor)
         if integers:  # one size for all of a group: rounded once, and by each element's own word
             moved = _signed(_stochastic_round(d, landing), words, hit)
         else:
             d = _signed(d, words, hit)
     else:
-        d = _along(
-            tl.load(factors), grain, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS, KIND,
-            False, False,
+        d = _scaled_direction(
+            tl.load(factors), min_spacing, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS,
+            KIND, False, False,
         )  # fmt: skip
         for q in range(1, QUERIES):
-            d += _along(
-                tl.load(factors + q), grain, unit, power, knots, group, step, tensor, query + q, k0, k1, ROUNDING,
+            d += _scaled_direction(
+                tl.load(factors + q), min_spacing, unit, power, knots, group, step, tensor, query + q, k0, k1, ROUNDING,
                 LEVELS, KIND, False, False,
             )  # fmt: skip
         if coded:
@@ -451,12 +483,12 @@ def _update_kernel(
             moved = _stochastic_round(d, landing)
     if integers:
         wanted = moved + old
-        bottom = -TOP - 1 if RESIDUAL else -TOP  # Integers.lowest
-        new = tl.minimum(tl.maximum(wanted, bottom), TOP)
+        bottom = -MAX - 1 if RESIDUAL else -MAX  # Integers.min_fine
+        new = tl.minimum(tl.maximum(wanted, bottom), MAX)
         held = new != wanted
     else:
-        new = _land(old, d, landing, KIND, TOP)
-        held = tl.abs(d + old) > TOP
+        new = _add_rounded(old, d, landing, KIND, MAX)
+        held = tl.abs(d + old) > MAX
     counts += tl.program_id(0) % SHARDS_ * 2
     both = tl.sum(tl.where(live & (new != old), 1, 0) + tl.where(live & held, 65536, 0))
     tl.atomic_add(counts, (both & 0xFFFF).to(tl.int64), sem="relaxed")  # or all of the program's stores are waited for
@@ -468,37 +500,55 @@ def _update_kernel(
     _store(value, new, group, at, whole, live, KIND, BY_HAND)
 
 
-def serves(stored: Stored) -> bool:
-    """Whether the kernels can stand in for the definitions.  The oracle is there to check them."""
-    return stored.device.type == "cuda" and not isinstance(stored, Oracle) and fits(stored)
+def fits(stored: Store) -> bool:
+    """Whether a kernel can stand in for the definitions: not for the oracle, which is there to check them, and where
+    the rows of a matrix are whole groups of 8."""
+    return type(stored) in (Float, Integers, Fp8) and (len(stored.shape) < 2 or matrix_shape(stored.shape)[1] % 8 == 0)
 
 
-def fits(stored: Stored) -> bool:
-    """Whether a store's rows are whole groups of 8, or there is only one."""
-    return len(stored.shape) == 1 or stored.shape[1] % 8 == 0
-
-
-def _kind(stored: Stored) -> tuple[str, float]:
+def _kind(stored: Store) -> tuple[str, float]:
     """A store's name in the kernels, and the largest number that its codes reach."""
     if isinstance(stored, Integers):
-        return f"int{stored.bits}", float(stored.top)
+        return f"int{stored.bits}", float(stored.max_code)
     if isinstance(stored, Fp8):
-        return ("fp8" if stored.grid.mantissa == 3 else "fp8-e5m2"), stored.grid.top
-    assert isinstance(stored, Float)
+        return "fp8", stored.grid.max_value
     return ("bf16" if stored.rounds else "fp32"), float("inf")
 
 
-WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bits a field: 8 of them
+def _levels(zo: ZO) -> int:
+    """Codes on each side of 0 of a direction: 7 for 4 bits; 0 stands for the full direction, -1 for the grid's."""
+    return -1 if zo.grid else 0 if zo.bits is None else 2 ** (zo.bits - 1) - 1
 
 
-def _arguments(stored: Stored, key: Key) -> tuple[Tensor, Tensor, int, int, list[int | Tensor]]:
+@cache
+def normal_knots(device: torch.device) -> Tensor:
+    """zo_optim.normal_table in 8 kB, [2048] int32: the f-th of a piece's 16 midpoints is
+    (lower 20 bits + 2 f * upper 12) >> 3.
+
+    They stay in a GPU's first-level cache, where the table's 256 kB do not.
+    """
+    knots = quantile_knots()
+    packed = [32 * low + (high - low) + 4 | high - low << 20 for low, high in zip(knots, knots[1:], strict=False)]
+    return torch.tensor(as_int32(*packed), dtype=torch.int32, device=device)
+
+
+def as_int32(*words: int | Tensor) -> list[int | Tensor]:
+    """32-bit words as signed numbers of the same bits: one kernel argument type, whatever their top bit.  Numbers in
+    memory (a recorded step's, graphs.py) stay there."""
+    return [w if isinstance(w, Tensor) else w - (1 << 32) if w >> 31 else w for w in words]
+
+
+WORD_OF_8 = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bits a field
+
+
+def _arguments(stored: Store, key: Key) -> tuple[Tensor, Tensor, int, int, list[int | Tensor]]:
     """What both kernels need: numbers, scales (unused for floats), how many, groups a row, the key in 32-bit words."""
     R, C = matrix_shape(stored.shape)
     words = as_int32(key.step, key.tensor, key.query, key.seed & LOW, key.seed >> 32 & LOW)
     if isinstance(stored, Float):
         return stored.value, stored.value, R * C, -(-C // 8), words
     value = stored.codes.view(torch.uint8) if isinstance(stored, Fp8) else stored.codes
-    value = value.view(WORDS[4]) if value.shape[1] < C else value
+    value = value.view(WORD_OF_8[4]) if value.shape[1] < C else value
     return value, stored.scale, R * C, C // 8, words
 
 
@@ -529,7 +579,7 @@ def _tail(n: int, block: int) -> str:
     return "elements" if n % 8 else "groups" if n % (8 * block) else ""
 
 
-def _one_row(stored: Stored, per_row: int, block: int) -> bool:
+def _one_row(stored: Store, per_row: int, block: int) -> bool:
     """Whether a program's groups all have one scale, so that what belongs to it is computed once for all of them."""
     return not isinstance(stored, Float) and stored.scale.shape[1] == 1 and per_row % block == 0
 
@@ -538,58 +588,105 @@ def _programs(n: int, block: int) -> tuple[int]:
     return (triton.cdiv(n, 8 * block),)
 
 
-def read_pair(
-    stored: Stored, key: Key, zo: ZO, knots: Tensor, dtype: torch.dtype, signs: tuple[int, ...] = (1, -1),
-    rows: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """[P, R, C] in dtype: w + eps u1 and w - eps u1, or one of them; of chosen rows [n] int64, [P, n, C].
-
-    The definitions are zo_optim.Pair.read and rows.
-    """
-    return _materialise(stored, key, dtype, rows, len(signs), knots, zo.times(zo.eps), zo.grain,
-                        LEVELS=zo.levels, CODES=zo.probe == "codes", PLUS=1 in signs, MINUS=-1 in signs)  # fmt: skip
+def perturbed(
+    stored: Store, key: Key, zo: ZO, dtype: torch.dtype, signs: tuple[int, ...] = (1, -1), rows: Tensor | None = None
+) -> Tensor:
+    """ZO.perturbed in one kernel."""
+    return _materialise(stored, key, dtype, rows, len(signs), normal_knots(stored.device), zo.factor(zo.eps),
+                        zo.min_spacing, LEVELS=_levels(zo), CODES=zo.probe == "codes", PLUS=1 in signs,
+                        MINUS=-1 in signs)  # fmt: skip
 
 
-def read(stored: Stored, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-    """The weights as they are: [1, R, C] in dtype, or [1, n, C].  The definition is model.StoredView."""
+def dequantised(stored: Store, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+    """The weights as they are: [1, R, C] in dtype, or [1, n, C].  The definition is quant.StoredWeights."""
     return _materialise(stored, Key(0, 0), dtype, rows, 1, None, 0.0, 0.0,
                         LEVELS=NO_DIRECTION.value, CODES=False, PLUS=True, MINUS=False)  # fmt: skip
 
 
 def _materialise(
-    stored: Stored, key: Key, dtype: torch.dtype, rows: Tensor | None, P: int, knots: Tensor | None, factor: float,
-    grain: float, **options,
+    stored: Store, key: Key, dtype: torch.dtype, rows: Tensor | None, P: int, knots: Tensor | None, factor: float,
+    min_spacing: float, **options,
 ) -> Tensor:  # fmt: skip
     value, scale, n, per_row, words = _arguments(stored, key)
-    kind, top = _kind(stored)
+    kind, largest = _kind(stored)
     R, C = matrix_shape(stored.shape)
     pair = torch.empty(P, R if rows is None else len(rows), C, dtype=dtype, device=value.device)
     length, is_codes = pair[0].numel(), dtype.itemsize == 1  # which Triton is given as bytes
     out, unused = pair.view(torch.uint8) if is_codes else pair, value  # kernels take no None
-    knots, chosen = unused if knots is None else knots, unused if rows is None else rows
+    knots, index = unused if knots is None else knots, unused if rows is None else rows
     with _on(value.device):
         _pair_kernel[_programs(length, PAIR_BLOCK)](
-            out, value, scale, knots, chosen, R, per_row, *_magic(per_row), length, factor, grain, *words,
-            KIND=kind, TOP=top, CHOSEN=rows is not None, BYTES=is_codes, BY_HAND=_by_hand(value.device),
+            out, value, scale, knots, index, R, per_row, *_magic(per_row), length, factor, min_spacing, *words,
+            KIND=kind, MAX=largest, CHOSEN=rows is not None, BYTES=is_codes, BY_HAND=_by_hand(value.device),
             TAIL=_tail(length, PAIR_BLOCK), ONE_ROW=rows is None and _one_row(stored, per_row, PAIR_BLOCK),
             BLOCK=PAIR_BLOCK, **options, **EXACT,
         )  # fmt: skip
     return pair
 
 
-def update_(stored: Stored, key: Key, factors: Tensor, zo: ZO, knots: Tensor, counts: Tensor) -> None:
-    """w += the sum of coefficient_i * u2_i, landing stochastically on the grid; adds to counts [SHARDS, 2] int64.
-
-    factors [n] float32: zo.times of the coefficients.  The definition is zo_optim.land_steps, plain.
-    """
+def step_(stored: Store, key: Key, factors: Tensor, zo: ZO, counts: Tensor) -> None:
+    """ZO.step_ in one kernel; adds to counts [SHARDS, 2] int64."""
     value, scale, n, per_row, words = _arguments(stored, key)
-    kind, top = _kind(stored)
+    kind, largest = _kind(stored)
     bits = stored.residual_bits if isinstance(stored, Integers) else 0
     with _on(value.device):
         _update_kernel[_programs(n, UPDATE_BLOCK)](
-            value, scale, stored.residual.view(WORDS[bits]) if bits else value, counts, knots, factors, n, per_row,
-            *_magic(per_row), zo.grain, *words, QUERIES=len(factors), KIND=kind, RESIDUAL=bits,
-            TOP=float(stored.limit) if bits else top, LEVELS=zo.levels, ROUNDING=int(zo.step_rounding),
-            BY_HAND=_by_hand(value.device), TAIL=_tail(n, UPDATE_BLOCK),
+            value, scale, stored.residual.view(WORD_OF_8[bits]) if bits else value, counts, normal_knots(value.device),
+            factors, n, per_row, *_magic(per_row), zo.min_spacing, *words, QUERIES=len(factors), KIND=kind,
+            RESIDUAL=bits, MAX=float(stored.max_fine) if bits else largest, LEVELS=_levels(zo),
+            ROUNDING=int(zo.step_rounding), BY_HAND=_by_hand(value.device), TAIL=_tail(n, UPDATE_BLOCK),
             ONE_ROW=_one_row(stored, per_row, UPDATE_BLOCK), BLOCK=UPDATE_BLOCK, **EXACT,
         )  # fmt: skip
+
+
+# ---------------------------------------------------------------- the twins, as they are put in from outside
+
+
+@dataclass(frozen=True)
+class FusedZO(ZO):
+    """The same estimator with one kernel a tensor, where it fits."""
+
+    def perturbed(
+        self, store: Store, key: Key, signs: tuple[int, ...], dtype: torch.dtype, rows: Tensor | None = None
+    ) -> Tensor:
+        if not fits(store):
+            return super().perturbed(store, key, signs, dtype, rows)
+        return perturbed(store, key, self, dtype, signs, rows)
+
+    def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
+        counts = torch.zeros(SHARDS, 2, dtype=torch.int64, device=factors.device)
+        for name, store in weights.items():
+            of_tensor = key._replace(tensor=tensor_id(name))
+            if self.nearest or not fits(store):
+                counts[0] += self.step_(store, of_tensor, factors)
+            else:
+                step_(store, of_tensor, factors, self, counts)
+        return counts.sum(0)
+
+
+class FusedStoredWeights(StoredWeights):
+    """The same view with one kernel a tensor of codes; floats are there already, and may want a gradient."""
+
+    def read(self, name: str, as_codes: bool = False) -> Tensor:
+        stored = self.weights[name]
+        if as_codes or isinstance(stored, Float) or not fits(stored):
+            return super().read(name, as_codes)
+        return dequantised(stored, self.dtype).view(1, *stored.shape)
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        stored = self.weights[name]
+        if isinstance(stored, Float) or not fits(stored):
+            return super().rows(name, index)
+        return dequantised(stored, torch.float32, index)
+
+
+def philox_blocks(key: Key, purpose: Purpose, rows: Tensor, columns: int) -> Tensor:
+    """random_bits.philox_blocks in one kernel instead of a hundred."""
+    per_row = -(-columns // 8)
+    blocks = (rows[:, None] * per_row + torch.arange(per_row, device=rows.device)).flatten()
+    words = torch.empty(len(blocks), 4, dtype=torch.int32, device=blocks.device)
+    counter = (key.step, key.tensor, key.query << 4 | purpose, key.seed & LOW, key.seed >> 32 & LOW)
+    if len(blocks):
+        with _on(blocks.device):
+            _philox_kernel[(triton.cdiv(len(blocks), 512),)](blocks, words, len(blocks), *as_int32(*counter), BLOCK=512)
+    return words.view(len(rows), per_row, 4)

@@ -1,10 +1,11 @@
-"""Model directories on disk: strict reading of safetensors, one tensor at a time, and atomic writing.
+"""Model directories on disk: strict reading of safetensors into stores, one tensor at a time, and atomic writing.
 
-Nothing is ever unpickled, and nothing outside the directory is read or written.  Imports nothing of ours.
+Nothing is ever unpickled, and nothing outside the directory is read or written.  Imports quant.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from quant import FLOATS, Store, check_format, encode, from_tensors, tensor_specs
 
 
 def find_tensors(directory: Path, stem: str = "model") -> dict[str, Path]:
@@ -34,7 +37,7 @@ def find_tensors(directory: Path, stem: str = "model") -> dict[str, Path]:
     held = {(name, shard) for shard in set(shards.values()) for name in _names(directory / shard)}
     wrong = sorted({name for name, _ in held ^ set(shards.items())})  # pairs, as two shards may hold one name
     if wrong:
-        raise ValueError(f"{index} and its shards disagree about {some(wrong)}")
+        raise ValueError(f"{index} and its shards disagree about {first_names(wrong)}")
     return {name: directory / shard for name, shard in shards.items()}
 
 
@@ -75,7 +78,7 @@ def _open(path: Path):
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
 
 
-def some(names: list[str]) -> str:
+def first_names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -84,8 +87,9 @@ def check_names(directory: Path, found: set[str], wanted: set[str], ignorable: C
     missing = sorted(wanted - found)
     unexpected = sorted(n for n in found - wanted if not ignorable(n))
     if missing or unexpected:
-        told = [f"{what}: {some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
-        raise ValueError(f"{directory}: {'; '.join(told)}")
+        kinds = (("missing", missing), ("unexpected", unexpected))
+        problems = [f"{kind}: {first_names(names)}" for kind, names in kinds if names]
+        raise ValueError(f"{directory}: {'; '.join(problems)}")
 
 
 def read_tensors(
@@ -134,10 +138,130 @@ def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     return tensor.view(-1).view(torch.uint8).split(BUFFER_BYTES)
 
 
-# what a saved model takes along from the directory that it was loaded from
+# ---------------------------------------------------------------- from files to stores
+
+CODES = "codes"  # a file name of their own, so that no other program takes codes for weights; and a config key
+
+
+def load_weights(
+    directory: Path, raw_config: dict, shapes: dict[str, torch.Size], ignorable: Callable[[str], bool],
+    device: torch.device, weights: str, residual: int = 0, oracle: bool = False,
+) -> dict[str, Store]:  # fmt: skip
+    """The stores of a checkpoint's tensors, in the order of `shapes`; its codes, where it holds codes.
+
+    Raises ValueError for anything missing, unexpected (and not ignorable), wrongly shaped, not finite or corrupt.
+    """
+    check_format(weights, residual, oracle)
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # freed at once: glibc then keeps the memory that forwards free (NOTES)
+    if any(directory.glob(f"{CODES}*.safetensors")):
+        _check_same_codes(directory, raw_config.get(CODES), weights, residual)
+        return _load_codes(directory, shapes, device, weights, residual, oracle)
+    files, stores, finite = find_tensors(directory), {}, {}
+    check_names(directory, set(files), set(shapes), ignorable)
+    for name, tensor in read_tensors(files, shapes, device):
+        finite[name] = _is_finite(files[name], name, tensor)
+        stores[name] = encode(tensor, weights, residual, oracle)
+    _check_finite(files, finite)
+    return {name: stores[name] for name in shapes}
+
+
+def _is_finite(file: Path, name: str, tensor: Tensor) -> Tensor:
+    """A bool on the tensor's device: to ask for its value would make the host wait for a GPU.
+
+    Raises ValueError for a type that no checkpoint has.
+    """
+    if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):  # float8 has scales
+        raise ValueError(f"{file}: {name} is {tensor.dtype}, expected floating point of 16 bits or more")
+    ends = torch.stack(tensor.aminmax())  # both are NaN where any element is; isfinite would make copies
+    return ends.float().isfinite().all()  # as float32, where 1e300 is infinite
+
+
+def _check_finite(files: dict[str, Path], finite: dict[str, Tensor]) -> None:
+    for name, verdict in finite.items():
+        if not verdict:
+            raise ValueError(f"{files[name]}: {name} holds NaN or infinity")
+
+
+def _check_same_codes(directory: Path, held: object, weights: str, residual: int) -> None:
+    if held == {"weights": weights, "residual": residual}:
+        return
+    if not isinstance(held, dict) or set(held) != {"weights", "residual"}:
+        raise ValueError(f"{directory / 'config.json'} must say what the codes are, got {CODES} {held!r}")
+    raise ValueError(
+        f"{directory} holds {held['weights']} codes with {held['residual']} residual bits; load it with weights "
+        f"{held['weights']} and residual {held['residual']}, got {weights} and {residual}"
+    )
+
+
+def _load_codes(
+    directory: Path, shapes: dict[str, torch.Size], device: torch.device, weights: str, residual: int, oracle: bool
+) -> dict[str, Store]:
+    """The inverse of save_stored for codes."""
+    files = find_tensors(directory, CODES)
+    specs = {name: tensor_specs(shape, weights, residual) for name, shape in shapes.items()}
+    expected = {name + suffix: shape for name, spec in specs.items() for suffix, (_, shape) in spec.items()}
+    check_names(directory, set(files), set(expected), lambda name: False)
+    read = read_tensors(files, expected, device)
+    tensors = {name: tensor.clone() for name, tensor in read}  # on a CPU they are mapped from their files
+    stores, finite = {}, {}
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            finite[name] = _is_finite(files[name], name, tensors[name])
+        parts = {suffix: tensors.pop(name + suffix) for suffix in specs[name]}
+        try:
+            stores[name] = from_tensors(parts, shape, weights, residual, oracle)
+        except ValueError as error:
+            raise ValueError(f"{files[name]}: {name}{error}") from None
+    _check_finite(files, finite)
+    return stores
+
+
+# ---------------------------------------------------------------- from stores to files
+
+
+def save_dense(directory: Path, raw_config: dict, format: str, weights: dict[str, Store], files: list[Path]) -> None:
+    """Write a directory that transformers.from_pretrained loads: bf16 as it is, codes as the fp32 they stand for."""
+    tensors = ((name, stored.dequantise().view(stored.shape)) for name, stored in weights.items())
+    write_directory(directory, _plain_config(raw_config, format), files, tensors)
+
+
+def save_stored(
+    directory: Path, raw_config: dict, format: str, residual: int, weights: dict[str, Store], files: list[Path]
+) -> None:
+    """Write the weights as they are stored, codes and scales, for `load` with the same `weights` and `residual`."""
+    tensors = ((name + suffix, t) for name, stored in weights.items() for suffix, t in stored.tensors().items())
+    config = _plain_config(raw_config, format)
+    if format in FLOATS:
+        return write_directory(directory, config, files, tensors)
+    config |= {CODES: {"weights": format, "residual": residual}}
+    return write_directory(directory, config, files, tensors, CODES)
+
+
+def _plain_config(raw_config: dict, format: str) -> dict:
+    kept = {key: value for key, value in raw_config.items() if key not in ("torch_dtype", CODES)}
+    return kept | {"dtype": "bfloat16" if format == "bf16" else "float32"}
+
+
+def weights_sha256(weights: dict[str, Store]) -> str:
+    """Hash of every stored bit: name, dtype, shape and bytes of each tensor, in order of name."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        for suffix, tensor in weights[name].tensors().items():
+            digest.update(f"{name}{suffix} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# Files that a saved model takes along from the directory that it was loaded from
 COMPANIONS = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
 )  # fmt: skip
+
+
+def companion_files(directory: Path) -> list[Path]:
+    return [directory / name for name in COMPANIONS if (directory / name).is_file()]
+
+
 SHARD_BYTES = 2**31  # a file holds at most this, so saving needs no second copy of the model in memory
 
 
@@ -181,7 +305,7 @@ def _refuse_foreign(path: Path) -> None:
     inside = path.iterdir() if path.exists() else ()
     foreign = sorted(p.name for p in inside if p.is_dir() or not OURS.fullmatch(p.name))
     if foreign:
-        raise ValueError(f"saving would delete {some(foreign)} in {path}; give a new directory")
+        raise ValueError(f"saving would delete {first_names(foreign)} in {path}; give a new directory")
 
 
 def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], stem: str) -> None:

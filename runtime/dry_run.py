@@ -1,26 +1,32 @@
 """What a run will hold in memory, from shapes alone: nothing is loaded.
 
-A zeroth-order step holds the stored weights, one block's weights as both probes see them, and one forward's
+A zeroth-order step holds the stored weights, one block's weights as both perturbed copies have them, and one forward's
 activations; graphs of it hold the last two once more, in reserve.  A first-order step holds weights and two moments,
 and every block's activations, which the backward pass trades for gradients block by block: the larger of the two
 counts.  The counts below follow the code line by line, and leave out what is small beside them; benchmarks/memory.py
 measures them.
 
-Shape key: B sequences in a forward, T tokens, D hidden, F feed-forward width, V vocabulary.  Imports config, model,
-quant, tensor_train, zo_optim.
+Shape key: B sequences in a forward, T tokens, D hidden, F feed-forward width, V vocabulary.  Imports data, model,
+quant, tensor_train, zo_optim, and of runtime config, hub and model_configs.
 """
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 
-from config import Config, probes_at_once, spec_of
-from model import LlamaConfig, config_of, expected_shapes, llama_parts, roberta_parts
-from quant import stored_parts
+from data.scoring import Encoder, width
+from data.tasks import get_task, load_splits
+from data.tokenizer import Tokenizer
+from model import expected_shapes, llama_parts, roberta_parts
+from quant import tensor_specs
+from runtime.config import Config, probes_at_once, spec_of
+from runtime.hub import resolve
+from runtime.model_configs import LlamaConfig, config_of, read_config
 from tensor_train import Spec, install, is_norm, targets_of
-from zo_optim import epoch_of, queries_of
+from zo_optim import adazeta_queries, epoch_of
 
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}  # of activations too: around fp8 products they are bf16
 
@@ -63,7 +69,7 @@ def most_queries(c: Config) -> int:
     are."""
     if c.queries or c.num_train is None:
         return c.queries or c.max_queries
-    return queries_of(epoch_of(c.steps - 1, c.num_train, c.batch_size), c.alpha, c.beta, c.max_queries)
+    return adazeta_queries(epoch_of(c.steps - 1, c.num_train, c.batch_size), c.alpha, c.beta, c.max_queries)
 
 
 def adapters(config, model_type: str, spec: Spec, shapes: dict[str, torch.Size]) -> tuple[dict[str, int], int]:
@@ -83,7 +89,7 @@ def stored(shapes: dict[str, torch.Size], c: Config) -> dict[str, int]:
     names = {"": "weights", ".scale": "scales", ".residual": "residuals"}
     parts = dict.fromkeys(names.values(), 0)
     for shape in shapes.values():
-        for suffix, (dtype, size) in stored_parts(shape, c.weights, c.residual).items():
+        for suffix, (dtype, size) in tensor_specs(shape, c.weights, c.residual).items():
             parts[names[suffix]] += math.prod(size) * dtype.itemsize
     if c.oracle:  # each weight and its scale, in fp32
         floats = sum(math.prod(shape) * (8 if len(shape) == 2 else 4) for shape in shapes.values())
@@ -102,7 +108,7 @@ def block_of(config) -> torch.nn.Module:
 
 
 def pair(config, c: Config) -> int:
-    """Bytes of one block's weights as both probes see them."""
+    """Bytes of one block's weights as both perturbed copies have them."""
     size = 1 if c.compute == "fp8" else BYTES[c.compute]
     return 2 * sum(p.numel() * (size if p.ndim == 2 else 4) for p in block_of(config).parameters())
 
@@ -160,3 +166,15 @@ def table(predicted: dict) -> str:
     head += f"{predicted['sequences_a_forward']} x {predicted['tokens_a_sequence']} tokens a forward"
     head += "" if predicted["device"].startswith("cuda") else "; bytes without those of the process itself"
     return "\n".join([head, *(f"{name:16}{size / 2**20:12,.1f} MiB" for name, size in rows)])
+
+
+def longest_sequence(c: Config) -> int | None:
+    """Tokens of the task's longest sequence, where its files and the tokenizer are at hand."""
+    task = get_task(c.task)
+    here = Path(c.model).is_dir() or c.model == "tiny"
+    if not here or not (task.embedded or Path(c.data_dir).is_dir()):
+        return None
+    directory = resolve(c.model)
+    splits = load_splits(task, c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval)
+    encode = Encoder(Tokenizer(directory), task, read_config(directory)[0], c.max_length)
+    return max(width(encode(example)) for split in splits[:3] for example in split)

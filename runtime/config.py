@@ -1,6 +1,6 @@
 """The command line: one dataclass with every flag, each method's defaults, and the checks that need no file.
 
-A flag that is not given takes its method's default.  Imports data, profiler, quant, tensor_train.
+A flag that is not given takes its method's default.  Imports data, quant, tensor_train, and of runtime hub.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 
-from data.hub import PRESETS, check_known
 from data.tasks import TASKS, get_task
-from profiler import WARM_UP
 from quant import ACTIVATIONS, FLOATS, FORMATS, RESIDUALS, check_format
+from runtime.hub import PRESETS, check_known
 from tensor_train import Spec
 
 ADAPTERS = {"loretta-adp": "adp", "adazeta": "adp", "loretta-rep": "rep", "lora": "lora"}  # method: kind
@@ -27,87 +26,102 @@ METHODS = ("quzo", "mezo", *FIRST_ORDER, *ADAPTERS)
 DIRECTION_BITS = ("full", "grid", *map(str, range(2, 9)))
 
 
-def flag(default, help: str, choices: tuple = ()):
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices or None})
+def flag(group: str, default, help: str, choices: tuple = ()):
+    return dataclasses.field(default=default, metadata={"group": group, "help": help, "choices": choices or None})
 
 
 @dataclass(frozen=True)
 class Config:
     """Every flag.  None: from DEFAULTS where it has an entry for the method, else it does not apply."""
 
-    model: str = flag("tiny", f"a checkpoint directory, or one of {', '.join(PRESETS)}")
-    method: str = flag("quzo", "quzo: low-bit directions and weights; mezo: Gaussian directions; fo: AdamW; fo-ste: "
-                               "AdamW through fake-quantised weights; the others train adapters around frozen weights",
-                       METHODS)  # fmt: skip
-    optimizer: str | None = flag(None, "zo: forward passes only; adamw: back-propagation", ("zo", "adamw"))
-    task: str | None = flag(None, "what to learn; tiny for the tiny model, else sst2", tuple(TASKS))
-    data_dir: str | None = flag(None, "folder of the official files, SST-2/train.tsv and so on")
-    k: int | None = flag(None, "examples a class, from the k-shot files, k-shot/SST-2/512-42/train.tsv and so on")
-    data_seed: int | None = flag(None, "which k-shot split, or the seed of the draw from the full files")
-    num_train: int | None = flag(None, "training examples drawn from the full files")
-    num_dev: int | None = flag(None, "dev examples drawn from the full files")
-    num_eval: int = flag(1000, "test examples at most")
-    weights: str | None = flag(None, "how matrices are stored", FORMATS)
-    residual: int = flag(0, "extra bits a weight that steps land on and forwards do not read; int8 and int4", RESIDUALS)
-    activations: str = flag("none", "how the input of every linear layer is rounded, one scale a token", ACTIVATIONS)
-    direction_bits: str | None = flag(None, "bits of a direction's codes; full: Gaussian; grid: drawn on the weights' "
-                                            "own grid, quzo's default on int4 and fp8", DIRECTION_BITS)  # fmt: skip
-    estimator: str | None = flag(None, "of rounded directions, q-rge2: probe and step round apart; q-rge1: once; of "
-                                       "any, random: a control that turns slopes over by coin [q-rge2 for 2 to 8 bits]",
-                                 ("q-rge2", "q-rge1", "random"))  # fmt: skip
-    probe: str = flag("float", "float: w + eps u; codes: that, landed on the weights' grid", ("float", "codes"))
-    rounding: str = flag("stochastic", "how a step lands; nearest is there to show why it fails",
-                         ("stochastic", "nearest"))  # fmt: skip
-    oracle: bool = flag(False, "keep integer codes as fake-quantised fp32: slower, to the same bits")
-    compute: str = flag("auto", "what matrices are multiplied in; auto: fp32 on a CPU and for fp32 weights; on cuda "
-                                "fp8 for fp8 weights, activations and directions on the grid, else bf16",
-                        ("auto", "fp32", "bf16", "fp8"))  # fmt: skip
-    compile: bool | None = flag(None, "compile the model's block, the same for all layers and lengths; on for zo on "
-                                        "cuda with a fixed number of queries")  # fmt: skip
-    graphs: bool | None = flag(None, "record a step's launches as CUDA graphs, one for each length of a batch, in "
-                                     "eights; on for zo on cuda, without --profile")  # fmt: skip
-    steps: int | None = flag(None, "updates")
-    lr: float | None = flag(None, "learning rate")
-    lr_schedule: str | None = flag(None, "constant, or linear down to 0", ("constant", "linear"))
-    warmup: int = flag(0, "first steps, in which the learning rate rises from 0")
-    eps: float | None = flag(None, "size of a probe, in weight units")
-    stride: int | None = flag(None, "of directions on the grid: how many of its spacings a probe moves a weight by; a "
-                                    "step lands as on a grid of spacing eps over stride")  # fmt: skip
-    weight_decay: float | None = flag(None, "AdamW's, on matrices")
-    master: str | None = flag(None, "what fo-ste keeps weights and AdamW's moments in; bf16 rounds steps to nearest, "
-                                    "which loses small ones", FLOATS)  # fmt: skip
-    queries: int | None = flag(None, "directions a step, averaged; of adazeta: instead of its growing number")
-    alpha: float | None = flag(None, "adazeta: min(max(floor(alpha * epoch^beta), 1), max-queries) directions a step")
-    beta: float | None = flag(None, "see alpha; the released command comes to 0.622 and 15 queries")
-    max_queries: int | None = flag(None, "see alpha")
-    probes_per_forward: int | None = flag(None, "of the two a direction, to bound memory (2; all of them where only "
-                                                "adapters are trained, on a GPU)")  # fmt: skip
-    placement: str | None = flag(None, "where tensor-train adapters are: around gate, up and down, or after attention "
-                                       "and feed-forward (mlp on llama, sublayers on roberta)",
+    model: str = flag("model and data", "tiny", f"a checkpoint directory, or one of {', '.join(PRESETS)}")
+    task: str | None = flag("model and data", None, "what to learn; tiny for the tiny model, else sst2", tuple(TASKS))
+    data_dir: str | None = flag("model and data", None, "folder of the official files, SST-2/train.tsv and so on")
+    k: int | None = flag("model and data", None, "examples a class, from the k-shot files, "
+                                                 "k-shot/SST-2/512-42/train.tsv and so on")  # fmt: skip
+    data_seed: int | None = flag("model and data", None, "which k-shot split, or the seed of the draw from full files")
+    num_train: int | None = flag("model and data", None, "training examples drawn from the full files")
+    num_dev: int | None = flag("model and data", None, "dev examples drawn from the full files")
+    num_eval: int = flag("model and data", 1000, "test examples at most")
+    max_length: int = flag("model and data", 2048, "longest sequence in tokens; the model's own limit also holds")
+
+    method: str = flag("method", "quzo", "quzo: low-bit directions and weights; mezo: Gaussian directions; fo: AdamW; "
+                                         "fo-ste: AdamW through fake-quantised weights; the others train adapters "
+                                         "around frozen weights", METHODS)  # fmt: skip
+    optimizer: str | None = flag("method", None, "zo: forward passes only; adamw: back-propagation", ("zo", "adamw"))
+    weights: str | None = flag("method", None, "how matrices are stored", FORMATS)
+    activations: str = flag("method", "none", "how the input of every linear layer is rounded, one scale a token",
+                            ACTIVATIONS)  # fmt: skip
+    residual: int = flag("method", 0, "extra bits a weight that steps land on and forwards do not read; int8 and int4",
+                         RESIDUALS)  # fmt: skip
+    master: str | None = flag("method", None, "the format in which fo-ste keeps weights and AdamW's moments; bf16 "
+                                              "rounds steps to nearest, which loses small ones", FLOATS)  # fmt: skip
+
+    direction_bits: str | None = flag("zeroth-order estimate", None, "bits of a direction's codes; full: Gaussian; "
+                                      "grid: drawn on the weights' own grid (ours, not the paper's), quzo's default on "
+                                      "int4 and fp8", DIRECTION_BITS)  # fmt: skip
+    eps: float | None = flag("zeroth-order estimate", None, "size of a probe, in weight units")
+    stride: int | None = flag("zeroth-order estimate", None, "of directions on the grid: how many of its spacings a "
+                              "probe moves a weight by; a step lands as on a grid of spacing eps over stride"
+                              )  # fmt: skip
+    queries: int | None = flag("zeroth-order estimate", None, "directions a step, averaged; of adazeta: instead of its "
+                                                              "growing number")  # fmt: skip
+    alpha: float | None = flag("zeroth-order estimate", None, "adazeta asks min(max(floor(alpha * epoch^beta), 1), "
+                                                              "max-queries) directions a step")  # fmt: skip
+    beta: float | None = flag("zeroth-order estimate", None, "see alpha; the released command comes to 0.622 and 15 "
+                                                             "queries")  # fmt: skip
+    max_queries: int | None = flag("zeroth-order estimate", None, "see alpha")
+    probes_per_forward: int | None = flag("zeroth-order estimate", None, "of the two a direction, to bound memory (2; "
+                                          "all of them where only adapters are trained, on a GPU)")  # fmt: skip
+
+    steps: int | None = flag("steps", None, "updates")
+    lr: float | None = flag("steps", None, "learning rate")
+    lr_schedule: str | None = flag("steps", None, "constant, or linear down to 0", ("constant", "linear"))
+    warmup: int = flag("steps", 0, "first steps, in which the learning rate rises from 0")
+    weight_decay: float | None = flag("steps", None, "AdamW's, on matrices")
+    batch_size: int | None = flag("steps", None, "examples a step")
+    micro_batch_size: int | None = flag("steps", None, "examples a forward, to bound memory (batch-size); the losses "
+                                                       "change by rounding only")  # fmt: skip
+    eval_every: int | None = flag("steps", None, "steps between dev evaluations")
+    seed: int = flag("steps", 0, "of directions, roundings and data order")
+
+    placement: str | None = flag("adapters", None, "where tensor-train adapters are: around gate, up and down, or after "
+                                 "attention and feed-forward (mlp on llama, sublayers on roberta)",
                                  ("mlp", "sublayers"))  # fmt: skip
-    bottleneck: int | None = flag(None, "width between a tensor-train adapter's two layers")
-    tt_rank: int | None = flag(None, "of all bonds between cores")
-    lora_rank: int | None = flag(None, "of LoRA")
-    lora_alpha: float | None = flag(None, "lora and loretta-rep scale their branch by this over rank or bottleneck")
-    norms: bool | None = flag(None, "train the model's norms beside the adapters")
-    init: str | None = flag(None, "identity: training starts from the model as it is; released: as in the papers' code",
-                            ("identity", "released"))  # fmt: skip
-    batch_size: int | None = flag(None, "examples a step")
-    micro_batch_size: int | None = flag(None, "examples a forward, to bound memory (batch-size); the losses change by "
-                                              "rounding only")  # fmt: skip
-    max_length: int = flag(2048, "longest sequence in tokens; the model's own limit also holds")
-    seed: int = flag(0, "of directions, roundings and data order")
-    eval_every: int | None = flag(None, "steps between dev evaluations")
-    device: str = flag("auto", "cpu, cuda, cuda:N, or auto")
-    out: str | None = flag(None, "run folder; must be new or empty (runs/DATE-TIME-...)")
-    resume: str | None = flag(None, "a run folder whose run was interrupted: finish it there, to the same bits (where "
-                                    "nothing is compiled), with its own flags (zeroth order)")  # fmt: skip
-    replay: str | None = flag(None, "a run folder: redo its updates from the base weights without a forward, and say "
-                                    "whether the weights are those that it recorded")  # fmt: skip
-    profile: int = flag(0, f"measure so many steps, after {WARM_UP} to warm up: each phase's time, and how far that is "
-                           "from the machine's pace; a run is no longer then, unless --steps is given (zeroth order)"
-                        )  # fmt: skip
-    dry_run: bool = flag(False, "print what the run would hold in memory, from shapes alone, and stop")
+    bottleneck: int | None = flag("adapters", None, "width between a tensor-train adapter's two layers")
+    tt_rank: int | None = flag("adapters", None, "of all bonds between cores")
+    lora_rank: int | None = flag("adapters", None, "of LoRA")
+    lora_alpha: float | None = flag("adapters", None, "lora and loretta-rep scale their branch by this over rank or "
+                                                      "bottleneck")  # fmt: skip
+    norms: bool | None = flag("adapters", None, "train the model's norms beside the adapters")
+    init: str | None = flag("adapters", None, "identity: training starts from the model as it is; released: as in the "
+                                              "papers' code", ("identity", "released"))  # fmt: skip
+
+    estimator: str | None = flag("ablations", None, "q-rge2: probe and step round a direction apart, as in the paper; "
+                                 "q-rge1: once; random: a control that turns projected gradients over by coin [q-rge2 "
+                                 "for 2 to 8 bits]", ("q-rge2", "q-rge1", "random"))  # fmt: skip
+    probe: str = flag("ablations", "float", "float: w + eps u; codes: that, rounded onto the weights' grid",
+                      ("float", "codes"))  # fmt: skip
+    rounding: str = flag("ablations", "stochastic", "how a step lands; nearest is there to show why it fails",
+                         ("stochastic", "nearest"))  # fmt: skip
+    oracle: bool = flag("ablations", False, "keep integer codes as fake-quantised fp32: slower, to the same bits")
+
+    device: str = flag("machine", "auto", "cpu, cuda, cuda:N, or auto")
+    compute: str = flag("machine", "auto", "what matrices are multiplied in; auto: fp32 on a CPU and for fp32 weights; "
+                                           "on cuda fp8 for fp8 weights, activations and directions on the grid, else "
+                                           "bf16", ("auto", "fp32", "bf16", "fp8"))  # fmt: skip
+    compile: bool | None = flag("machine", None, "compile the model's block, the same for all layers and lengths; on "
+                                                 "for zo on cuda with a fixed number of queries")  # fmt: skip
+    graphs: bool | None = flag("machine", None, "record a step's launches as CUDA graphs, one for each length of a "
+                                                "batch, in eights; on for zo on cuda")  # fmt: skip
+
+    out: str | None = flag("run", None, "run folder; must be new or empty (runs/DATE-TIME-...)")
+    resume: str | None = flag("run", None, "a run folder whose run was interrupted: finish it there, to the same bits "
+                                           "(where nothing is compiled), with its own flags (zeroth order)"
+                              )  # fmt: skip
+    replay: str | None = flag("run", None, "a run folder: redo its updates from the base weights without a forward, and "
+                                           "say whether the weights are those that it recorded")  # fmt: skip
+    dry_run: bool = flag("run", False, "print what the run would hold in memory, from shapes alone, and stop")
 
 
 # MeZO: its paper's OPT recipe.  QuZO: its released Llama-2-7B full-parameter SST-2 script, which is for int4; int8
@@ -145,7 +159,7 @@ TINY_DEFAULTS = {
     "loretta-rep": dict(weights="fp32", steps=300, lr=1e-2, eval_every=25, batch_size=32),
     "lora": dict(weights="fp32", steps=150, lr=3e-3, eval_every=25, batch_size=32),
 }
-COARSE = ("int4", "fp8", "fp8-e5m2")  # on these grids a step in every weight drowns in its rounding (README)
+COARSE = ("int4", "fp8")  # on these grids a step in every weight drowns in its rounding (docs/directions.md)
 # The finer eps / stride, the finer the grid acts, as long as a model's size is far above (spacing stride / eps)^2; and
 # eps must keep the losses' difference above its own noise, of which rounded activations make ten times as much.  The
 # embedded model is too small for either, and has the eps of its own table.
@@ -159,8 +173,9 @@ FILE_DEFAULTS = {  # of tasks that are read from files: which few-shot split, or
 }
 
 
-TOLD = """Fine-tune a language model with forward passes only, and by back-propagation to compare.  What is not given
-takes its method's default, which each flag names in brackets; in round ones that of the embedded model."""
+DESCRIPTION = """Fine-tune a language model with forward passes only, and by back-propagation to compare.  A flag that
+is not given takes its method's default, named in brackets; in round ones that of the embedded model."""
+ABLATIONS = "These take one idea away to show what it is for; the papers' methods and ours need none of them."
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -169,28 +184,32 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str]) -> Config:
-    parser = OneLineParser(prog="train.py", description=TOLD, allow_abbrev=False)
-    kinds = {"int": int, "float": float, "str": str}
+    """Raises ValueError for unknown flags and values."""
+    parser = OneLineParser(prog="train.py", description=DESCRIPTION, allow_abbrev=False)
+    kinds, groups = {"int": int, "float": float, "str": str}, {}
     for f in dataclasses.fields(Config):
-        told = f.metadata["help"] + told_defaults(f)
+        title = f.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title, ABLATIONS if title == "ablations" else None)
+        options = {"help": f.metadata["help"] + default_text(f)}
         if f.type.startswith("bool"):  # type=bool would read "False" as True
-            options = {"action": argparse.BooleanOptionalAction, "help": told}
+            options |= {"action": argparse.BooleanOptionalAction}
         else:
-            options = dict(f.metadata) | {"type": kinds[f.type.removesuffix(" | None")], "help": told}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **options)
+            options |= {"type": kinds[f.type.removesuffix(" | None")], "choices": f.metadata["choices"]}
+        groups[title].add_argument("--" + f.name.replace("_", "-"), default=f.default, **options)
     c = Config(**vars(parser.parse_args(argv)))
     return c if c.resume or c.replay else resolve_defaults(c)
 
 
-def told_defaults(f: dataclasses.Field) -> str:
+def default_text(f: dataclasses.Field) -> str:
     """A flag's default for --help: its own, or one by method or by files; in brackets the embedded model's."""
     name = f.name
     if f.default is not None:
         return f" [{f.default}]"
     tiny = {case: f" ({table[name]})" for case, table in TINY_DEFAULTS.items() if name in table}
     tables = DEFAULTS | ADAPTER_DEFAULTS | GRID_DEFAULTS | FILE_DEFAULTS
-    told = [f"{case} {table[name]}{tiny.get(case, '')}" for case, table in tables.items() if name in table]
-    return f" [{', '.join(told)}]" if told else ""
+    defaults = [f"{case} {table[name]}{tiny.get(case, '')}" for case, table in tables.items() if name in table]
+    return f" [{', '.join(defaults)}]" if defaults else ""
 
 
 def resolve_defaults(c: Config) -> Config:
@@ -211,8 +230,6 @@ def resolve_defaults(c: Config) -> Config:
         table = {name: value for name, value in table.items() if name not in ("alpha", "beta", "max_queries")}
     elif c.method != "adazeta" and optimizer == "zo":
         table["queries"] = 1
-    if c.profile:
-        table["steps"] = WARM_UP + c.profile + 1  # the last one's evaluation need not be recorded
     table["task"] = c.task or ("tiny" if c.model == "tiny" else "sst2")
     if not get_task(table["task"]).embedded:
         table |= FILE_DEFAULTS["k-shot files" if c.k else "full files"]
@@ -222,9 +239,9 @@ def resolve_defaults(c: Config) -> Config:
     zo = optimizer == "zo" and c.device.startswith("cuda") and has_triton()
     return dataclasses.replace(
         c,
-        compute=products(c) if c.compute == "auto" else c.compute,
+        compute=default_compute(c) if c.compute == "auto" else c.compute,
         compile=zo and not grows(c) if c.compile is None else c.compile,
-        graphs=zo and not c.profile if c.graphs is None else c.graphs,
+        graphs=zo if c.graphs is None else c.graphs,
         micro_batch_size=c.batch_size if c.micro_batch_size is None else c.micro_batch_size,
     )
 
@@ -243,8 +260,8 @@ def grows(c: Config) -> bool:
     return c.method == "adazeta" and c.queries is None
 
 
-def products(c: Config) -> str:
-    """What matrices are multiplied in where it is not said."""
+def default_compute(c: Config) -> str:
+    """The dtype of products where --compute does not say."""
     if not c.device.startswith("cuda") or c.weights == "fp32":
         return "fp32"
     new_enough = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
@@ -269,15 +286,15 @@ def recorded(c: Config, flags: dict) -> Config:
     run, fields = c.resume or c.replay, {f.name: f.default for f in dataclasses.fields(Config)}
     given = {name for name, default in fields.items() if getattr(c, name) != default}
     if given & {"resume", "replay"} == {"resume", "replay"} or given - {"resume", "replay", *MOVED}:
-        told = f"a run has its own flags: give --resume or --replay, and beside it at most {', '.join(MOVED)}"
-        raise ValueError(f"{told}; got {', '.join(sorted(given))}")
+        message = f"a run has its own flags: give --resume or --replay, and beside it at most {', '.join(MOVED)}"
+        raise ValueError(f"{message}; got {', '.join(sorted(given))}")
     if set(flags) != set(fields):
         raise ValueError(f"{run} was made by another version: flags differ in {', '.join(set(flags) ^ set(fields))}")
     if flags["optimizer"] != "zo":
         raise ValueError(f"{run} cannot be redone: AdamW's moments are not kept")
     moved = {name: getattr(c, name) for name in given & set(MOVED)}
     moved["graphs"] = flags["graphs"] and moved.get("device", flags["device"]).startswith("cuda")
-    return Config(**flags | moved | {"out": run, "profile": 0})
+    return Config(**flags | moved | {"out": run})
 
 
 COUNT = (1, 2**31 - 1)
@@ -287,7 +304,7 @@ RANGES = {
     "probes_per_forward": COUNT, "max_queries": (1, 2**28 - 1), "alpha": (0, 1e6), "beta": (0, 10),
     "bottleneck": (1, 2**16), "tt_rank": (1, 2**16), "lora_rank": (1, 2**16), "lora_alpha": (1e-6, 1e6),
     "lr": (0, 1e6), "eps": (1e-8, 1e3), "stride": (1, 4096), "weight_decay": (0, 1e3), "seed": (0, 2**64 - 1),
-    "data_seed": (0, 2**32 - 1), "profile": (0, 1000), "warmup": (0, COUNT[1]),
+    "data_seed": (0, 2**32 - 1), "warmup": (0, COUNT[1]),
 }  # fmt: skip
 
 
@@ -307,9 +324,7 @@ def validate(c: Config) -> None:
     check_format(c.weights, c.residual, c.oracle)
     check_method(c)
     check_products(c)
-    if c.profile and c.steps < WARM_UP + c.profile:
-        raise ValueError(f"--profile {c.profile} needs --steps of {WARM_UP + c.profile} or more, got {c.steps}")
-    if c.warmup >= c.steps and not c.profile:  # which cuts the steps by itself
+    if c.warmup >= c.steps:
         raise ValueError(f"--warmup {c.warmup} leaves none of --steps {c.steps} at the full rate")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", c.device):
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {c.device!r}")
@@ -336,11 +351,11 @@ def spec_of(c: Config, model_type: str) -> Spec | None:
     )  # fmt: skip
 
 
-def _meaningless(c: Config) -> list[str]:
+def meaningless_flags(c: Config) -> list[str]:
     """Flags that mean nothing beside the method."""
     zo, kind = c.optimizer == "zo", ADAPTERS.get(c.method)
     groups = {
-        ("direction_bits", "eps", "stride", "queries", "estimator", "probes_per_forward", "profile"): zo,
+        ("direction_bits", "eps", "stride", "queries", "estimator", "probes_per_forward"): zo,
         ("residual", "oracle", "probe", "rounding"): zo and not kind,  # adapters are floats
         ("weight_decay",): c.method in FIRST_ORDER,
         ("master",): c.method == "fo-ste",
@@ -360,7 +375,7 @@ def check_method(c: Config) -> None:
     if c.optimizer != fixed:
         raise ValueError(f"--method {c.method} means --optimizer {fixed}, got {c.optimizer}")
     defaults = {f.name: f.default for f in dataclasses.fields(Config)}
-    for name in _meaningless(c):
+    for name in meaningless_flags(c):
         if getattr(c, name) != defaults[name]:
             beside = f"--method {c.method}" + (f" --optimizer {c.optimizer}" if c.method in ADAPTERS else "")
             raise ValueError(f"--{name.replace('_', '-')} means nothing beside {beside}")
@@ -384,8 +399,8 @@ def check_products(c: Config) -> None:
                          "by quzo with --direction-bits grid or --probe codes")  # fmt: skip
     if (c.graphs or c.compile) and c.device.startswith("cuda") and not has_triton():
         raise ValueError("--graphs and --compile need Triton on cuda, and it is not installed")
-    if c.graphs and (c.optimizer != "zo" or c.profile or not c.device.startswith("cuda")):
-        raise ValueError("--graphs are for zo on cuda, and hide from --profile what belongs to which phase")
+    if c.graphs and (c.optimizer != "zo" or not c.device.startswith("cuda")):
+        raise ValueError("--graphs are for zo on cuda")
     if c.compile and grows(c):
         raise ValueError("--compile makes code for each number of probes, which grows here: give --queries")
 

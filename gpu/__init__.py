@@ -1,0 +1,39 @@
+"""Fast twins of the definitions, for CUDA, put in from outside: nothing on the face imports this folder.
+
+kernels.py: one Triton kernel a tensor; graphs.py: a step's launches recorded once; fp8_matmul.py: codes times codes.
+Each gives the bits of its definition (tests/test_gpu.py).  Without Triton or a GPU these functions change nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+
+import random_bits
+from model import LanguageModel
+from zo_optim import ZO
+
+
+def has_triton() -> bool:
+    """It comes with CUDA builds of torch for Linux."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def install(lm: LanguageModel) -> None:
+    """Draw random bits and dequantise codes by kernels, where the model is on a GPU."""
+    if lm.device.type == "cuda" and has_triton():
+        from gpu import kernels
+
+        random_bits.DEVICE_TWINS["cuda"] = kernels.philox_blocks
+        lm.stored_view_class = kernels.FusedStoredWeights
+
+
+def estimator(zo: ZO, device: str, graphs: bool = False) -> ZO:
+    """The same estimator made of kernels, and with `graphs` of recorded launches, for weights on a GPU."""
+    if not device.startswith("cuda") or not has_triton():
+        return zo
+    from gpu.graphs import CudaGraphed, GraphedZO
+    from gpu.kernels import FusedZO
+
+    fields = {f.name: getattr(zo, f.name) for f in dataclasses.fields(ZO)}
+    return GraphedZO(**fields, graphed=CudaGraphed(device)) if graphs else FusedZO(**fields)

@@ -1,0 +1,217 @@
+"""The run folder, which is the audit trail of one training run.
+
+config.json    the folder's format version, every flag, versions, git commit, hashes of the base weights and of the data files
+metrics.jsonl  one line a step, and one a dev evaluation
+trajectory     one line a step: the projected gradient of each query, in digits that read back exactly.  With
+               config.json and the base checkpoint it redoes every update (zo_optim.update) without a forward
+model/         the best-dev weights as they are stored, with config.json and tokenizer; model.load reads it
+curve.svg      loss, dev loss and dev accuracy over steps
+result.json    the last line of standard output
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import safetensors
+import sentencepiece
+import tokenizers
+import torch
+
+from runtime.curve import curve_svg
+from zo_optim import Step
+
+FORMAT = 2  # of the folder; 1 called projected gradients slopes
+
+
+class RecordedRun(NamedTuple):
+    """What a run folder says of its run."""
+
+    config: dict  # config.json
+    projected_grads: list[list[float]]  # of each whole step
+    rows: list[dict]  # of metrics.jsonl, up to that step
+
+
+class DevRow(NamedTuple):
+    step: int
+    forwards: int  # in all steps until then, each of one batch through one copy of the weights
+    accuracy: float
+    loss: float
+
+
+class RunFolder:
+    """Creates the folder; every line is flushed as it is written, so a killed run is readable to its last step."""
+
+    def __init__(self, path: Path, title: str, past: RecordedRun | None = None):
+        """title: of the curve.  past: continue that run; an unfinished line of a killed process is cut off."""
+        if past is None:
+            check_free(path)
+            path.mkdir(parents=True, exist_ok=True)
+        self.path, self.model, self.title = path, path / "model", title
+        self.zero_shot: float | None = None  # test accuracy before the first step
+        rows, projected_grads = (past.rows, past.projected_grads) if past else ([], [])
+        self.losses = [(row["step"], row["loss"]) for row in rows if "projected_grad" in row]
+        self.devs = [
+            DevRow(row["step"], row["forwards"], row["dev"], row["dev_loss"]) for row in rows if "dev" in row
+        ]
+        self._write("trajectory", "".join(map(_line, projected_grads)))
+        self._write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        self._metrics = open(path / "metrics.jsonl", "a")  # noqa: SIM115 (open for the whole run)
+        self._trajectory = open(path / "trajectory", "a")  # noqa: SIM115
+
+    def write_config(self, flags: dict, base_sha256: str, data_files: list[Path], other_files: list[Path]) -> None:
+        """other_files: others that decide the tokens, such as the tokenizer's."""
+        run = {"format": FORMAT, "flags": flags, "versions": versions(), "git_commit": git_commit()}
+        run |= {"data_sha256": hashed(data_files), "other_sha256": hashed(other_files)}
+        self._write_json("config.json", run | {"base_weights_sha256": base_sha256})
+
+    def step(self, step: int, projected_grads: list[float], loss: float, metrics: dict) -> None:
+        """Record step number `step` (from 1), after its update."""
+        self._trajectory.write(_line(projected_grads))
+        self._trajectory.flush()
+        self.losses.append((step, loss))
+        self._row({"step": step, "projected_grad": projected_grads, "loss": loss} | metrics)
+
+    def dev(self, step: int, forwards: int, accuracy: float, loss: float, peak_memory_bytes: int) -> None:
+        self.devs.append(DevRow(step, forwards, accuracy, loss))
+        row = {"step": step, "forwards": forwards, "dev": accuracy, "dev_loss": loss}
+        self._row(row | {"peak_memory_bytes": peak_memory_bytes})
+        self.draw()
+
+    def result(self, result: dict) -> None:
+        self._write_json("result.json", result)
+        self.draw()
+        self._metrics.close()
+        self._trajectory.close()
+
+    def draw(self) -> None:
+        best = min(self.devs, key=lambda dev: dev.loss).step if self.devs else None
+        self._write("curve.svg", curve_svg(self.losses, self.devs, self.title, self.zero_shot, best))
+
+    def _row(self, row: dict) -> None:
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+
+    def _write_json(self, name: str, value: dict) -> None:
+        self._write(name, json.dumps(value, indent=2) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        """Whole or not at all."""
+        partial = self.path / f"{name}.partial"
+        partial.write_text(text)
+        os.replace(partial, self.path / name)
+
+
+class StepRecorder:
+    """Writes a step down when the next one's losses are there, so that a GPU's update is not waited for."""
+
+    def __init__(self, folder: RunFolder, size: int):
+        """size: elements that are trained, of which shares are recorded."""
+        self.folder, self.size, self.waiting, self.counted = folder, size, None, None
+
+    def __enter__(self) -> StepRecorder:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.write()
+
+    def take(self, number: int, loss: float, step: Step | None, metrics: dict) -> None:
+        """step: zo_optim.Step, or None of a first-order step; a recorded graph writes its counts anew next time."""
+        self.write()
+        counts = None if step is None else step.counts
+        if counts is not None and counts.is_cuda:
+            counts = counts.to("cpu", non_blocking=True)  # into pinned memory
+            self.counted = torch.cuda.Event()
+            self.counted.record()
+        self.waiting = number, loss, step, counts, metrics
+
+    def write(self) -> None:
+        if self.waiting is None:
+            return
+        if self.counted is not None:
+            self.counted.synchronize()
+        (number, loss, step, counts, metrics), self.waiting = self.waiting, None
+        if step is None:
+            return self.folder.step(number, [], loss, metrics)
+        changed, clipped = (n / self.size for n in counts.tolist())
+        of_step = {
+            "plus": step.plus.tolist(), "minus": step.minus.tolist(), "queries": len(step.plus), "changed": changed,
+            "clipped": clipped,
+        }  # fmt: skip
+        self.folder.step(number, step.projected_grads.tolist(), loss, of_step | metrics)
+
+
+def hashed(files: list[Path]) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def check_free(path: Path) -> None:
+    """Raises ValueError unless the folder is new or empty and can be made."""
+    nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"--out {path}: {nearest} is not a folder that can be written to")
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"--out {path} is not empty: it may hold a run; give a new folder")
+
+
+def _line(projected_grads: list[float]) -> str:
+    return " ".join(map(repr, projected_grads)) + "\n"
+
+
+def read_run(path: Path) -> RecordedRun:
+    """Raises ValueError for what is not a run folder."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+        if not {"flags", "base_weights_sha256", "data_sha256"} <= set(config):
+            raise ValueError("config.json is not that of a run")
+        if config.get("format") != FORMAT:
+            raise ValueError(f"its format is {config.get('format', 1)}, this version reads {FORMAT}; use the commit "
+                             f"{config.get('git_commit')} that made it")  # fmt: skip
+        projected_grads = read_trajectory(path / "trajectory")
+        rows = [json.loads(line) for line in _whole_lines(path / "metrics.jsonl")]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a run folder: {error}") from None
+    recorded = sum("projected_grad" in row for row in rows)
+    projected_grads = projected_grads[:recorded]  # a step's line is written there first
+    return RecordedRun(config, projected_grads, [row for row in rows if row["step"] <= len(projected_grads)])
+
+
+def read_trajectory(path: Path) -> list[list[float]]:
+    """The projected_grads of every whole line: a killed process may have left half a line at the end."""
+    return [[float(number) for number in line.split()] for line in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    text = path.read_text()
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "safetensors": safetensors.__version__,
+        "sentencepiece": sentencepiece.__version__,
+        "tokenizers": tokenizers.__version__,
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, with + where it has uncommitted changes; None outside a checkout."""
+    try:
+        answers = [
+            subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answers[0].stdout.strip() + ("+" if answers[1].stdout.strip() else "")
