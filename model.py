@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -78,6 +79,7 @@ class LayerNorm(nn.LayerNorm):
         return torch.addcmul(bias, F.layer_norm(x.float(), x.shape[-1:], None, None, self.eps), weight)
 
 
+@cache
 def rope_frequencies(rope: Rope, d: int, device: torch.device) -> Tensor:
     """[d / 2] radians per position.  llama3 slows long waves by `factor` and blends the ones in between."""
     frequency = rope.theta ** -(torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
@@ -109,12 +111,8 @@ def attend(q_PBTHd: Tensor, k_PBSHd: Tensor, v_PBSHd: Tensor, seen: Tensor | Non
     return y.transpose(1, 2).reshape(*q_PBTHd.shape[:3], -1)
 
 
-TokenIndex = tuple[Tensor, Tensor]  # the tokens that a caller wants: rows and positions, [M] int64 each
-
-
-def gather_tokens(x_PBTD: Tensor, index: TokenIndex | None) -> Tensor:
-    """-> [P, M, D], or all where there is no index.  The last block goes on with these alone after its attention."""
-    return x_PBTD if index is None else x_PBTD[:, *index]
+TokenIndex = tuple[Tensor, Tensor]  # the tokens that a caller wants: rows and positions, [M] int64 each.
+# The last block goes on with these alone after its attention: x [P, B, T, D] -> x[:, *wanted] [P, M, D]
 
 
 class KVCache:
@@ -153,7 +151,8 @@ class LlamaAttention(nn.Module):
         group = self.heads // self.kv_heads
         if group > 1:  # once each would be a copy
             k_PBTKd, v_PBTKd = k_PBTKd.repeat_interleave(group, 3), v_PBTKd.repeat_interleave(group, 3)
-        return self.o_proj(gather_tokens(attend(q_PBTHd, k_PBTKd, v_PBTKd, seen), wanted))
+        y = attend(q_PBTHd, k_PBTKd, v_PBTKd, seen)
+        return self.o_proj(y if wanted is None else y[:, *wanted])
 
 
 class LlamaMLP(nn.Module):
@@ -182,8 +181,9 @@ class LlamaBlock(nn.Module):
 
         x is float32 whatever the products are computed in: sums in bf16 put more noise into a small projected
         gradient than all products together."""
-        dtype, x = self.mlp.gate_proj.input_dtype, x + y
-        x = gather_tokens(x, wanted) + self.self_attn(self.input_layernorm(x).to(dtype), cos, sin, seen, wanted, *cache)
+        dtype, x = y.dtype, x + y
+        attended = self.self_attn(self.input_layernorm(x).to(dtype), cos, sin, seen, wanted, *cache)
+        x = (x if wanted is None else x[:, *wanted]) + attended
         return x, self.mlp(self.post_attention_layernorm(x).to(dtype))
 
 
@@ -221,8 +221,10 @@ class RobertaBlock(nn.Module):
     def forward(self, x: Tensor, seen: Tensor, wanted: TokenIndex | None) -> Tensor:
         """x is float32, as in LlamaBlock."""
         dtype = self.output.dense.input_dtype
-        attended = gather_tokens(self.attention["self"](x.to(dtype), seen), wanted)
-        x = self.attention["output"](attended, gather_tokens(x, wanted))
+        attended = self.attention["self"](x.to(dtype), seen)
+        if wanted is not None:
+            attended, x = attended[:, *wanted], x[:, *wanted]
+        x = self.attention["output"](attended, x)
         return self.output(F.gelu(self.intermediate["dense"](x.to(dtype))), x)
 
 
@@ -257,11 +259,8 @@ class View(Protocol):
 
     probes: int  # P
 
-    def read(self, name: str, as_codes: bool = False) -> Tensor:
-        """[P, *shape]; matrices in the compute dtype, vectors in float32; as_codes, an fp8 matrix's e4m3 codes."""
-
-    def rows(self, name: str, index: Tensor) -> Tensor:
-        """Rows of a matrix: index [n] int64 -> [P, n, C] float32."""
+    def read(self, name: str, rows: Tensor | None = None) -> Tensor:
+        """[P, *shape]; matrices in the compute dtype, vectors in float32.  rows [n] int64: -> [P, n, C] float32."""
 
 
 MAX_RECOMPILES = 24  # of a compiled block: torch's default is 8
@@ -278,14 +277,16 @@ class LanguageModel:
     layers: str  # the prefix of a block's tensor names, before its number
     embedding: str  # name of the word embedding
     decoder: str  # name of the output matrix, which is the embedding where they are tied
+    bias: str | None = None  # name of the output bias
 
     def __init__(self, config, raw_config: dict, weights: dict, dtype: torch.dtype, format: str, residual: int = 0):
         """weights: stores by name (quant.Store); dtype: what matrices are multiplied in; format: how they are kept."""
         self.config, self.raw_config, self.weights, self.dtype = config, raw_config, weights, dtype
         self.format, self.residual, self.is_compiled = format, residual, False
+        self.device = weights[self.embedding].device
         self.round_input: Callable[[Tensor], Tensor] | None = None
         self.stored_view_class = StoredWeights
-        self.view_wrappers: list[Callable[[View], View]] = []  # adapters and fp8 products change how weights are read
+        self.wrap_view: Callable[[View], View] = lambda view: view  # adapters and fp8 products read through others
         self.adapters = None  # tensor_train.attach
         self.other_files: list[Path] = []  # tokenizer and such, copied along by `save`
 
@@ -301,19 +302,9 @@ class LanguageModel:
         """The weightless modules."""
         raise NotImplementedError
 
-    @property
-    def device(self) -> torch.device:
-        return self.weights[self.embedding].device
-
     def stored_view(self) -> View:
         """The weights as they are stored: P = 1."""
         return self.stored_view_class(self.weights, self.dtype)
-
-    def wrapped(self, view: View) -> View:
-        """How adapters and fp8 products, where there are any, read the weights through this view."""
-        for wrap in self.view_wrappers:
-            view = wrap(view)
-        return view
 
     def __call__(self, tokens: Tensor, mask: Tensor | None = None, view: View | None = None) -> Tensor:
         """tokens [B, T] int64, mask [B, T] (1 = real token, padding on either side) -> logits [B, T, V] float32.
@@ -335,22 +326,22 @@ class LanguageModel:
         Chosen words read only their own rows of the output matrix, in float32: they are few, and bf16 would round
         logits near 10 to 1/16.
         """
-        view = self.wrapped(view)
-        matrix = view.read(self.decoder) if words is None else view.rows(self.decoder, words)
+        view = self.wrap_view(view)
+        matrix = view.read(self.decoder) if words is None else view.read(self.decoder, words)
         flat = hidden.flatten(1, -2)  # [P, N, D]
         flat = (flat if self.round_input is None else self.round_input(flat)).to(matrix.dtype)
-        logits = (flat @ matrix.mT).float() + self.output_bias(view, words)
+        logits = (flat @ matrix.mT).float()
+        if self.bias is not None:
+            bias = view.read(self.bias)  # [P, V]
+            logits = logits + (bias if words is None else bias[:, words])[:, None]
         return logits.view(*hidden.shape[:-1], -1)
-
-    def output_bias(self, view: View, words: Tensor | None) -> Tensor | float:
-        return 0.0
 
     def look_up(self, view: View, name: str, index: Tensor) -> Tensor:
         """Rows of a table: index [B, T] -> [P, B, T, D] float32."""
         if index.is_cuda:  # to know how many are different, the host would have to wait for the GPU
-            return view.rows(name, index.flatten()).unflatten(1, index.shape)
+            return view.read(name, index.flatten()).unflatten(1, index.shape)
         used, place = index.unique(return_inverse=True)  # a row is drawn and dequantised once
-        return view.rows(name, used)[:, place]
+        return view.read(name, used)[:, place]
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the block, for all layers, batches and lengths at once: weights are inputs, sizes are symbols.
@@ -404,7 +395,7 @@ class Llama(LanguageModel):
         branch [B, T], without a cache: several continuations of one beginning at once.  Tokens of branch 0 are the
         beginning; those of branch k go on from there, and do not see the others.
         """
-        view = self.wrapped(view)
+        view = self.wrap_view(view)
         x = self.look_up(view, self.embedding, tokens).expand(view.probes, -1, -1, -1)  # a frozen one has P = 1
         x = x.clone()  # a view would be another kind of input to torch.compile than a layer's x
         y = torch.zeros_like(x, dtype=self.dtype).requires_grad_(x.requires_grad)  # for the same reason
@@ -478,24 +469,20 @@ class Roberta(LanguageModel):
 
     def hidden(self, tokens: Tensor, mask: Tensor | None, view: View, wanted: TokenIndex | None = None) -> Tensor:
         mask = torch.ones_like(tokens) if mask is None else mask
-        view = self.wrapped(view)
+        view = self.wrap_view(view)
         positions = mask.cumsum(1) * mask + self.config.pad_token_id  # the first real token is at padding index + 1
         limit = self.config.max_position_embeddings
         if tokens.shape[1] + self.config.pad_token_id >= limit and positions.max() >= limit:
             raise ValueError(f"{tokens.shape[1]} tokens exceed {limit} positions")
         x = self.look_up(view, self.embedding, tokens).expand(view.probes, -1, -1, -1)
         x = x + self.look_up(view, "roberta.embeddings.position_embeddings.weight", positions)
-        x = x + view.rows("roberta.embeddings.token_type_embeddings.weight", positions[:1, 0] * 0)[:, :, None]
+        x = x + view.read("roberta.embeddings.token_type_embeddings.weight", positions[:1, 0] * 0)[:, :, None]
         x = self.apply(self.embed, "roberta.embeddings.", view, x)
         seen = (mask.bool() | ~mask.any(1, keepdim=True))[:, None, None].repeat(len(x), 1, 1, 1)  # [P * B, 1, 1, T]
         for i in range(self.config.num_hidden_layers):
             last = i == self.config.num_hidden_layers - 1  # to all tokens of the others, the next block attends
             x = self.apply(self.block, f"roberta.encoder.layer.{i}.", view, x, seen, wanted if last else None)
         return self.apply(self.head, "lm_head.", view, x)
-
-    def output_bias(self, view: View, words: Tensor | None) -> Tensor:
-        bias = view.read(self.bias)  # [P, V]
-        return (bias if words is None else bias[:, words])[:, None]
 
 
 def llama_parts(c: LlamaConfig) -> tuple[nn.Module, ...]:

@@ -11,9 +11,9 @@ G scale groups a row.  Imports nothing of ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +93,7 @@ E4M3 = Fp8Format(torch.float8_e4m3fn, 3, -6, 448.0)
 
 
 class Store:
-    """How one tensor is kept, read and stepped.  `rows` picks rows of it as a matrix [R, C] (matrix_shape).
+    """How one tensor is kept, read and stepped.  `rows` picks rows of it as a matrix [R, C].
 
     dequantise(rows)                                the weights that a forward sees, [r, C]
     spacing(rows)                                   the distance between neighbouring grid points there, float32
@@ -101,30 +101,19 @@ class Store:
     add_rounded_(rows, delta, random_bits)          moves there, the only method that writes -> [2] int64: how many
                                                     elements changed, how many the edge of the grid held back
     tensors()                                       what is saved and hashed, by suffix of the tensor's name
-    rounds                                          whether the two additions need random bits
     """
 
     shape: torch.Size
+    matrix_shape: tuple[int, int]  # (R, C)
     device: torch.device
-    rounds: ClassVar[bool] = True
+    rounds = True  # whether the two additions need random bits
 
-
-class ValueStore(Store):
-    """A store whose numbers are one floating-point tensor."""
-
-    value: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.value.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.value.device
+    def describe(self, tensor: Tensor, shape: torch.Size) -> None:
+        self.shape, self.matrix_shape, self.device = shape, matrix_shape(shape), tensor.device
 
 
 @dataclass
-class FakeQuantised(ValueStore):
+class FakeQuantised(Store):
     """Integer quantisation by definition (`--oracle`): w = code * scale kept as fp32, with nothing packed.
 
     The code is round(w / scale) in [-max_code, max_code]; a step is w <- (code + SR(delta / scale)) * scale.
@@ -137,6 +126,9 @@ class FakeQuantised(ValueStore):
     bits: int
     residual_bits: int
     group_scale: Tensor  # [R, G]: the scales once each, to save
+
+    def __post_init__(self):
+        self.describe(self.value, self.value.shape)
 
     @classmethod
     def encode(cls, matrix: Tensor, bits: int, residual_bits: int = 0) -> FakeQuantised:
@@ -151,7 +143,7 @@ class FakeQuantised(ValueStore):
     @classmethod
     def of(cls, stored: Integers) -> FakeQuantised:
         every = slice(None)
-        scale = stored.spacing(every).expand(matrix_shape(stored.shape))
+        scale = stored.spacing(every).expand(stored.matrix_shape)
         store = cls(scale, scale, stored.bits, stored.residual_bits, stored.scale)
         store.value = store.weight(stored.fine(every))
         return store
@@ -224,11 +216,18 @@ class Integers(Store):
     residual: Tensor | None = None  # uint8 [R, ceil(C * residual_bits / 8)]
     residual_bits: int = 0
 
+    def __post_init__(self):
+        self.describe(self.codes, self.shape)
+        self.max_code = 2 ** (self.bits - 1) - 1
+        # the largest fine number whose code is max_code, and the smallest whose code is -max_code
+        self.max_fine = self.max_code * 2**self.residual_bits + (2**self.residual_bits - 1) // 2
+        self.min_fine = -self.max_fine - (self.residual_bits > 0)
+
     @classmethod
     def encode(cls, tensor: Tensor, bits: int, residual_bits: int = 0, scale: Tensor | None = None) -> Integers:
         """Round a float tensor to nearest on the fine grid.  Without scales a group's largest size is max_code."""
         matrix = tensor.flatten(1)
-        chunks = list(row_chunks(matrix.shape, matrix.device))  # no second copy of a large matrix in float32
+        chunks = row_chunks(tuple(matrix.shape), matrix.device)  # no second copy of a large matrix in float32
         if scale is None:
             largest = torch.cat([_group_max(matrix[rows].float(), bits) for rows in chunks])
             scale = positive_scales(largest, 2 ** (bits - 1) - 1)
@@ -247,42 +246,20 @@ class Integers(Store):
             residual = torch.empty(R, -(-C * residual_bits // 8), dtype=torch.uint8, device=scale.device)
         return cls(codes, scale, shape, bits, residual, residual_bits)
 
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    @property
-    def max_code(self) -> int:
-        return 2 ** (self.bits - 1) - 1
-
-    @property
-    def max_fine(self) -> int:
-        """The largest fine number whose code is max_code."""
-        return self.max_code * 2**self.residual_bits + (2**self.residual_bits - 1) // 2
-
-    @property
-    def min_fine(self) -> int:
-        """The smallest fine number whose code is -max_code."""
-        return -self.max_fine - (self.residual_bits > 0)
-
     def tensors(self) -> dict[str, Tensor]:
         tensors = {"": self.codes, ".scale": self.scale}
         return tensors if self.residual is None else tensors | {".residual": self.residual}
 
     def code(self, rows: slice | Tensor) -> Tensor:
         """[r, C], int8 or int32."""
-        return self.codes[rows] if self.bits == 8 else unpack_bits(self.codes[rows], self.bits, self.columns)
-
-    @property
-    def columns(self) -> int:
-        return matrix_shape(self.shape)[1]
+        return self.codes[rows] if self.bits == 8 else unpack_bits(self.codes[rows], self.bits, self.matrix_shape[1])
 
     def fine(self, rows: slice | Tensor) -> Tensor:
         """The whole stored number, code * 2^b + residual, [r, C] float32 (below 2^16: exact)."""
         code = self.code(rows).float()
         if self.residual is None:
             return code
-        residual = unpack_bits(self.residual[rows], self.residual_bits, self.columns)
+        residual = unpack_bits(self.residual[rows], self.residual_bits, self.matrix_shape[1])
         return code.mul_(2**self.residual_bits).add_(residual)
 
     def write(self, rows: slice, fine: Tensor) -> None:
@@ -297,7 +274,7 @@ class Integers(Store):
     def spacing(self, rows: slice | Tensor) -> Tensor:
         """The scale of each element, [r, 1] or [r, C]."""
         scale = self.scale[rows]
-        return scale if scale.shape[1] == 1 else scale.repeat_interleave(GROUP_SIZE, 1)[:, : self.columns]
+        return scale if scale.shape[1] == 1 else scale.repeat_interleave(GROUP_SIZE, 1)[:, : self.matrix_shape[1]]
 
     def dequantise(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """Rows [r, C] as float32."""
@@ -311,7 +288,7 @@ class Integers(Store):
 
     def add_rounded_(self, rows: slice, delta: Tensor, random_bits: Tensor | None) -> Tensor:
         """fine += SR(delta / fine step), held inside the range (QuZO's Algorithm 1).  delta [r, C] float32."""
-        old = self.fine(rows)
+        old = self.code(rows).float() if self.residual is None else self.fine(rows)
         fine_step = self.spacing(rows) * 2.0**-self.residual_bits
         wanted = stochastic_round(delta / fine_step, random_bits).add_(old)
         new = wanted.clamp(self.min_fine, self.max_fine)
@@ -378,13 +355,15 @@ class Fp8(Store):
     codes: Tensor
     scale: Tensor
     shape: torch.Size
-    grid: ClassVar[Fp8Format] = E4M3
+
+    def __post_init__(self):
+        self.describe(self.codes, self.shape)
 
     @classmethod
     def encode(cls, tensor: Tensor, scale: Tensor | None = None) -> Fp8:
         """Round a float tensor to nearest.  Without given scales a row's largest size is the grid's largest."""
         matrix = tensor.flatten(1)
-        chunks = list(row_chunks(matrix.shape, matrix.device))
+        chunks = row_chunks(tuple(matrix.shape), matrix.device)
         if scale is None:
             largest = torch.cat([matrix[rows].float().abs().amax(1, keepdim=True) for rows in chunks])
             scale = positive_scales(largest, E4M3.max_value)
@@ -392,10 +371,6 @@ class Fp8(Store):
         for rows in chunks:
             codes[rows] = E4M3.round(matrix[rows].float() / scale[rows], None)
         return cls(codes, scale, tensor.shape)
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
 
     def tensors(self) -> dict[str, Tensor]:
         return {"": self.codes, ".scale": self.scale}
@@ -432,25 +407,21 @@ class Fp8(Store):
 
 
 @dataclass
-class Float(ValueStore):
+class Float(Store):
     """A tensor of any shape kept as floating point, fp32 or bf16 (-0 counts as 0 where changes are counted)."""
 
     value: Tensor
 
-    @property
-    def rounds(self) -> bool:
-        return self.value.dtype == torch.bfloat16
+    def __post_init__(self):
+        self.describe(self.value, self.value.shape)
+        self.rounds = self.value.dtype == torch.bfloat16
 
     def tensors(self) -> dict[str, Tensor]:
         return {"": self.value.detach()}
 
-    def matrix(self) -> Tensor:
-        """[R, C], sharing memory; a vector is one row."""
-        return self.value.view(matrix_shape(self.value.shape))
-
     def dequantise(self, rows: slice | Tensor = slice(None)) -> Tensor:
-        """Rows [r, C] in the stored dtype."""
-        return self.matrix()[rows]
+        """Rows [r, C] in the stored dtype, sharing memory where rows is a slice."""
+        return self.value.view(self.matrix_shape)[rows]
 
     def spacing(self, rows: slice | Tensor) -> Tensor:
         """[r, C] float32: the distance between neighbouring numbers.  fp32's counts as 0: it is below any step."""
@@ -459,14 +430,15 @@ class Float(ValueStore):
 
     def add_rounded(self, rows: slice | Tensor, delta: Tensor, random_bits: Tensor | None) -> Tensor:
         """bf16 rounds stochastically: to nearest would lose most updates."""
-        new = self.dequantise(rows).float() + delta
+        new = self.dequantise(rows) + delta  # in float32
         return round_to_bfloat16(new, random_bits).float() if self.rounds else new
 
     def add_rounded_(self, rows: slice, delta: Tensor, random_bits: Tensor | None) -> Tensor:
         """w += delta [r, C] float32."""
-        new = self.add_rounded(rows, delta, random_bits)
-        changed = (new != self.dequantise(rows)).sum()
-        self.matrix()[rows] = new
+        old = self.dequantise(rows)
+        new = round_to_bfloat16(old + delta, random_bits) if self.rounds else old + delta
+        changed = (new != old).sum()
+        old.copy_(new)  # in place: old is a view
         return torch.stack((changed, torch.zeros_like(changed)))
 
 
@@ -544,7 +516,7 @@ def from_tensors(
     else:
         stored = Integers(codes, scale, shape, INTEGERS[weights], tensors.get(".residual"), residual_bits)
         largest = stored.max_code
-    for rows in row_chunks(shape, codes.device):
+    for rows in row_chunks(stored.matrix_shape, codes.device):
         if not (stored.code(rows).float().abs() <= largest).all():  # NaN fails too
             raise ValueError(f" holds codes outside [-{largest}, {largest}]")
     return FakeQuantised.of(stored) if oracle else stored
@@ -555,15 +527,15 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
     return (shape[0], math.prod(shape[1:])) if len(shape) >= 2 else (1, math.prod(shape))
 
 
-def row_chunks(shape: torch.Size, device: torch.device) -> Iterator[slice]:
-    """Row slices of a matrix that bound the scratch of a pass over it (a vector counts as one row).
+CHUNK = {"cpu": 2**17, "cuda": 2**23}  # elements: in a CPU's second-level cache; some 0.1 GB of a GPU's memory
 
-    On a CPU 2^17 elements keep the temporaries in the second-level cache; on a GPU 2^23 keep them to some 0.1 GB.
-    """
-    rows, columns = matrix_shape(shape)
-    per_chunk = max(1, (2**23 if device.type == "cuda" else 2**17) // max(1, columns))
-    for start in range(0, rows, per_chunk):
-        yield slice(start, min(start + per_chunk, rows))
+
+@cache
+def row_chunks(shape: tuple[int, int], device: torch.device) -> list[slice]:
+    """Row slices of a matrix [R, C] that bound the scratch of a pass over it."""
+    rows, columns = shape
+    per_chunk = max(1, CHUNK.get(device.type, 2**17) // max(1, columns))
+    return [slice(start, min(start + per_chunk, rows)) for start in range(0, rows, per_chunk)]
 
 
 class StoredWeights:
@@ -577,23 +549,24 @@ class StoredWeights:
     def __init__(self, weights: dict[str, Store], dtype: torch.dtype):
         self.weights, self.dtype = weights, dtype
 
-    def read(self, name: str, as_codes: bool = False) -> Tensor:
-        """[1, *shape]: matrices in the compute dtype, vectors in float32; as_codes, an fp8 matrix's e4m3 codes."""
+    def read(self, name: str, rows: Tensor | None = None, as_codes: bool = False) -> Tensor:
+        """[1, *shape]: matrices in the compute dtype, vectors in float32; as_codes, an fp8 matrix's e4m3 codes.
+
+        rows [n] int64: those rows of a matrix, [1, n, C] float32.
+        """
         stored = self.weights[name]
+        if rows is not None:
+            return stored.dequantise(rows).float()[None]
         if as_codes:
             return stored.codes[None]
         if len(stored.shape) < 2:
             return stored.dequantise().view(1, *stored.shape)
-        if isinstance(stored, Float) or not isinstance(stored, FakeQuantised | Integers | Fp8):
+        if not isinstance(stored, FakeQuantised | Integers | Fp8):
             return stored.dequantise().view(1, *stored.shape).to(self.dtype)
-        weight = torch.empty(1, *matrix_shape(stored.shape), dtype=self.dtype, device=stored.device)
-        for rows in row_chunks(stored.shape, stored.device):  # codes are unpacked through numbers of 32 bits
-            weight[0, rows] = stored.dequantise(rows)
+        weight = torch.empty(1, *stored.matrix_shape, dtype=self.dtype, device=stored.device)
+        for chunk in row_chunks(stored.matrix_shape, stored.device):  # codes are unpacked through numbers of 32 bits
+            weight[0, chunk] = stored.dequantise(chunk)
         return weight.view(1, *stored.shape)
-
-    def rows(self, name: str, index: Tensor) -> Tensor:
-        """Rows of a matrix: index [n] int64 -> [1, n, C] float32."""
-        return self.weights[name].dequantise(index).float()[None]
 
 
 # ---------------------------------------------------------------- activations

@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import zlib
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +45,7 @@ class Key(NamedTuple):
     tensor: int = 0  # 32 bits, see tensor_id
 
 
+@cache
 def tensor_id(name: str) -> int:
     """A tensor's place in the counter is a hash of its name, so that no other tensor can shift its draws."""
     return zlib.crc32(name.encode())

@@ -300,12 +300,12 @@ class AdaptedView:
 
     def __init__(self, view: View, frozen: View, places: dict[str, Place]):
         self.view, self.frozen, self.places, self.vectors = view, frozen, places, {}
-        self.probes, self.rows = view.probes, frozen.rows
+        self.probes = view.probes
 
-    def read(self, name: str, as_codes: bool = False) -> Tensor:
+    def read(self, name: str, rows: Tensor | None = None, as_codes: bool = False) -> Tensor:
         place = self.places.get(name)
         if place is None:
-            return self.frozen.read(name, as_codes)
+            return self.frozen.read(name, rows, as_codes)
         if place.vector not in self.vectors:
             of_vector = self.view if place.vector == TRAINED_VECTOR else self.frozen
             self.vectors[place.vector] = of_vector.read(place.vector)
@@ -323,7 +323,8 @@ def attach(lm: LanguageModel, spec: Spec, seed: int) -> None:
         torch.compiler.reset()  # or what is compiled would go on without adapters
     targets = targets_of(lm.raw_config["model_type"], spec)
     lm.adapters = Adapters(spec, places := {})
-    lm.view_wrappers.insert(0, lambda view: AdaptedView(view, lm.stored_view(), places))
+    outer = lm.wrap_view  # of fp8 products
+    lm.wrap_view = lambda view: outer(AdaptedView(view, lm.stored_view(), places))
     parts = {TRAINED_VECTOR: [], INITIAL_VECTOR: []}
 
     def add(name: str, value: Tensor, vector: str) -> None:

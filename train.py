@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import gpu
 import tensor_train
-from data.scoring import Batch, BatchLoss, Encoded, Encoder, Quality, collate, evaluate, width
+from data.scoring import BatchLoss, Encoded, Encoder, Quality, evaluate
 from data.tasks import Splits, get_task, load_splits
 from data.tokenizer import Tokenizer
 from gpu.fp8_matmul import enable_fp8_matmul
@@ -30,7 +30,7 @@ from model import LanguageModel, load
 from quant import Store, quantise_tokens
 from random_bits import Key, permutation
 from runtime.checkpoints import save_stored, weights_sha256
-from runtime.config import FIRST_ORDER, Config, parse, probes_at_once, recorded, spec_of, validate
+from runtime.config import FIRST_ORDER, Config, parse, probes_per_forward, recorded, spec_of, validate
 from runtime.dry_run import longest_sequence, predict, table
 from runtime.first_order import adamw_step, make_trainable, optimizer
 from runtime.hub import raw_config, resolve
@@ -54,12 +54,15 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
                 break
             # the batch
             examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, n)]
-            loss_fn = BatchLoss(lm, batches_of(problem, examples, c.micro_batch_size))
-            lr = rate_at(c, step)
+            loss_fn = BatchLoss.of(lm, examples, problem.pad, c.micro_batch_size, problem.multiple)
+            lr = learning_rate(step, c.lr, c.lr_schedule, c.steps, c.warmup)
 
             # two forward passes a query and an update; or, of the baselines, one forward and one backward pass
             if zo is not None:
-                done = zo_step(weights, loss_fn, Key(c.seed, step), with_queries(zo, c, step, n), lr)
+                if c.queries is None:  # AdaZeta's number grows with the epochs
+                    epoch = epoch_of(step, n, c.batch_size)
+                    zo = replace(zo, queries=adazeta_queries(epoch, c.alpha, c.beta, c.max_queries))
+                done = zo_step(weights, loss_fn, Key(c.seed, step), zo, lr)
                 losses = torch.stack((done.plus, done.minus), 1)
                 loss, forwards = sum(losses.sum(1).tolist()) / losses.numel(), losses.numel()
             else:
@@ -67,11 +70,11 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
                 check_finite(loss, step, c)
 
             # record
-            recorder.take(step + 1, loss, done, {"lr": lr, "tokens": sum(map(width, examples))})
+            recorder.take(step + 1, loss, done, {"lr": lr, "tokens": sum(e.width for e in examples)})
             progress.steps, progress.forwards = step + 1, progress.forwards + forwards
 
             # evaluate
-            if is_due(c, progress.steps):
+            if progress.steps % c.eval_every == 0 or progress.steps == c.steps:
                 recorder.write()
                 evaluate_and_keep_best(c, problem, folder, progress)
             bar.set_postfix(loss=f"{loss:.3f}", dev=f"{folder.devs[-1].accuracy:.1%}" if folder.devs else "-")
@@ -89,36 +92,17 @@ def batch_indices(seed: int, step: int, batch_size: int, n: int) -> list[int]:
     return [int(_order(seed, p // n, n)[p % n]) for p in positions]
 
 
-def batches_of(problem: Problem, examples: list[Encoded], micro_batch_size: int) -> list[Batch]:
-    """The batches that go through the model one after the other; of one length, where lengths are rounded up."""
-    m = problem.multiple
-    rounded = -(-max(map(width, examples)) // m) * m if m > 1 else 0
-    starts = range(0, len(examples), micro_batch_size)
-    micro_batches = (examples[i : i + micro_batch_size] for i in starts)
-    return [collate(some, problem.pad, problem.lm.device, rounded) for some in micro_batches]
-
-
-def rate_at(c: Config, step: int) -> float:
-    """Learning rate of `step`; training and --replay share it so that they cannot disagree."""
-    return learning_rate(c.lr, c.lr_schedule, step, c.steps, c.warmup)
-
-
 def estimator(c: Config, lm: LanguageModel) -> ZO:
-    """The estimator that the flags name; AdaZeta's number of queries changes from epoch to epoch (with_queries)."""
+    """The estimator that the flags name; AdaZeta's number of queries changes from epoch to epoch."""
     bits = int(c.direction_bits) if c.direction_bits.isdigit() else None
     zo = ZO(
         eps=c.eps, queries=c.queries or 1, bits=bits, grid=c.direction_bits == "grid", stride=c.stride or 1,
         estimator=c.estimator or "q-rge2", probe=c.probe, nearest=c.rounding == "nearest", dtype=lm.dtype,
+        probes_per_forward=probes_per_forward(c),
     )  # fmt: skip
     if zo.grid:
         check_grid(lm.weights, zo.min_spacing)
     return zo
-
-
-def with_queries(zo: ZO, c: Config, step: int, examples: int) -> ZO:
-    epoch = epoch_of(step, examples, c.batch_size)
-    queries = c.queries or adazeta_queries(epoch, c.alpha, c.beta, c.max_queries)
-    return replace(zo, queries=queries, probes_per_forward=probes_at_once(c, queries))
 
 
 @dataclass
@@ -131,10 +115,6 @@ class Progress:
     best_step: int = 0
     best_forwards: int = 0
     best: Quality | None = None
-
-
-def is_due(c: Config, steps: int) -> bool:
-    return steps > 0 and (steps % c.eval_every == 0 or steps == c.steps)
 
 
 def evaluate_and_keep_best(c: Config, problem: Problem, folder: RunFolder, progress: Progress) -> None:
@@ -282,7 +262,8 @@ def run(c: Config) -> dict:
     if past is not None:
         catch_up(c, problem.lm, past.projected_grads)
         progress = progress_of(past)
-        if is_due(c, progress.steps) and progress.steps not in [dev.step for dev in folder.devs]:  # killed before that
+        due = progress.steps > 0 and progress.steps % c.eval_every == 0
+        if due and progress.steps not in [dev.step for dev in folder.devs]:  # the run was killed before that
             evaluate_and_keep_best(c, problem, folder, progress)
     train(c, problem, folder, stop, progress)
     seconds, interrupted = time.perf_counter() - started, progress.steps < c.steps
@@ -324,7 +305,8 @@ def catch_up(c: Config, lm: LanguageModel, steps: list[list[float]]) -> None:
     zo, weights = gpu.estimator(estimator(c, lm), c.device), trained(lm)
     for step, projected_grads in enumerate(steps):
         of_step = torch.tensor(projected_grads, dtype=torch.float64)
-        update(weights, of_step, Key(c.seed, step), zo, rate_at(c, step))
+        lr = learning_rate(step, c.lr, c.lr_schedule, c.steps, c.warmup)
+        update(weights, of_step, Key(c.seed, step), zo, lr)
 
 
 def check_same(past: RecordedRun, name: str, value: object) -> None:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quant import E4M3, Store, matrix_shape, row_chunks
+from quant import E4M3, Store, row_chunks
 from random_bits import Key, Purpose, bits16, bits32, philox_blocks, second_uniform, tensor_id
 
 # ---------------------------------------------------------------- one step
@@ -52,6 +52,7 @@ def zo_step(weights: dict[str, Store], loss_fn: LossFn, key: Key, zo: ZO, lr: fl
     return Step(plus, minus, projected_grads, counts)
 
 
+@torch.no_grad()
 def probe_losses(weights: dict[str, Store], loss_fn: LossFn, key: Key, zo: ZO) -> tuple[Tensor, Tensor]:
     """The losses at w + eps u1 and at w - eps u1: [Q] float64 each, on the CPU, all at the same weights w."""
     losses = zo.losses(weights, loss_fn, key).cpu()  # the only place where a step waits for a GPU
@@ -70,7 +71,7 @@ def update(weights: dict[str, Store], projected_grads: Tensor, key: Key, zo: ZO,
     device = next(iter(weights.values())).device
     if not lengths.any():  # adding +0.0 would turn a stored -0.0 into +0.0
         return torch.zeros(2, dtype=torch.int64, device=device)
-    factors = zo.factor(lengths).float()
+    factors = (lengths / zo.min_spacing if zo.grid else lengths).float()  # grid directions are drawn as min_spacing * u
     factors = factors.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else factors
     return zo.add_directions_(weights, factors, key)
 
@@ -95,42 +96,37 @@ class ZO:
     probe: str = "float"  # ablation "codes": w + eps u1 is rounded stochastically onto the weight's grid
     nearest: bool = False  # ablation: steps land by rounding to nearest, which loses nearly all of them
     dtype: torch.dtype = torch.float32  # of perturbed matrices: what a forward multiplies in
-    probes_per_forward: int = 2  # perturbed copies at a time, to bound memory; losses change by rounding only
+    probes_per_forward: int | None = 2  # perturbed copies at a time, to bound memory (None: all); losses change by
+    # rounding only
 
     @property
     def min_spacing(self) -> float:
         """The spacing h that the grid acts as if it had (grid_direction)."""
         return self.eps / self.stride
 
-    @property
-    def step_rounding(self) -> Purpose:
-        """Which rounding of u is stepped along: u2, or in q-rge1 u1."""
-        return Purpose.PROBE_ROUNDING if self.estimator == "q-rge1" else Purpose.UPDATE_ROUNDING
-
-    def factor(self, length: float | Tensor) -> float | Tensor:
-        """What scales a drawn direction to length * u: grid directions are drawn as min_spacing * u."""
-        return length / self.min_spacing if self.grid else length
-
     def losses(self, weights: dict[str, Store], loss_fn: LossFn, key: Key) -> Tensor:
         """L(w + eps u1) and L(w - eps u1) of each query in turn: [2Q] float32 on the weights' device."""
         probes = [(query, sign) for query in range(self.queries) for sign in (1, -1)]
-        at_once = (probes[i : i + self.probes_per_forward] for i in range(0, len(probes), self.probes_per_forward))
-        return torch.cat([loss_fn(PerturbedWeights(weights, key, self, some)) for some in at_once])
+        n = self.probes_per_forward or len(probes)
+        at_once = [probes[i : i + n] for i in range(0, len(probes), n)]
+        return torch.cat([loss_fn(PerturbedWeights(weights, key, self, some, len(some))) for some in at_once])
 
     def perturbed(
-        self, store: Store, key: Key, signs: tuple[int, ...], dtype: torch.dtype, rows: Tensor | None = None
+        self, store: Store, key: Key, signs: list[int], dtype: torch.dtype, rows: Tensor | None = None
     ) -> Tensor:
         """w + sign * eps * u1 for each sign, from one draw; the store is not written.
 
         -> [P, R, C] in dtype (e4m3: an fp8 store's codes), or of chosen rows [n] int64 only, [P, n, C].
         """
-        R, C = matrix_shape(store.shape)
+        R, C = store.matrix_shape
         copies = torch.empty(len(signs), R if rows is None else len(rows), C, dtype=dtype, device=store.device)
-        for chunk in row_chunks(store.shape, store.device) if rows is None else [rows]:
-            eps_u1 = self.scaled_direction(self.factor(self.eps), store, key, chunk, Purpose.PROBE_ROUNDING)
+        for chunk in row_chunks(store.matrix_shape, store.device) if rows is None else [rows]:
+            index = torch.arange(chunk.start, chunk.stop, device=store.device) if rows is None else rows
+            factor = self.stride if self.grid else self.eps  # grid directions are drawn as eps / stride * u
+            eps_u1 = self.scaled_direction(factor, store, key, chunk, index, Purpose.PROBE_ROUNDING)
             landed, bits = dtype == E4M3.dtype or self.probe == "codes", None
             if self.probe == "codes" and store.rounds:  # the same for both signs, so that codes move symmetrically
-                bits = bits32(key, Purpose.PROBE_LANDING, row_index(store, chunk), C)
+                bits = bits32(key, Purpose.PROBE_LANDING, index, C)
             w = None if landed else store.dequantise(chunk)
             for copy, sign in zip(copies if rows is not None else copies[:, chunk], signs, strict=True):
                 if not landed:
@@ -143,67 +139,62 @@ class ZO:
 
     def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
         """w <- round(w + sum of factor_q * direction_q): all that ever writes.  factors [Q] float32 -> counts."""
-        return sum(self.step_(store, key._replace(tensor=tensor_id(name)), factors) for name, store in weights.items())
-
-    def step_(self, store: Store, key: Key, factors: Tensor) -> Tensor:
-        """add_directions_ for one tensor."""
-        counts = torch.zeros(2, dtype=torch.int64, device=store.device)
-        for rows in row_chunks(store.shape, store.device):
-            delta = reduce(Tensor.add_, (
-                self.scaled_direction(factor, store, key._replace(query=query), rows, self.step_rounding)
-                for query, factor in enumerate(factors)
-            ))  # fmt: skip
-            bits = None
-            if store.rounds and not self.nearest:
-                # A grid direction's bits are used up only in part: given whether query 0's hit, the rest of its bits
-                # is uniform and rounds the step, also the sum of several queries
-                purpose = Purpose.DIRECTION if self.grid else Purpose.WEIGHT_ROUNDING
-                bits = bits32(key, purpose, row_index(store, rows), delta.shape[1])
-                bits = second_uniform(bits) if self.grid else bits
-            counts += store.add_rounded_(rows, delta, bits)
+        counts = torch.zeros(2, dtype=torch.int64, device=factors.device)
+        rounding = Purpose.PROBE_ROUNDING if self.estimator == "q-rge1" else Purpose.UPDATE_ROUNDING  # u1, or u2
+        landing = Purpose.DIRECTION if self.grid else Purpose.WEIGHT_ROUNDING
+        for name, store in weights.items():
+            key = key._replace(tensor=tensor_id(name))
+            for rows in row_chunks(store.matrix_shape, store.device):
+                index = torch.arange(rows.start, rows.stop, device=store.device)
+                delta = reduce(Tensor.add_, (
+                    self.scaled_direction(factor, store, key._replace(query=query), rows, index, rounding)
+                    for query, factor in enumerate(factors)
+                ))  # fmt: skip
+                bits = None
+                if store.rounds and not self.nearest:
+                    bits = bits32(key, landing, index, delta.shape[1])
+                    if self.grid:  # given whether query 0's bits hit, the rest of them is uniform, also for the sum
+                        bits = second_uniform(bits)
+                counts += store.add_rounded_(rows, delta, bits)
         return counts
 
     def scaled_direction(
-        self, factor: float | Tensor, store: Store, key: Key, rows: slice | Tensor, rounding: Purpose
+        self, factor: float | Tensor, store: Store, key: Key, rows: slice | Tensor, index: Tensor, rounding: Purpose
     ) -> Tensor:
-        """factor(length) -> length * u for some rows of one tensor: [r, C] float32."""
-        columns, index = matrix_shape(store.shape)[1], row_index(store, rows)
+        """factor * direction for some rows of one tensor, whose numbers are index [r] int64: [r, C] float32."""
+        columns = store.matrix_shape[1]
         if self.grid:
             return grid_direction(key, index, store.spacing(rows), columns, self.min_spacing, factor)
         return direction(key, index, columns, self.bits, rounding).mul_(factor)
 
 
+@dataclass
 class PerturbedWeights:
-    """A view of P perturbed copies of the weights, w + eps u1 or w - eps u1 of some queries.  Reading writes nothing.
+    """A view of P perturbed copies of the weights, w + eps u1 or w - eps u1 of some queries, which writes nothing."""
 
-    probes: the (query, sign) of each copy.
-    """
+    weights: dict[str, Store]
+    key: Key
+    zo: ZO
+    copies: list[tuple[int, int]]  # query and sign of each copy
+    probes: int  # P
 
-    def __init__(self, weights: dict[str, Store], key: Key, zo: ZO, probes: list[tuple[int, int]]):
-        self.weights, self.key, self.zo, self.probes = weights, key, zo, len(probes)
-        self.signs = {query: tuple(sign for q, sign in probes if q == query) for query, _ in probes}
+    def read(self, name: str, rows: Tensor | None = None, as_codes: bool = False) -> Tensor:
+        """[P, *shape]: matrices in the compute dtype, vectors in float32; as_codes, an fp8 matrix's e4m3 codes.
 
-    def read(self, name: str, as_codes: bool = False) -> Tensor:
-        """[P, *shape]: matrices in the compute dtype, vectors in float32; as_codes, an fp8 matrix's e4m3 codes."""
-        shape = self.weights[name].shape
-        dtype = E4M3.dtype if as_codes else self.zo.dtype if len(shape) >= 2 else torch.float32
-        return self.rows(name, None, dtype).view(-1, *shape)
-
-    def rows(self, name: str, index: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rows of a matrix: index [n] int64 -> [P, n, C].  Only those rows are drawn."""
-        store, copies = self.weights[name], []
-        for query, signs in self.signs.items():
+        rows [n] int64: only those rows of a matrix are drawn, [P, n, C] float32.
+        """
+        store, parts = self.weights[name], []
+        in_float32 = rows is not None or len(store.shape) < 2
+        dtype = E4M3.dtype if as_codes else torch.float32 if in_float32 else self.zo.dtype
+        for query in dict.fromkeys(query for query, _ in self.copies):
             key = self.key._replace(query=query, tensor=tensor_id(name))
-            copies.append(self.zo.perturbed(store, key, signs, dtype, index))
-        return copies[0] if len(copies) == 1 else torch.cat(copies)
+            signs = [sign for q, sign in self.copies if q == query]
+            parts.append(self.zo.perturbed(store, key, signs, dtype, rows))
+        copies = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return copies.view(-1, *store.shape) if rows is None else copies
 
 
 LossFn = Callable[[PerturbedWeights], Tensor]
-
-
-def row_index(store: Store, rows: slice | Tensor) -> Tensor:
-    """The numbers of some rows, by which draws are keyed: [r] int64."""
-    return torch.arange(rows.start, rows.stop, device=store.device) if isinstance(rows, slice) else rows
 
 
 # ---------------------------------------------------------------- directions
@@ -281,7 +272,7 @@ def check_grid(weights: dict[str, Store], min_spacing: float) -> None:
     """Raises ValueError where min_spacing is so far below a grid's spacing that 31 bits cannot hold (h / s)^2 to 1 %,
     nor land a step to 3 % of a spacing (random_bits.second_uniform)."""
     for name, stored in weights.items():
-        widest = max(float(stored.spacing(rows).amax()) for rows in row_chunks(stored.shape, stored.device))
+        widest = max(float(stored.spacing(rows).amax()) for rows in row_chunks(stored.matrix_shape, stored.device))
         if min_spacing < widest / 4096:
             message = f"is under a 4096th of the grid's widest spacing, {widest:.3g} in {name}"
             raise ValueError(f"--eps over --stride, {min_spacing:.3g}, {message}")
@@ -290,7 +281,7 @@ def check_grid(weights: dict[str, Store], min_spacing: float) -> None:
 # ---------------------------------------------------------------- schedules
 
 
-def learning_rate(lr: float, schedule: str, step: int, steps: int, warmup: int = 0) -> float:
+def learning_rate(step: int, lr: float, schedule: str, steps: int, warmup: int = 0) -> float:
     """constant: lr.  linear: from lr down to 0 over the run (the released QuZO scripts' schedule).  Either after
     `warmup` steps that rise to it in equal parts (LoRETTA's GLUE script has 500 before a constant rate)."""
     if step < warmup:

@@ -24,13 +24,18 @@ from data.tokenizer import Tokenizer
 MASK = "<mask>"
 
 
-class Encoded(NamedTuple):
+@dataclass
+class Encoded:
     """One example as tokens: one sequence that all options share, or one sequence an option."""
 
     sequences: list[list[int]]
     answers: list[list[int]]  # the options' own tokens; with one shared sequence each is a single token
     at: int  # where the shared sequence is read; in the other case the answers are at the sequences' ends
     label: int
+
+    def __post_init__(self):
+        self.branched = branches_of(self)
+        self.width = len(self.sequences[0] if len(self.sequences) == 1 else self.branched.tokens)  # in a forward
 
 
 @dataclass
@@ -132,11 +137,6 @@ def branches_of(e: Encoded) -> Branched:
     return Branched(tokens, branch, reads)
 
 
-def width(e: Encoded) -> int:
-    """Tokens of an example in a forward."""
-    return len(e.sequences[0]) if len(e.sequences) == 1 else len(branches_of(e).tokens)
-
-
 def collate(examples: list[Encoded], pad: int, device: torch.device, tokens: int = 0) -> Batch:
     """Examples -> one batch.  If any example needs the tokens of its options, all are read so: scores then compare.
 
@@ -144,31 +144,23 @@ def collate(examples: list[Encoded], pad: int, device: torch.device, tokens: int
     """
     shared = all(len(e.sequences) == 1 for e in examples) and len({str(e.answers) for e in examples}) == 1
     if shared:
-        rows, branch = [e.sequences[0] for e in examples], None
+        rows, branches = [e.sequences[0] for e in examples], None
         reads = [(i, e.at, 0, 0) for i, e in enumerate(examples)]
     else:
-        packed, options = [branches_of(e) for e in examples], len(examples[0].answers)
-        rows, branch = [p.tokens for p in packed], padded([p.branch for p in packed], 0, tokens)
-        reads = [(i, at, token, i * options + option) for i, p in enumerate(packed) for at, token, option in p.reads]
-    mask = padded([[1] * len(row) for row in rows], 0, tokens)
-    row, at, target, owner = to_device(torch.tensor(reads), device).unbind(1)
-    lengths = to_device(torch.tensor([len(a) for e in examples for a in e.answers]), device)
-    words = to_device(torch.tensor([a[0] for a in examples[0].answers]), device) if shared else None
-    labels = to_device(torch.tensor([e.label for e in examples]), device)
-    branch = None if branch is None else to_device(branch, device)
-    ids, mask = to_device(padded(rows, pad, tokens), device), to_device(mask, device)
-    return Batch(ids, mask, labels, row, at, words, target, owner, lengths, branch)
-
-
-def padded(rows: list[list[int]], pad: int, tokens: int) -> Tensor:
-    """[B, T] int64, on the right."""
-    longest = max(tokens, *map(len, rows))
-    return torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device that nobody waits for: from pageable memory, CUDA would first finish all that it has."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+        branched, options = [e.branched for e in examples], len(examples[0].answers)
+        rows, branches = [b.tokens for b in branched], [b.branch for b in branched]
+        reads = [(i, at, token, i * options + option) for i, b in enumerate(branched) for at, token, option in b.reads]
+    T = max(tokens, *map(len, rows))
+    ids = torch.tensor([row + [pad] * (T - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])
+    branch = None if shared else torch.tensor([b + [0] * (T - len(b)) for b in branches])
+    labels = torch.tensor([e.label for e in examples])
+    lengths = torch.tensor([len(a) for e in examples for a in e.answers])
+    words = torch.tensor([a[0] for a in examples[0].answers]) if shared else None
+    row, at, target, owner = torch.tensor(reads).unbind(1)
+    tensors = (ids, mask, labels, row, at, words, target, owner, lengths, branch)
+    pin = device.type == "cuda"  # from pageable memory, CUDA would first finish all that it has
+    return Batch(*(t if t is None else (t.pin_memory() if pin else t).to(device, non_blocking=pin) for t in tensors))
 
 
 def option_scores(lm, batch: Batch, view) -> Tensor:
@@ -184,11 +176,6 @@ def option_scores(lm, batch: Batch, view) -> Tensor:
     return (sums / batch.lengths).view(len(log_p), len(batch.labels), -1)
 
 
-def losses(lm, batch: Batch, view) -> Tensor:
-    """Cross-entropy of the right option, mean over the batch: -> [P]."""
-    return torch.stack([F.cross_entropy(scores, batch.labels) for scores in option_scores(lm, batch, view)])
-
-
 @dataclass
 class BatchLoss:
     """The loss_fn of zo_optim.zo_step: a view of P copies -> each one's mean loss over the examples of all batches."""
@@ -196,15 +183,27 @@ class BatchLoss:
     lm: object  # a model.LanguageModel
     batches: list[Batch]  # one after the other, to bound memory
 
+    @classmethod
+    def of(cls, lm, examples: list[Encoded], pad: int, micro_batch_size: int, multiple: int = 1) -> BatchLoss:
+        """In batches of one length, a multiple of `multiple` tokens."""
+        T = -(-max(e.width for e in examples) // multiple) * multiple if multiple > 1 else 0
+        starts = range(0, len(examples), micro_batch_size)
+        return cls(lm, [collate(examples[i : i + micro_batch_size], pad, lm.device, T) for i in starts])
+
     def __call__(self, view) -> Tensor:
-        """-> [P] float32."""
-        return sum(self.parts(view))
+        """-> [P] float32: means of the right option's cross-entropy."""
+        n, total = sum(len(batch.labels) for batch in self.batches), 0.0
+        for batch in self.batches:
+            scores = option_scores(self.lm, batch, view)
+            losses = torch.stack([F.cross_entropy(of_copy, batch.labels) for of_copy in scores])
+            total = total + losses * (len(batch.labels) / n)
+        return total
 
     def parts(self, view) -> Iterator[Tensor]:
-        """[P] for each batch, which add up to the loss."""
+        """[P] for each batch, which add up to the loss: a backward pass frees one batch's activations at a time."""
         n = sum(len(batch.labels) for batch in self.batches)
         for batch in self.batches:
-            yield losses(self.lm, batch, view) * (len(batch.labels) / n)
+            yield BatchLoss(self.lm, [batch])(view) * (len(batch.labels) / n)
 
     def tensors(self) -> list[Tensor | None]:
         return [tensor for batch in self.batches for tensor in vars(batch).values()]

@@ -33,12 +33,12 @@ class Fp8View:
 
     def __init__(self, view: View, lm: LanguageModel, coded: set[str]):
         self.view, self.lm, self.coded = view, lm, coded
-        self.probes, self.rows = view.probes, view.rows
+        self.probes = view.probes
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, rows: Tensor | None = None) -> Tensor:
         if name.endswith("_scale"):
             return self.lm.weights[name.removesuffix("_scale")].scale
-        return self.view.read(name, as_codes=name in self.coded)
+        return self.view.read(name, rows, as_codes=name in self.coded)
 
 
 def enable_fp8_matmul(lm: LanguageModel) -> None:
@@ -58,7 +58,8 @@ def enable_fp8_matmul(lm: LanguageModel) -> None:
             outputs, inputs = layer.weight.shape
             with torch.device("meta"):
                 lm.block.set_submodule(path, Fp8Linear(inputs, outputs, layer.bias is not None))
-    lm.view_wrappers.append(lambda view: Fp8View(view, lm, coded))
+    inner = lm.wrap_view
+    lm.wrap_view = lambda view: Fp8View(inner(view), lm, coded)
 
 
 def multiply_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant import GROUP_SIZE, Float, Fp8, Integers, Store, StoredWeights, matrix_shape
+from quant import E4M3, GROUP_SIZE, Float, Fp8, Integers, Store, StoredWeights
 from random_bits import GOLDEN, LOW, M0, M1, W0, W1, Key, Purpose, tensor_id
 from zo_optim import ZO, quantile_knots
 
@@ -503,7 +503,7 @@ def _update_kernel(
 def fits(stored: Store) -> bool:
     """Whether a kernel can stand in for the definitions: not for the oracle, which is there to check them, and where
     the rows of a matrix are whole groups of 8."""
-    return type(stored) in (Float, Integers, Fp8) and (len(stored.shape) < 2 or matrix_shape(stored.shape)[1] % 8 == 0)
+    return type(stored) in (Float, Integers, Fp8) and (len(stored.shape) < 2 or stored.matrix_shape[1] % 8 == 0)
 
 
 def _kind(stored: Store) -> tuple[str, float]:
@@ -511,7 +511,7 @@ def _kind(stored: Store) -> tuple[str, float]:
     if isinstance(stored, Integers):
         return f"int{stored.bits}", float(stored.max_code)
     if isinstance(stored, Fp8):
-        return "fp8", stored.grid.max_value
+        return "fp8", E4M3.max_value
     return ("bf16" if stored.rounds else "fp32"), float("inf")
 
 
@@ -543,7 +543,7 @@ WORD_OF_8 = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 
 def _arguments(stored: Store, key: Key) -> tuple[Tensor, Tensor, int, int, list[int | Tensor]]:
     """What both kernels need: numbers, scales (unused for floats), how many, groups a row, the key in 32-bit words."""
-    R, C = matrix_shape(stored.shape)
+    R, C = stored.matrix_shape
     words = as_int32(key.step, key.tensor, key.query, key.seed & LOW, key.seed >> 32 & LOW)
     if isinstance(stored, Float):
         return stored.value, stored.value, R * C, -(-C // 8), words
@@ -589,10 +589,11 @@ def _programs(n: int, block: int) -> tuple[int]:
 
 
 def perturbed(
-    stored: Store, key: Key, zo: ZO, dtype: torch.dtype, signs: tuple[int, ...] = (1, -1), rows: Tensor | None = None
+    stored: Store, key: Key, zo: ZO, dtype: torch.dtype, signs: list[int], rows: Tensor | None = None
 ) -> Tensor:
     """ZO.perturbed in one kernel."""
-    return _materialise(stored, key, dtype, rows, len(signs), normal_knots(stored.device), zo.factor(zo.eps),
+    factor = zo.stride if zo.grid else zo.eps
+    return _materialise(stored, key, dtype, rows, len(signs), normal_knots(stored.device), float(factor),
                         zo.min_spacing, LEVELS=_levels(zo), CODES=zo.probe == "codes", PLUS=1 in signs,
                         MINUS=-1 in signs)  # fmt: skip
 
@@ -609,7 +610,7 @@ def _materialise(
 ) -> Tensor:  # fmt: skip
     value, scale, n, per_row, words = _arguments(stored, key)
     kind, largest = _kind(stored)
-    R, C = matrix_shape(stored.shape)
+    R, C = stored.matrix_shape
     pair = torch.empty(P, R if rows is None else len(rows), C, dtype=dtype, device=value.device)
     length, is_codes = pair[0].numel(), dtype.itemsize == 1  # which Triton is given as bytes
     out, unused = pair.view(torch.uint8) if is_codes else pair, value  # kernels take no None
@@ -625,16 +626,17 @@ def _materialise(
 
 
 def step_(stored: Store, key: Key, factors: Tensor, zo: ZO, counts: Tensor) -> None:
-    """ZO.step_ in one kernel; adds to counts [SHARDS, 2] int64."""
+    """ZO.add_directions_ of one tensor in one kernel; adds to counts [SHARDS, 2] int64."""
     value, scale, n, per_row, words = _arguments(stored, key)
     kind, largest = _kind(stored)
     bits = stored.residual_bits if isinstance(stored, Integers) else 0
+    rounding = Purpose.PROBE_ROUNDING if zo.estimator == "q-rge1" else Purpose.UPDATE_ROUNDING
     with _on(value.device):
         _update_kernel[_programs(n, UPDATE_BLOCK)](
             value, scale, stored.residual.view(WORD_OF_8[bits]) if bits else value, counts, normal_knots(value.device),
             factors, n, per_row, *_magic(per_row), zo.min_spacing, *words, QUERIES=len(factors), KIND=kind,
             RESIDUAL=bits, MAX=float(stored.max_fine) if bits else largest, LEVELS=_levels(zo),
-            ROUNDING=int(zo.step_rounding), BY_HAND=_by_hand(value.device), TAIL=_tail(n, UPDATE_BLOCK),
+            ROUNDING=int(rounding), BY_HAND=_by_hand(value.device), TAIL=_tail(n, UPDATE_BLOCK),
             ONE_ROW=_one_row(stored, per_row, UPDATE_BLOCK), BLOCK=UPDATE_BLOCK, **EXACT,
         )  # fmt: skip
 
@@ -647,7 +649,7 @@ class FusedZO(ZO):
     """The same estimator with one kernel a tensor, where it fits."""
 
     def perturbed(
-        self, store: Store, key: Key, signs: tuple[int, ...], dtype: torch.dtype, rows: Tensor | None = None
+        self, store: Store, key: Key, signs: list[int], dtype: torch.dtype, rows: Tensor | None = None
     ) -> Tensor:
         if not fits(store):
             return super().perturbed(store, key, signs, dtype, rows)
@@ -656,28 +658,23 @@ class FusedZO(ZO):
     def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
         counts = torch.zeros(SHARDS, 2, dtype=torch.int64, device=factors.device)
         for name, store in weights.items():
-            of_tensor = key._replace(tensor=tensor_id(name))
             if self.nearest or not fits(store):
-                counts[0] += self.step_(store, of_tensor, factors)
+                counts[0] += ZO.add_directions_(self, {name: store}, factors, key)
             else:
-                step_(store, of_tensor, factors, self, counts)
+                step_(store, key._replace(tensor=tensor_id(name)), factors, self, counts)
         return counts.sum(0)
 
 
 class FusedStoredWeights(StoredWeights):
     """The same view with one kernel a tensor of codes; floats are there already, and may want a gradient."""
 
-    def read(self, name: str, as_codes: bool = False) -> Tensor:
+    def read(self, name: str, rows: Tensor | None = None, as_codes: bool = False) -> Tensor:
         stored = self.weights[name]
         if as_codes or isinstance(stored, Float) or not fits(stored):
-            return super().read(name, as_codes)
+            return super().read(name, rows, as_codes)
+        if rows is not None:
+            return dequantised(stored, torch.float32, rows)
         return dequantised(stored, self.dtype).view(1, *stored.shape)
-
-    def rows(self, name: str, index: Tensor) -> Tensor:
-        stored = self.weights[name]
-        if isinstance(stored, Float) or not fits(stored):
-            return super().rows(name, index)
-        return dequantised(stored, torch.float32, index)
 
 
 def philox_blocks(key: Key, purpose: Purpose, rows: Tensor, columns: int) -> Tensor:

@@ -119,7 +119,7 @@ class Config:
     resume: str | None = flag("run", None, "a run folder whose run was interrupted: finish it there, to the same bits "
                                            "(where nothing is compiled), with its own flags (zeroth order)"
                               )  # fmt: skip
-    replay: str | None = flag("run", None, "a run folder: redo its updates from the base weights without a forward, and "
+    replay: str | None = flag("run", None, "a run folder: redo its updates from the base weights without a forward and "
                                            "say whether the weights are those that it recorded")  # fmt: skip
     dry_run: bool = flag("run", False, "print what the run would hold in memory, from shapes alone, and stop")
 
@@ -332,11 +332,10 @@ def validate(c: Config) -> None:
         raise ValueError(f"--device {c.device}: torch sees {torch.cuda.device_count()} CUDA devices here")
 
 
-def probes_at_once(c: Config, queries: int) -> int:
-    """How many of a step's 2 queries probes share a forward: of adapters all, but not on a CPU, whose cache they would
-    overflow (benchmarks/probes.py)."""
-    usual = 2 * queries if c.method in ADAPTERS and c.device != "cpu" else 2
-    return min(c.probes_per_forward or usual, 2 * queries)
+def probes_per_forward(c: Config) -> int | None:
+    """How many of a step's 2 Q perturbed copies share a forward: of adapters all (None), but not on a CPU, whose cache
+    they would overflow (benchmarks/probes.py)."""
+    return c.probes_per_forward or (None if c.method in ADAPTERS and c.device != "cpu" else 2)
 
 
 def spec_of(c: Config, model_type: str) -> Spec | None:

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from data.scoring import Encoder, width
+from data.scoring import Encoder
 from data.tasks import get_task, load_splits
 from data.tokenizer import Tokenizer
 from model import expected_shapes, llama_parts, roberta_parts
 from quant import tensor_specs
-from runtime.config import Config, probes_at_once, spec_of
+from runtime.config import Config, probes_per_forward, spec_of
 from runtime.hub import resolve
 from runtime.model_configs import LlamaConfig, config_of, read_config
 from tensor_train import Spec, install, is_norm, targets_of
@@ -50,7 +50,8 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
         parts |= {"moments": 2 * trained, "gradients": trained, "activations": activations}
         at_once = sum(parts.values()) - min(parts["gradients"], parts["activations"])
     else:
-        P = probes_at_once(c, most_queries(c))
+        probes = 2 * most_queries(c)
+        P = min(probes_per_forward(c) or probes, probes)
         scratch = pair(config, c) * P // 2 if spec is None else pair(config, c) // 2 + P * 4 * sum(trainable.values())
         parts |= {"scratch": scratch, "activations": N * P * passing(config, c)}
         at_once = sum(parts.values())
@@ -177,4 +178,4 @@ def longest_sequence(c: Config) -> int | None:
     directory = resolve(c.model)
     splits = load_splits(task, c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval)
     encode = Encoder(Tokenizer(directory), task, read_config(directory)[0], c.max_length)
-    return max(width(encode(example)) for split in splits[:3] for example in split)
+    return max(encode(example).width for split in splits[:3] for example in split)

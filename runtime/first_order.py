@@ -15,16 +15,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant import Float, Store, ValueStore, encode, straight_through
+from quant import Float, Store, encode, straight_through
 
 
 @dataclass
-class Master(ValueStore):
+class Master(Store):
     """A float matrix [R, C], fp32 or bf16, read as its nearest point on a fixed grid of codes."""
 
     value: Tensor
     weights: str  # the codes' format
     scale: Tensor  # as that format has it
+
+    def __post_init__(self):
+        self.describe(self.value, self.value.shape)
 
     @classmethod
     def of(cls, value: Tensor, weights: str, dtype: torch.dtype) -> Master:

@@ -1,6 +1,6 @@
 """The run folder, which is the audit trail of one training run.
 
-config.json    the folder's format version, every flag, versions, git commit, hashes of the base weights and of the data files
+config.json    the folder's format version, every flag, versions, git commit, hashes of the base weights and of the data
 metrics.jsonl  one line a step, and one a dev evaluation
 trajectory     one line a step: the projected gradient of each query, in digits that read back exactly.  With
                config.json and the base checkpoint it redoes every update (zo_optim.update) without a forward
@@ -61,10 +61,10 @@ class RunFolder:
         self.devs = [
             DevRow(row["step"], row["forwards"], row["dev"], row["dev_loss"]) for row in rows if "dev" in row
         ]
-        self._write("trajectory", "".join(map(_line, projected_grads)))
+        self._write("trajectory", "".join(" ".join(map(repr, grads)) + "\n" for grads in projected_grads))
         self._write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        self._metrics = open(path / "metrics.jsonl", "a")  # noqa: SIM115 (open for the whole run)
-        self._trajectory = open(path / "trajectory", "a")  # noqa: SIM115
+        self.metrics = open(path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (by line, for the whole run)
+        self.trajectory = open(path / "trajectory", "a", buffering=1)  # noqa: SIM115
 
     def write_config(self, flags: dict, base_sha256: str, data_files: list[Path], other_files: list[Path]) -> None:
         """other_files: others that decide the tokens, such as the tokenizer's."""
@@ -72,32 +72,21 @@ class RunFolder:
         run |= {"data_sha256": hashed(data_files), "other_sha256": hashed(other_files)}
         self._write_json("config.json", run | {"base_weights_sha256": base_sha256})
 
-    def step(self, step: int, projected_grads: list[float], loss: float, metrics: dict) -> None:
-        """Record step number `step` (from 1), after its update."""
-        self._trajectory.write(_line(projected_grads))
-        self._trajectory.flush()
-        self.losses.append((step, loss))
-        self._row({"step": step, "projected_grad": projected_grads, "loss": loss} | metrics)
-
     def dev(self, step: int, forwards: int, accuracy: float, loss: float, peak_memory_bytes: int) -> None:
         self.devs.append(DevRow(step, forwards, accuracy, loss))
         row = {"step": step, "forwards": forwards, "dev": accuracy, "dev_loss": loss}
-        self._row(row | {"peak_memory_bytes": peak_memory_bytes})
+        self.metrics.write(json.dumps(row | {"peak_memory_bytes": peak_memory_bytes}) + "\n")
         self.draw()
 
     def result(self, result: dict) -> None:
         self._write_json("result.json", result)
         self.draw()
-        self._metrics.close()
-        self._trajectory.close()
+        self.metrics.close()
+        self.trajectory.close()
 
     def draw(self) -> None:
         best = min(self.devs, key=lambda dev: dev.loss).step if self.devs else None
         self._write("curve.svg", curve_svg(self.losses, self.devs, self.title, self.zero_shot, best))
-
-    def _row(self, row: dict) -> None:
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
 
     def _write_json(self, name: str, value: dict) -> None:
         self._write(name, json.dumps(value, indent=2) + "\n")
@@ -138,14 +127,15 @@ class StepRecorder:
         if self.counted is not None:
             self.counted.synchronize()
         (number, loss, step, counts, metrics), self.waiting = self.waiting, None
-        if step is None:
-            return self.folder.step(number, [], loss, metrics)
-        changed, clipped = (n / self.size for n in counts.tolist())
-        of_step = {
-            "plus": step.plus.tolist(), "minus": step.minus.tolist(), "queries": len(step.plus), "changed": changed,
-            "clipped": clipped,
-        }  # fmt: skip
-        self.folder.step(number, step.projected_grads.tolist(), loss, of_step | metrics)
+        projected_grads = [] if step is None else step.projected_grads.tolist()
+        row = {"step": number, "projected_grad": projected_grads, "loss": loss}
+        if step is not None:
+            changed, clipped = (n / self.size for n in counts.tolist())
+            row |= {"plus": step.plus.tolist(), "minus": step.minus.tolist(), "queries": len(step.plus)}
+            row |= {"changed": changed, "clipped": clipped}
+        self.folder.trajectory.write(" ".join(map(repr, projected_grads)) + "\n")  # first: read_run relies on it
+        self.folder.losses.append((number, loss))
+        self.folder.metrics.write(json.dumps(row | metrics) + "\n")
 
 
 def hashed(files: list[Path]) -> dict[str, str]:
@@ -159,10 +149,6 @@ def check_free(path: Path) -> None:
         raise ValueError(f"--out {path}: {nearest} is not a folder that can be written to")
     if path.is_dir() and any(path.iterdir()):
         raise ValueError(f"--out {path} is not empty: it may hold a run; give a new folder")
-
-
-def _line(projected_grads: list[float]) -> str:
-    return " ".join(map(repr, projected_grads)) + "\n"
 
 
 def read_run(path: Path) -> RecordedRun:
