@@ -85,7 +85,7 @@ class Config:
     eval_every: int | None = flag("steps", None, "steps between dev evaluations")
     seed: int = flag("steps", 0, "of directions, roundings and data order")
 
-    placement: str | None = flag("adapters", None, "where tensor-train adapters are: around gate, up and down, or after "
+    placement: str | None = flag("adapters", None, "where tensor-train adapters are: around gate, up, down, or after "
                                  "attention and feed-forward (mlp on llama, sublayers on roberta)",
                                  ("mlp", "sublayers"))  # fmt: skip
     bottleneck: int | None = flag("adapters", None, "width between a tensor-train adapter's two layers")
