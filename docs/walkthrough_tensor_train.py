@@ -74,17 +74,17 @@ def gaussian(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def toy(eps=1e-3, lr=5e-3):
+def toy(eps=1e-3, lr=8e-3):
     """A train of 48 numbers learns to act as another one: -> (Q, loss) by step, and the noise of the estimate by Q."""
     shapes = core_shapes((4, 4, 4, 4), rank=2)
     n = sum(map(math.prod, shapes))
-    x, (vector, target) = gaussian(64, 16, seed=0), 0.7 * gaussian(2, n, seed=1)
+    x, (vector, target) = gaussian(64, 16, seed=0), 0.7 * gaussian(2, n, seed=2)
 
     def loss(vector):
         return (forward(x, cores_of(vector, shapes), 2) - forward(x, cores_of(target, shapes), 2)).square().mean()
 
     losses, history, noise = torch.vmap(loss), {}, {}
-    true, directions = torch.func.grad(loss)(vector), gaussian(6400, n, seed=2)  # the gradient only to compare with
+    true, directions = torch.func.grad(loss)(vector), gaussian(6400, n, seed=3)  # the gradient only to compare with
     single = averaged_estimate(vector, losses, directions, eps)[0][:, None] * directions  # [6400, n], a query each
     for Q in (1, 4, 16, 64):
         noise[Q] = ((single.view(-1, Q, n).mean(1) - true).square().sum(1).mean() / true.square().sum()).item()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import config
+from runtime import config
 
 
 @pytest.fixture(scope="session", autouse=True)

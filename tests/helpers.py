@@ -11,48 +11,25 @@ import torch
 import transformers
 from torch import Tensor
 
-import checkpoint
-import model
+from runtime import checkpoints
 
 
 def tiny_llama(**changes) -> dict:
     """The contents of a config.json.  The epsilon is large, so that a model which ignores it is seen."""
     config = {
-        "model_type": "llama",
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 56,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 0.01,
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
+        "model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 0.01,
+        "tie_word_embeddings": False, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
     return config | changes
 
 
 def tiny_roberta(**changes) -> dict:
     config = {
-        "model_type": "roberta",
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 56,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 40,
-        "type_vocab_size": 2,
-        "layer_norm_eps": 0.01,
-        "tie_word_embeddings": True,
-        "hidden_act": "gelu",
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "pad_token_id": 1,
-    }
+        "model_type": "roberta", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 40, "type_vocab_size": 2, "layer_norm_eps": 0.01,
+        "tie_word_embeddings": True, "hidden_act": "gelu", "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
+    }  # fmt: skip
     return config | changes
 
 
@@ -114,14 +91,14 @@ def oracle_logits(oracle: transformers.PreTrainedModel, tokens: Tensor, mask: Te
 def through_buffers(size: int = 1001) -> Iterator[None]:
     """Loading to the CPU goes a GPU's way, unpinned.  Matrices of the tiny models come in several pieces, which end
     amid elements."""
-    read_tensors = model.read_tensors
+    read_tensors = checkpoints.read_tensors
 
     def read(files, shapes, device):
-        return checkpoint.staged(read_tensors(files, shapes, device), torch.device(device))
+        return checkpoints.staged(read_tensors(files, shapes, device), torch.device(device))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "BUFFER_BYTES", size)
-        patch.setattr(model, "read_tensors", read)
+        patch.setattr(checkpoints, "BUFFER_BYTES", size)
+        patch.setattr(checkpoints, "read_tensors", read)
         yield
 
 

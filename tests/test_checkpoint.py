@@ -15,15 +15,36 @@ import torch
 from helpers import through_buffers, tiny_llama, tiny_roberta
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracles import same_bits
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import model
-from model import create, load
+from model import create, expected_shapes, load
 from quant import FORMATS, encode
+from runtime import checkpoints
+from runtime.checkpoints import save_stored, weights_sha256
 
 LLAMA, ROBERTA = create(tiny_llama()), create(tiny_roberta())
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+INDEX = "model.safetensors.index.json"
+NAN, INF = float("nan"), float("inf")
+
+
+def sha256(directory, **options) -> str:
+    return weights_sha256(load(directory, **options).weights)
+
+
+def save_codes(directory: Path, weights: str = "int8") -> None:
+    lm = create(tiny_llama(), weights=weights)
+    save_stored(directory, lm.raw_config, weights, 0, lm.weights, [])
+
+
+def save_shards(directory: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "SHARD_BYTES", 45_000)
+        LLAMA.save(directory)
+
+
+FORMS = {"llama": LLAMA.save, "roberta": ROBERTA.save, "shards": save_shards, "codes": save_codes}
 
 
 @pytest.fixture
@@ -33,10 +54,8 @@ def directory(tmp_path) -> Path:
 
 
 @pytest.fixture
-def sharded(tmp_path, monkeypatch) -> Path:
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "SHARD_BYTES", 45_000)
-        LLAMA.save(tmp_path / "m")
+def sharded(tmp_path) -> Path:
+    save_shards(tmp_path / "m")
     return tmp_path / "m"
 
 
@@ -50,128 +69,146 @@ def refused(directory: Path, *values: str, weights: str = "fp32") -> str:
         messages.append(str(caught.value))
     message = messages[0]
     assert message == messages[1] and "\n" not in message
-    assert all(value in message for value in values), message
+    assert all(value in message for value in (str(directory), *values)), message
     return message
 
 
-def change_tensors(directory: Path, drop=(), **added: torch.Tensor) -> None:
-    path = directory / "model.safetensors"
-    kept = {name: tensor for name, tensor in load_file(path).items() if name not in drop}
-    save_file(kept | added, path)
+# ---------------------------------------------------------------- damage, and what the line must say of it
 
 
-def change_index(directory: Path, change) -> None:
-    path = directory / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    change(index["weight_map"])
-    path.write_text(json.dumps(index))
+def remove(name: str):
+    return lambda d: (d / name).unlink()
 
 
-# ---------------------------------------------------------------- config.json
+def write(name: str, content: bytes | str):
+    return lambda d: (d / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def test_no_config(directory):
-    (directory / "config.json").unlink()
-    refused(directory, str(directory), "has no config.json", "preset")
+def cut(name: str, kept: int):
+    return lambda d: (d / name).write_bytes((d / name).read_bytes()[:kept])
 
 
-def test_no_directory(tmp_path):
-    refused(tmp_path / "nowhere", "nowhere has no config.json")
+def config_without(field: str):
+    return lambda d: write("config.json", json.dumps(
+        {name: value for name, value in json.loads((d / "config.json").read_text()).items() if name != field}))(d)  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["", "{", "not JSON", "[1, 2]", "null", "3", '"llama"', "\udcff"], ids=repr)
-def test_a_config_that_is_not_a_json_object(directory, text):
-    (directory / "config.json").write_bytes(text.encode(errors="surrogateescape"))
-    refused(directory, str(directory / "config.json"))
+def tensors(added: dict | None = None, drop: str = "", file: str = "model.safetensors"):
+    def change(d: Path) -> None:
+        kept = {name: tensor for name, tensor in load_file(d / file).items() if name != drop}
+        save_file(kept | (added or {}), d / file)
+
+    return change
 
 
-@pytest.mark.parametrize("lm, field", [(LLAMA, "hidden_size"), (LLAMA, "vocab_size"), (LLAMA, "num_attention_heads"),
-                                       (ROBERTA, "hidden_size"), (ROBERTA, "max_position_embeddings")])  # fmt: skip
-def test_a_config_without_a_field(lm, field, tmp_path):
-    lm.save(tmp_path / "m")
-    raw = {name: value for name, value in lm.raw_config.items() if name != field}
-    (tmp_path / "m" / "config.json").write_text(json.dumps(raw))
-    refused(tmp_path / "m", "config.json", repr(field))
+def index(changes: dict):
+    """Its weight map, with None for what goes."""
+
+    def change(d: Path) -> None:
+        weight_map = json.loads((d / INDEX).read_text())["weight_map"] | changes
+        (d / INDEX).write_text(json.dumps({"weight_map": {k: v for k, v in weight_map.items() if v is not None}}))
+
+    return change
 
 
-# ---------------------------------------------------------------- which files
+def header(length: int, text: bytes = b"") -> bytes:
+    return struct.pack("<Q", length) + text + bytes(64)
 
 
-def test_no_weights_at_all(directory):
-    (directory / "model.safetensors").unlink()
-    assert "pickle" not in refused(directory, str(directory), "has no model.safetensors")
+def ones(dtype: torch.dtype) -> torch.Tensor:
+    return torch.ones(32, 32).to(dtype)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
-def test_weights_in_a_pickle_are_refused_with_the_way_to_convert_them(directory, name):
-    (directory / "model.safetensors").rename(directory / name)
-    refused(directory, name, "never loaded", "convert it", "save_pretrained")
+SHARD_2, UP_2 = "model-00002-of-00003.safetensors", "model.layers.2.mlp.up_proj.weight"
+DISAGREE = "index.json and its shards disagree"
+ROBERTA_TENSORS = {name: stored.value for name, stored in ROBERTA.weights.items()}
+DAMAGE = [  # form, damage, what the line holds beside the directory
+    ("llama", remove("config.json"), ["has no config.json", "preset"]),
+    ("llama", shutil.rmtree, ["has no config.json"]),
+    *(("llama", write("config.json", text), ["config.json"])
+      for text in ("", "{", "not JSON", "[1, 2]", "null", '"llama"', b"\xff", "[" * 10_000)),
+    *((form, config_without(field), ["config.json", repr(field)]) for form, field in (
+        ("llama", "hidden_size"), ("llama", "num_attention_heads"), ("roberta", "max_position_embeddings"))),
+    # broken safetensors
+    *(("llama", cut("model.safetensors", n), ["model.safetensors is truncated or not a safetensors file"])
+      for n in (0, 4, 8, 100, -1)),
+    *(("llama", write("model.safetensors", header(len(text), text)), ["model.safetensors"])
+      for text in (b"{", b"[]", b"\xff" * 8, b'{"a": 1}', b"")),
+    *(("llama", write("model.safetensors", header(n)), ["model.safetensors"]) for n in (2**63, 2**40, 99_999_999)),
+    ("llama", lambda d: write("model.safetensors", (d / "model.safetensors").read_bytes() + b"more")(d), ["truncated"]),
+    # index and shards
+    *(("shards", write(INDEX, text), [INDEX, "is not a safetensors index"]) for text in
+      ("", "{", "[]", "3", "{}", *(f'{{"weight_map": {value}}}' for value in ("null", '["a"]', '"model"', "3")))),
+    ("shards", write(INDEX, '{"weight_map": {}}'), ["missing", "lm_head.weight", "more"]),
+    ("shards", remove(SHARD_2), [INDEX, SHARD_2]),
+    ("shards", cut(SHARD_2, -1), [SHARD_2, "truncated"]),
+    ("shards", index({Q_PROJ: "model-00003-of-00003.safetensors"}), [DISAGREE, Q_PROJ]),
+    ("shards", index({Q_PROJ: None}), [DISAGREE, Q_PROJ]),
+    ("shards", index({"spare": SHARD_2}), [DISAGREE, "spare"]),
+    # a tensor in two shards: whichever is read last, which copy is meant is unknown
+    *(("shards", tensors({name: torch.ones(2)}, file=f"model-0000{n}-of-00003.safetensors"), [DISAGREE, name])
+      for n, name in ((1, "model.norm.weight"), (2, "model.embed_tokens.weight"), (3, Q_PROJ))),
+    # names, shapes, types, numbers
+    ("llama", tensors(drop=Q_PROJ), [f"missing: {Q_PROJ}"]),
+    ("llama", tensors({Q_PROJ[:-6] + "bias": torch.zeros(32)}), [f"unexpected: {Q_PROJ[:-6]}bias"]),
+    ("llama", tensors({UP_2: torch.zeros(56, 32)}), [f"unexpected: {UP_2}"]),  # a layer more than the config says
+    ("llama", lambda d: save_file(ROBERTA_TENSORS, d / "model.safetensors"),
+     ["missing: lm_head.weight, ", "unexpected: lm_head.bias, ", "more"]),
+    *(("llama", tensors({name: torch.zeros(4)}), [f"unexpected: {name}"]) for name in
+      ("lm_head.bias", "roberta.embeddings.word_embeddings.weight", "model.layers.1.inv_freq")),
+    ("roberta", tensors({"lm_head.weight.scale": torch.zeros(4)}), ["unexpected: lm_head.weight.scale"]),
+    *(("llama", tensors({Q_PROJ: torch.zeros(shape)}), [Q_PROJ, str(list(shape)), "[32, 32]"])
+      for shape in ((32, 31), (31, 32), (32,), (32, 32, 1), (0, 32), (64, 16))),
+    *(("llama", tensors({Q_PROJ: ones(dtype)}), [Q_PROJ, str(dtype)]) for dtype in  # float8 has scales of its own
+      (torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)),
+    *(("llama", tensors({name: torch.full(shape, 1.0).index_fill(0, torch.tensor([31]), value)}), [name, "NaN or inf"])
+      for name, shape in ((Q_PROJ, (32, 32)), ("model.norm.weight", (32,))) for value in (NAN, INF, -INF)),
+    ("llama", tensors({Q_PROJ: ones(torch.float64) * 1e300}), [Q_PROJ, "NaN or infinity"]),  # infinite in float32
+    # codes
+    ("codes", lambda d: None, ["holds int8 codes", "got fp32"]),
+]  # fmt: skip
 
 
-class Bomb:
-    """Unpickling it makes a directory."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self):
-        return Path.mkdir, (self.mark,)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["pytorch_model.bin", "model.safetensors", "model.safetensors.index.json", "codes.safetensors", "config.json",
-     "tokenizer.model"],
-)  # fmt: skip
-def test_nothing_is_unpickled(directory, tmp_path, name):
-    mark = tmp_path / "the bomb went off"
-    if name == "pytorch_model.bin" or name.endswith("index.json"):
-        (directory / "model.safetensors").unlink()
-    torch.save({"model.norm.weight": Bomb(mark)}, directory / name)
-    if name == "tokenizer.model":
-        load(directory)
-    else:
-        refused(directory, str(directory))
-    assert not mark.exists()
-    shutil.copy(directory / name, tmp_path / "bomb.pt")
-    torch.load(tmp_path / "bomb.pt", weights_only=False)
-    assert mark.exists(), "this bomb could not have gone off"
+@pytest.mark.parametrize("case", range(len(DAMAGE)), ids=lambda i: f"{DAMAGE[i][0]}-{DAMAGE[i][2][0]}")
+def test_a_damaged_directory_is_refused_in_one_line(case, tmp_path):
+    form, damage, values = DAMAGE[case]
+    FORMS[form](tmp_path / "m")
+    damage(tmp_path / "m")
+    line = refused(tmp_path / "m", *values)
+    assert form == "codes" or line == refused(tmp_path / "m", weights="int8")
 
 
-def test_a_bare_pickle_named_safetensors_is_not_unpickled(directory, tmp_path):
-    mark = tmp_path / "the bomb went off"
-    (directory / "model.safetensors").write_bytes(pickle.dumps(Bomb(mark)))
-    refused(directory, "model.safetensors is truncated or not a safetensors file")
-    assert not mark.exists()
+@pytest.mark.parametrize("name, tensor", [
+    (Q_PROJ, torch.zeros(32, 32)), (Q_PROJ, torch.zeros(32, 32, dtype=torch.uint8)),
+    (Q_PROJ, torch.full((32, 32), -128, dtype=torch.int8)),
+    *((f"{Q_PROJ}.scale", torch.full((32, 1), value)) for value in (0.0, NAN, INF, -1.0)),
+    (f"{Q_PROJ}.scale", torch.ones(32, 1, dtype=torch.int64)), (f"{Q_PROJ}.scale", torch.ones(32)),
+    ("model.norm.weight", torch.full((32,), NAN)), ("model.norm.weight", torch.ones(32, dtype=torch.int8)),
+    ("spare", torch.zeros(2)), (f"{Q_PROJ}.scale", None),
+])  # fmt: skip
+def test_codes_that_no_int8_store_holds(name, tensor, tmp_path):
+    save_codes(tmp_path / "m")
+    tensors({} if tensor is None else {name: tensor}, drop=name, file="codes.safetensors")(tmp_path / "m")
+    refused(tmp_path / "m", name, weights="int8")
 
 
-# ---------------------------------------------------------------- broken safetensors
+@pytest.mark.parametrize("shard", ["../x.safetensors", "sub/x.safetensors", "..", ".", "", "a\\x", 3, "absolute"])
+def test_an_index_that_names_a_file_elsewhere(sharded, shard):
+    """The file named is there, and holds the tensor, so only the path can be the reason.  An absolute path is refused
+    even where it leads into the directory itself."""
+    for place in (sharded.parent, sharded / "sub"):
+        place.mkdir(exist_ok=True)
+        save_file({Q_PROJ: torch.zeros(32, 32)}, place / "x.safetensors")
+    shard = str(sharded / "model-00001-of-00003.safetensors") if shard == "absolute" else shard
+    index({Q_PROJ: shard})(sharded)
+    refused(sharded, "index.json", repr(shard) if isinstance(shard, str) else "3")
 
 
-@pytest.mark.parametrize("kept", [0, 4, 8, 100, -1], ids="{} bytes".format)
-def test_a_truncated_file(directory, kept):
-    path = directory / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:kept])
-    refused(directory, str(path), "truncated or not a safetensors file")
-
-
-@pytest.mark.parametrize("header", [b"{", b"[]", b"\xff" * 8, b'{"a": 1}', b""], ids=repr)
-def test_a_corrupt_header(directory, header):
-    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
-    refused(directory, "model.safetensors")
-
-
-@pytest.mark.parametrize("length", [2**63, 2**40, 99_999_999], ids=str)
-def test_a_header_longer_than_the_file(directory, length):
-    path = directory / "model.safetensors"
-    path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
-    refused(directory, str(path))
-
-
-def test_bytes_after_the_tensors(directory):
-    with (directory / "model.safetensors").open("ab") as file:
-        file.write(b"more")
-    refused(directory, "model.safetensors")
+def test_a_link_to_a_file_elsewhere_is_followed(directory):
+    """The hub's cache is made of such links; they are the user's own, unlike paths inside a downloaded index."""
+    (directory / "model.safetensors").rename(directory.parent / "blob")
+    (directory / "model.safetensors").symlink_to(directory.parent / "blob")
+    assert sha256(directory) == weights_sha256(LLAMA.weights)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -189,153 +226,28 @@ def test_one_wrong_byte_in_a_header_gives_a_value_error_or_a_model(directory, at
         path.write_bytes(good)
 
 
-# ---------------------------------------------------------------- index and shards
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"weight_map": null}', '{"weight_map": ["a"]}',
-                                  '{"weight_map": "model"}', '{"weight_map": 3}'])  # fmt: skip
-def test_a_broken_index(sharded, text):
-    path = sharded / "model.safetensors.index.json"
-    path.write_text(text)
-    refused(sharded, str(path), "is not a safetensors index")
-
-
-def test_an_empty_index(sharded):
-    change_index(sharded, dict.clear)
-    refused(sharded, "missing", "lm_head.weight", "more")
-
-
-def test_an_index_that_names_a_missing_shard(sharded):
-    (sharded / "model-00002-of-00003.safetensors").unlink()
-    refused(sharded, "index.json", "model-00002-of-00003.safetensors", str(sharded))
-
-
-@pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ".", "", "a\\x", 3])
-def test_an_index_that_names_a_file_elsewhere(sharded, shard):
-    """The file named is there, and holds the tensor, so only the path can be the reason."""
-    for place in (sharded.parent, sharded / "sub"):
-        place.mkdir(exist_ok=True)
-        save_file({Q_PROJ: torch.zeros(32, 32)}, place / "x.safetensors")
-    change_index(sharded, lambda weight_map: weight_map.update({Q_PROJ: shard}))
-    refused(sharded, "index.json", repr(shard) if isinstance(shard, str) else "3")
-
-
-def test_an_absolute_path_to_a_shard_of_the_directory_itself_is_refused_too(sharded):
-    absolute = str(sharded / "model-00001-of-00003.safetensors")
-    change_index(sharded, lambda weight_map: weight_map.update({Q_PROJ: absolute}))
-    refused(sharded, "index.json", absolute, "not a plain file name")
-
-
-def test_an_index_that_puts_a_tensor_in_the_wrong_shard(sharded):
-    change_index(sharded, lambda weight_map: weight_map.update({Q_PROJ: "model-00003-of-00003.safetensors"}))
-    refused(sharded, "index.json and its shards disagree", Q_PROJ)
-
-
-def test_an_index_that_lacks_a_tensor_of_a_shard(sharded):
-    change_index(sharded, lambda weight_map: weight_map.pop(Q_PROJ))
-    refused(sharded, "index.json and its shards disagree", Q_PROJ)
-
-
-def test_an_index_that_names_a_tensor_of_no_shard(sharded):
-    change_index(sharded, lambda weight_map: weight_map.update(spare="model-00001-of-00003.safetensors"))
-    refused(sharded, "index.json and its shards disagree", "spare")
-
-
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_tensor_in_two_shards(sharded, number):
-    """Whichever of the two is read last: the index names one, and which copy is meant is unknown."""
-    home = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
-    name = next(name for name, shard in home.items() if not shard.startswith(f"model-0000{number}"))
-    path = sharded / f"model-0000{number}-of-00003.safetensors"
-    save_file(load_file(path) | {name: torch.ones(2)}, path)
-    refused(sharded, "index.json and its shards disagree", name)
-
-
-def test_a_truncated_shard(sharded):
-    path = sharded / "model-00002-of-00003.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    refused(sharded, str(path), "truncated")
-
-
-def test_a_link_to_a_file_elsewhere_is_followed(directory):
-    """The hub's cache is made of such links; they are the user's own, unlike paths inside a downloaded index."""
-    (directory / "model.safetensors").rename(directory.parent / "blob")
-    (directory / "model.safetensors").symlink_to(directory.parent / "blob")
-    assert load(directory).sha256() == LLAMA.sha256()
-
-
-# ---------------------------------------------------------------- tensors
-
-
-def test_a_missing_tensor(directory):
-    change_tensors(directory, drop=[Q_PROJ])
-    refused(directory, str(directory), f"missing: {Q_PROJ}")
-
-
-def test_an_unexpected_tensor(directory):
-    change_tensors(directory, **{"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})
-    refused(directory, str(directory), "unexpected: model.layers.0.self_attn.q_proj.bias")
-
-
-def test_a_layer_more_than_the_config_says(directory):
-    change_tensors(directory, **{"model.layers.2.mlp.up_proj.weight": torch.zeros(56, 32)})
-    refused(directory, "unexpected: model.layers.2.mlp.up_proj.weight")
-
-
-def test_another_models_weights(directory, tmp_path):
-    ROBERTA.save(tmp_path / "other")
-    shutil.copy(tmp_path / "other" / "model.safetensors", directory)
-    refused(directory, "missing: lm_head.weight, ", "unexpected: lm_head.bias, ", "more")
-
-
-@pytest.mark.parametrize("shape", [(32, 31), (31, 32), (32,), (32, 32, 1), (0, 32), (64, 16)], ids=str)
-def test_a_tensor_of_the_wrong_shape(directory, shape):
-    change_tensors(directory, **{Q_PROJ: torch.zeros(shape)})
-    refused(directory, Q_PROJ, str(list(shape)), "[32, 32]")
-
-
-NOT_WEIGHTS = (torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)
-
-
-@pytest.mark.parametrize("dtype", NOT_WEIGHTS, ids=str)
-@pytest.mark.parametrize("weights", ["fp32", "int8"])
-def test_a_tensor_of_a_type_that_no_checkpoint_has(directory, dtype, weights):
-    """float8 comes with scales of its own, without which it means nothing."""
-    change_tensors(directory, **{Q_PROJ: torch.ones(32, 32).to(dtype)})
-    refused(directory, Q_PROJ, str(dtype), weights=weights)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize("name, weights", [(Q_PROJ, "fp32"), (Q_PROJ, "int8"), ("model.norm.weight", "bf16")])
-def test_a_number_that_is_not_finite(directory, value, name, weights):
-    tensor = LLAMA.store[name].value.clone()
-    tensor.view(-1)[-1] = value
-    change_tensors(directory, **{name: tensor})
-    refused(directory, name, "NaN or infinity", weights=weights)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_other_floating_point_widths_are_converted(directory, dtype):
-    change_tensors(directory, **{Q_PROJ: LLAMA.store[Q_PROJ].value.to(dtype)})
-    assert torch.equal(load(directory).store[Q_PROJ].value, LLAMA.store[Q_PROJ].value.to(dtype).float())
+    tensors({Q_PROJ: LLAMA.weights[Q_PROJ].value.to(dtype)})(directory)
+    assert torch.equal(load(directory).weights[Q_PROJ].value, LLAMA.weights[Q_PROJ].value.to(dtype).float())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-def test_one_number_that_is_not_finite_is_seen_in_every_place(value, dtype):
+def test_one_number_that_is_not_finite_is_seen_in_every_place(dtype, tmp_path):
     """Also by the parts of a reduction that take several numbers at a time, and beside the largest finite ones."""
+    lm = create(tiny_llama(vocab_size=131, hidden_size=1, head_dim=2, num_hidden_layers=1))
+    lm.save(tmp_path / "m")
     top = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).max
-    good = torch.linspace(-1, 1, 131, dtype=dtype).index_fill(0, torch.tensor([3, 70]), top)
-    assert model._is_finite(Path(), "w", good) and model._is_finite(Path(), "w", -good)
+    good = torch.linspace(-1, 1, 131, dtype=dtype)[:, None].index_fill(0, torch.tensor([3, 70]), top)
+    for plant in (good, -good):
+        tensors({lm.embedding: plant})(tmp_path / "m")
+        load(tmp_path / "m")
     for place in range(131):
-        bad = good.clone()
-        bad[place] = value
-        assert not model._is_finite(Path(), "w", bad), place
-
-
-def test_a_float64_that_is_infinite_in_float32_is_refused(directory):
-    change_tensors(directory, **{Q_PROJ: torch.full((32, 32), 1e300, dtype=torch.float64)})
-    refused(directory, Q_PROJ, "NaN or infinity")
+        for value in (NAN, INF, -INF):
+            tensors({lm.embedding: good.index_fill(0, torch.tensor(place), value)})(tmp_path / "m")
+            with pytest.raises(ValueError, match="holds NaN or infinity"):
+                load(tmp_path / "m")
 
 
 @pytest.mark.parametrize("lm, name", [
@@ -349,52 +261,88 @@ def test_a_float64_that_is_infinite_in_float32_is_refused(directory):
 ])  # fmt: skip
 def test_tensors_that_mean_nothing_here_are_ignored(lm, name, tmp_path):
     lm.save(tmp_path / "m")
-    change_tensors(tmp_path / "m", **{name: torch.arange(4)})
-    assert load(tmp_path / "m").sha256() == lm.sha256()
+    tensors({name: torch.arange(4)})(tmp_path / "m")
+    assert sha256(tmp_path / "m") == weights_sha256(lm.weights)
 
 
-@pytest.mark.parametrize("lm, name", [
-    (LLAMA, "lm_head.bias"),
-    (LLAMA, "roberta.embeddings.word_embeddings.weight"),
-    (LLAMA, "model.layers.1.inv_freq"),
-    (ROBERTA, "lm_head.weight.scale"),
-])  # fmt: skip
-def test_tensors_with_names_near_those_are_not(lm, name, tmp_path):
-    lm.save(tmp_path / "m")
-    change_tensors(tmp_path / "m", **{name: torch.zeros(4)})
-    refused(tmp_path / "m", f"unexpected: {name}")
+# ---------------------------------------------------------------- pickles
+
+
+class Bomb:
+    """Unpickling it makes a directory."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.mkdir, (self.mark,)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", INDEX, "codes.safetensors", "config.json",
+                                  "tokenizer.model", "bare"])  # fmt: skip
+def test_nothing_is_unpickled(directory, tmp_path, name):
+    """Neither torch's format nor a bare pickle."""
+    mark = tmp_path / "the bomb went off"
+    if name in ("pytorch_model.bin", INDEX):
+        (directory / "model.safetensors").unlink()
+    if name == "bare":
+        (directory / "model.safetensors").write_bytes(pickle.dumps(Bomb(mark)))
+    else:
+        torch.save({"model.norm.weight": Bomb(mark)}, directory / name)
+        shutil.copy(directory / name, tmp_path / "bomb.pt")
+    if name == "tokenizer.model":
+        load(directory)
+    else:
+        refused(directory)
+    assert not mark.exists()
+    if name != "bare":
+        torch.load(tmp_path / "bomb.pt", weights_only=False)
+        assert mark.exists(), "this bomb could not have gone off"
+
+
+def test_weights_in_a_pickle_are_refused_with_the_way_to_convert_them(directory):
+    path = directory / "model.safetensors"
+    for name in ("pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"):
+        path = path.rename(directory / name)
+        refused(directory, name, "never loaded", "convert it", "save_pretrained")
+    path.unlink()
+    assert "never loaded" not in refused(directory, "has no model.safetensors")
 
 
 # ---------------------------------------------------------------- a GPU's way, on the CPU
-
 
 KINDS = [(w, r, o) for w in FORMATS for r in ((0, 4, 8) if w.startswith("int") else (0,)) for o in (False, True)
          if w.startswith("int") or not o]  # fmt: skip
 
 
 @pytest.mark.parametrize("weights, residual, oracle", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_both_ways_give_what_encode_gives(dtype, weights, residual, oracle, directory):
+def test_both_ways_give_what_encode_gives(weights, residual, oracle, directory):
     path = directory / "model.safetensors"
-    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
-    save_file(tensors, path)
-    for way in (nullcontext(), through_buffers()):
-        with way:
-            store = load(directory, weights=weights, residual=residual, oracle=oracle).store
-        for name, stored in store.items():
-            wanted = encode(tensors[name], weights, residual, oracle).parts()
-            for suffix, part in stored.parts().items():
-                assert part.dtype == wanted[suffix].dtype, name + suffix
-                assert torch.equal(part.view(torch.uint8), wanted[suffix].view(torch.uint8)), name + suffix
+    for dtype in (torch.float32, torch.bfloat16):
+        written = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+        save_file(written, path)
+        for way in (nullcontext(), through_buffers()):
+            with way:
+                stores = load(directory, weights=weights, residual=residual, oracle=oracle).weights
+            for name, stored in stores.items():
+                wanted = encode(written[name], weights, residual, oracle).tensors()
+                for suffix, tensor in stored.tensors().items():
+                    assert same_bits(tensor, wanted[suffix]), name + suffix
 
 
-@pytest.mark.parametrize("size", [1, 7, 4096, 4097, 2**20], ids="{} bytes".format)
-def test_buffers_of_any_size_hand_over_every_byte(size, sharded):
-    files, shapes = checkpoint.find_tensors(sharded), model.expected_shapes(LLAMA.config)
-    mapped = dict(checkpoint.read_tensors(files, shapes))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "BUFFER_BYTES", size)
-        moved = dict(checkpoint.staged(iter(mapped.items()), torch.device("cpu")))
+def test_codes_come_through_buffers_to_the_bit(tmp_path):
+    save_codes(tmp_path / "m", "int4")
+    with through_buffers():
+        buffered = sha256(tmp_path / "m", weights="int4")
+    assert buffered == sha256(tmp_path / "m", weights="int4")
+
+
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.full), 7, 4096, 4097, 2**20], ids="{} bytes".format)
+def test_buffers_of_any_size_hand_over_every_byte(size, sharded, monkeypatch):
+    files, shapes = checkpoints.find_tensors(sharded), expected_shapes(LLAMA.config)
+    mapped = dict(checkpoints.read_tensors(files, shapes))
+    monkeypatch.setattr(checkpoints, "BUFFER_BYTES", size)
+    moved = dict(checkpoints.staged(iter(mapped.items()), torch.device("cpu")))
     assert list(moved) == list(mapped)
     assert all(torch.equal(moved[name], mapped[name]) for name in shapes)
     assert not {t.data_ptr() for t in moved.values()} & {t.data_ptr() for t in mapped.values()}
@@ -402,7 +350,7 @@ def test_buffers_of_any_size_hand_over_every_byte(size, sharded):
 
 def test_the_buffers_are_all_that_is_allocated_on_the_host(directory, monkeypatch):
     """However many tensors there are and however large: the bound on host memory is by construction."""
-    files, shapes = checkpoint.find_tensors(directory), model.expected_shapes(LLAMA.config)
+    files, shapes = checkpoints.find_tensors(directory), expected_shapes(LLAMA.config)
     real, buffers = torch.empty, []
 
     def empty(*size, **options):
@@ -410,63 +358,17 @@ def test_the_buffers_are_all_that_is_allocated_on_the_host(directory, monkeypatc
         return buffers[-1]
 
     monkeypatch.setattr(torch, "empty", empty)
-    for _ in checkpoint.staged(checkpoint.read_tensors(files, shapes), torch.device("meta")):
+    for _ in checkpoints.staged(checkpoints.read_tensors(files, shapes), torch.device("meta")):
         pass
-    assert [buffer.nbytes for buffer in buffers] == [checkpoint.BUFFER_BYTES] * checkpoint.BUFFERS
+    assert [buffer.nbytes for buffer in buffers] == [checkpoints.BUFFER_BYTES] * checkpoints.BUFFERS
     assert sum(buffer.nbytes for buffer in buffers) <= 2**27
 
 
-def test_loading_to_a_cpu_stages_nothing(codes, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "staged", stop)
-    LLAMA.save(tmp_path / "dense")
-    load(codes, weights="int8")
-    load(tmp_path / "dense", weights="int8")
-
-
-# ---------------------------------------------------------------- int8 codes
-
-
-@pytest.fixture
-def codes(directory) -> Path:
-    load(directory, weights="int8").save_stored(directory)
-    return directory
-
-
-@pytest.mark.parametrize("weights", ["fp32", "bf16"])
-def test_codes_load_as_codes_only(codes, weights):
-    refused(codes, str(codes), "holds int8 codes", weights, weights=weights)
-
-
-@pytest.mark.parametrize("name, tensor", [
-    (Q_PROJ, torch.zeros(32, 32)),
-    (Q_PROJ, torch.zeros(32, 32, dtype=torch.uint8)),
-    (Q_PROJ, torch.full((32, 32), -128, dtype=torch.int8)),
-    (Q_PROJ + ".scale", torch.zeros(32, 1)),
-    (Q_PROJ + ".scale", torch.full((32, 1), float("nan"))),
-    (Q_PROJ + ".scale", torch.full((32, 1), float("inf"))),
-    (Q_PROJ + ".scale", torch.full((32, 1), -1.0)),
-    (Q_PROJ + ".scale", torch.ones(32, 1, dtype=torch.int64)),
-    (Q_PROJ + ".scale", torch.ones(32)),
-    ("model.norm.weight", torch.full((32,), float("nan"))),
-    ("model.norm.weight", torch.ones(32, dtype=torch.int8)),
-    ("spare", torch.zeros(2)),
-])  # fmt: skip
-def test_codes_that_no_int8_store_holds(codes, name, tensor):
-    path = codes / "codes.safetensors"
-    save_file(load_file(path) | {name: tensor}, path)
-    refused(codes, name, weights="int8")
-
-
-def test_codes_come_through_buffers_to_the_bit(codes):
-    plain = load(codes, weights="int8").sha256()
-    with through_buffers():
-        assert load(codes, weights="int8").sha256() == plain
-
-
-def test_codes_without_a_scale(codes):
-    path = codes / "codes.safetensors"
-    save_file({name: t for name, t in load_file(path).items() if name != Q_PROJ + ".scale"}, path)
-    refused(codes, f"missing: {Q_PROJ}.scale", weights="int8")
+def test_loading_to_a_cpu_stages_nothing(directory, tmp_path, monkeypatch):
+    save_codes(tmp_path / "codes")
+    monkeypatch.setattr(checkpoints, "staged", stop)
+    for path in (directory, tmp_path / "codes"):
+        load(path, weights="int8")
 
 
 # ---------------------------------------------------------------- writing
@@ -480,25 +382,21 @@ def stop(*args, **kwargs):
     raise Stop
 
 
-@pytest.mark.parametrize("where", ["save_file", "_write_shards", "json.dumps", "shutil.copyfile"])
+@pytest.mark.parametrize("where", ["save_file", "json.dumps", "shutil.copyfile"])
 @pytest.mark.parametrize("there", [True, False], ids=["over a directory", "new"])
 def test_a_failure_while_writing_leaves_what_was_there(where, there, tmp_path, monkeypatch):
     target, other = tmp_path / "m", create(tiny_llama(), seed=1)
     if there:
         LLAMA.save(target)
-        before = {path.name: path.read_bytes() for path in target.iterdir()}
+    before = {path.name: path.read_bytes() for path in target.iterdir()} if there else None
     (tmp_path / "tokenizer.json").write_text("{}")
     other.other_files = [tmp_path / "tokenizer.json"]
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(f"checkpoint.{where}", stop)
+        patch.setattr(f"runtime.checkpoints.{where}", stop)
         other.save(target)
-    if there:
-        assert {path.name: path.read_bytes() for path in target.iterdir()} == before
-        assert load(target).sha256() == LLAMA.sha256()
-    else:
-        assert not target.exists()
+    assert before == ({path.name: path.read_bytes() for path in target.iterdir()} if target.exists() else None)
     other.save(target)
-    assert load(target).sha256() == other.sha256()
+    assert sha256(target) == weights_sha256(other.weights)
     assert {path.name for path in tmp_path.iterdir()} == {"m", "tokenizer.json"}  # nothing left beside it
 
 
@@ -511,20 +409,19 @@ def test_a_failure_in_a_later_shard_leaves_what_was_there(directory, monkeypatch
         return stop() if len(calls) == 3 else save_file(*args)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(checkpoint, "SHARD_BYTES", 20_000)
-        patch.setattr(checkpoint, "save_file", third_fails)
+        patch.setattr(checkpoints, "SHARD_BYTES", 20_000)
+        patch.setattr(checkpoints, "save_file", third_fails)
         create(tiny_llama(), seed=1).save(directory)
-    assert load(directory).sha256() == LLAMA.sha256()
+    assert sha256(directory) == weights_sha256(LLAMA.weights)
     LLAMA.save(directory)
     assert {path.name for path in directory.iterdir()} == {"config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize("step", [1, 2, "cleanup"])
-def test_a_kill_while_directories_are_exchanged_loses_neither_and_does_not_block_the_next_save(
-    step, directory, monkeypatch
-):
-    """Two renames cannot be one on POSIX: between them the old directory is complete beside the target."""
-    real, calls, other = checkpoint.os.replace, [], create(tiny_llama(), seed=1)
+def test_a_kill_while_directories_are_exchanged_loses_neither(step, directory, monkeypatch):
+    """Two renames cannot be one on POSIX: between them the old directory is complete beside the target.  Nor does what
+    is left block the next save."""
+    real, real_rmtree, calls, other = checkpoints.os.replace, shutil.rmtree, [], create(tiny_llama(), seed=1)
 
     def replace(source, target):
         if Path(source).is_dir():
@@ -533,22 +430,20 @@ def test_a_kill_while_directories_are_exchanged_loses_neither_and_does_not_block
                 stop()
         real(source, target)
 
+    def rmtree(path, **options):
+        return stop() if step == "cleanup" and len(calls) == 2 else real_rmtree(path, **options)
+
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        if step == "cleanup":
-            real_rmtree = shutil.rmtree
-            patch.setattr(
-                checkpoint.shutil,
-                "rmtree",
-                lambda path, **options: stop() if len(calls) == 2 else real_rmtree(path, **options),
-            )
-        patch.setattr(checkpoint.os, "replace", replace)
+        patch.setattr(checkpoints.shutil, "rmtree", rmtree)
+        patch.setattr(checkpoints.os, "replace", replace)
         other.save(directory)
     old = directory.with_name(directory.name + ".old")
-    left = {load(path).sha256() for path in (directory, old) if path.exists()}
-    assert left == {1: {LLAMA.sha256()}, 2: {LLAMA.sha256()}, "cleanup": {LLAMA.sha256(), other.sha256()}}[step]
+    left = {sha256(path) for path in (directory, old) if path.exists()}
+    before, after = weights_sha256(LLAMA.weights), weights_sha256(other.weights)
+    assert left == {1: {before}, 2: {before}, "cleanup": {before, after}}[step]
     for _ in range(2):
         other.save(directory)
-    assert load(directory).sha256() == other.sha256()
+    assert sha256(directory) == after
 
 
 def test_saving_replaces_what_an_earlier_save_left(sharded):
@@ -556,7 +451,7 @@ def test_saving_replaces_what_an_earlier_save_left(sharded):
     other = create(tiny_llama(), seed=1)
     other.save(sharded)
     assert {path.name for path in sharded.iterdir()} == {"config.json", "model.safetensors"}
-    assert load(sharded).sha256() == other.sha256()
+    assert sha256(sharded) == weights_sha256(other.weights)
 
 
 @pytest.mark.parametrize("where", ["m", "m.old", "m.partial"])
@@ -572,21 +467,14 @@ def test_saving_never_deletes_what_is_not_a_model(where, tmp_path):
         LLAMA.save(tmp_path / "file")
 
 
-@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8", "codes"])
-def test_loaded_weights_do_not_live_in_the_file(weights, tmp_path):
+@pytest.mark.parametrize("form, weights", [("dense", "fp32"), ("dense", "int8"), ("bf16", "bf16"), ("int8", "int8")])
+def test_loaded_weights_do_not_live_in_the_file(form, weights, tmp_path):
     """safetensors hands out tensors that are mapped from the file: what overwrites it would reach into a run."""
-    lm = load(save_as(weights, tmp_path / "m"), weights="int8" if weights == "codes" else weights)
-    before = lm.sha256()
+    LLAMA.save(tmp_path / "m") if form == "dense" else save_codes(tmp_path / "m", form)
+    weights = load(tmp_path / "m", weights=weights).weights
+    before = weights_sha256(weights)
     for file in (tmp_path / "m").glob("*.safetensors"):
         with open(file, "r+b") as raw:
             raw.seek(-1000, 2)
             raw.write(b"\xff" * 1000)
-    assert lm.sha256() == before
-
-
-def save_as(weights: str, directory: Path) -> Path:
-    """A checkpoint that needs no conversion on its way into a store of these weights."""
-    LLAMA.save(directory)
-    if weights in ("bf16", "codes"):
-        load(directory, weights="int8" if weights == "codes" else weights).save_stored(directory)
-    return directory
+    assert weights_sha256(weights) == before

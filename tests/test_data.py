@@ -1,5 +1,6 @@
 """Official files, splits, prompts and option scores."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import tokenizers
 import torch
 from helpers import tiny_llama, tiny_roberta
 
-from data.scoring import Encoded, Encoder, collate, evaluate, losses, option_scores, pack
+from data.scoring import BatchLoss, Encoded, Encoder, collate, evaluate, option_scores
 from data.tasks import TASKS, Example, Task, get_task, load_splits, read_examples
 from data.tokenizer import Tokenizer
 from model import create, load
@@ -44,55 +45,43 @@ def write(path, text: str):
     return path
 
 
-def test_a_file_is_read_as_it_is(tmp_path):
-    path = write(tmp_path / "a.tsv", "sentence\tlabel\nfine \t1\n\"quoted\" , it 's\t0\n")
-    assert read_examples(path, 2) == [Example("fine", 1), Example("\"quoted\" , it 's", 0)]
+READ = {  # a file is read as it is; a byte order mark is no text, and only line feeds end lines
+    "a.tsv": ("\ufeffsentence\tlabel\r\nfine \t1\n\"quoted\" , it 's\t0\none\u2028two\x85three\t1\r\n",
+              [("fine", 1), ("\"quoted\" , it 's", 0), ("one\u2028two\x85three", 1)]),
+    # label first, no header; quotes are csv's: a comma, a quote, and a sentence that goes on in the next line
+    "a.csv": ('4,Where is it ?\n0,"What , ""exactly"" , is it ?"\n3,"one\ntwo"\n',
+              [("Where is it ?", 4), ('What , "exactly" , is it ?', 0), ("one\ntwo", 3)]),
+}  # fmt: skip
+REFUSED = [
+    ("a.tsv", "text\tlabel\na\t1\n", "['text', 'label']"),
+    ("a.tsv", "sentence\tlabel\na\t6\n", ":2: the label must be one of 0 to 5, got '6'"),
+    ("a.tsv", "sentence\tlabel\na\t1\nb\tpositive\n", ":3: the label must be one of 0 to 5, got 'positive'"),
+    ("a.tsv", "sentence\tlabel\na\n", ":2: expected 2 columns, got 1"),
+    ("a.tsv", "sentence\tlabel\na\tb\t1\n", ":2: expected 2 columns, got 3"),
+    ("a.tsv", "sentence\tlabel\n", "no examples"),
+    ("a.tsv", "", "got ['']"),
+    ("a.csv", "6,What\n", ":1: the label must be one of 0 to 5, got '6'"),
+    ("a.csv", "1,a\n1\n", ":2: expected label"),
+    ("a.csv", "1,a,b\n", "got 3 columns"),
+    ("a.csv", "", "no examples"),
+]
 
 
-def test_a_csv_file_has_the_label_first_and_no_header(tmp_path):
-    """Quotes are csv's: a sentence with a comma, a quote in it, and one that goes on in the next line."""
-    text = '4,Where is it ?\n0,"What , ""exactly"" , is it ?"\n3,"one\ntwo"\n'
-    expected = [Example("Where is it ?", 4), Example('What , "exactly" , is it ?', 0), Example("one\ntwo", 3)]
-    assert read_examples(write(tmp_path / "a.csv", text), 6) == expected
-    for text, told in [("6,What\n", ":1: the label must be one of 0 to 5, got '6'"), ("1,a\n1\n", ":2: expected label"),
-                       ("1,a,b\n", "got 3 columns"), ("", "no examples")]:  # fmt: skip
+@pytest.mark.parametrize("name", READ)
+def test_a_file_is_read_as_it_is(tmp_path, name):
+    text, expected = READ[name]
+    assert read_examples(write(tmp_path / name, text), 6) == expected
+
+
+def test_a_wrong_file_is_refused_with_its_line(tmp_path):
+    for name, text, message in REFUSED:
         with pytest.raises(ValueError) as refused:
-            read_examples(write(tmp_path / "a.csv", text), 6)
-        assert told in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("text\tlabel\na\t1\n", "['text', 'label']"),
-        ("sentence\tlabel\na\t2\n", ":2: the label must be one of 0 to 1, got '2'"),
-        ("sentence\tlabel\na\t1\nb\tpositive\n", ":3: the label must be one of 0 to 1, got 'positive'"),
-        ("sentence\tlabel\na\n", ":2: expected 2 columns, got 1"),
-        ("sentence\tlabel\na\tb\t1\n", ":2: expected 2 columns, got 3"),
-        ("sentence\tlabel\n", "no examples"),
-        ("", "got ['']"),
-    ],
-)
-def test_a_wrong_file_is_refused_with_its_line(tmp_path, text, told):
-    with pytest.raises(ValueError) as refused:
-        read_examples(write(tmp_path / "a.tsv", text), 2)
-    assert told in str(refused.value) and str(tmp_path) in str(refused.value)
-
-
-def test_only_line_feeds_end_lines_and_a_byte_order_mark_is_no_text(tmp_path):
-    path = write(tmp_path / "a.tsv", "\ufeffsentence\tlabel\r\none\u2028two\x85three\t1\r\n")
-    assert read_examples(path, 2) == [Example("one\u2028two\x85three", 1)]
-
-
-def test_a_missing_file_and_bytes_that_are_not_text_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="missing"):
-        read_examples(tmp_path / "a.tsv", 2)
+            read_examples(write(tmp_path / name, text), 6)
+        assert message in str(refused.value) and str(tmp_path) in str(refused.value)
     (tmp_path / "a.tsv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="UTF-8"):
-        read_examples(tmp_path / "a.tsv", 2)
-
-
-def test_an_unknown_task_is_refused_by_name():
+    for name, message in (("a.tsv", "UTF-8"), ("b.tsv", "missing")):
+        with pytest.raises(ValueError, match=message):
+            read_examples(tmp_path / name, 2)
     with pytest.raises(ValueError, match="'sst3'.*sst2"):
         get_task("sst3")
 
@@ -111,15 +100,13 @@ def test_large_model_splits_are_mezos_draw(tmp_path):
 
 
 def test_real_k_shot_files_have_k_examples_a_class(real_data):
+    """But for TREC's smallest class, abbreviations, which has fewer than 512 questions."""
+    root = str(real_data("k-shot").parent)
     for k, seed in ((16, 13), (512, 42)):
-        splits = load_splits(SST2, str(real_data("k-shot").parent), k, seed, 0, 0, num_eval=1000)
+        splits = load_splits(SST2, root, k, seed, 0, 0, num_eval=1000)
         assert [sum(e.label == c for e in split) for split in splits[:2] for c in (0, 1)] == [k] * 4
         assert len(splits.test) == 872
-
-
-def test_real_trec_files(real_data):
-    """The smallest class, abbreviations, has fewer than 512 questions."""
-    splits = load_splits(get_task("trec"), str(real_data("k-shot").parent), 512, 42, 0, 0, num_eval=1000)
+    splits = load_splits(get_task("trec"), root, 512, 42, 0, 0, num_eval=1000)
     assert [sum(e.label == c for e in splits.train) for c in range(6)] == [512, 512, 86, 512, 512, 512]
     assert len(splits.test) == 500 and Example("Where is Basque country located ?", 4) in splits.train
 
@@ -127,16 +114,22 @@ def test_real_trec_files(real_data):
 # ---------------------------------------------------------------- encoding
 
 
+def task(*options: str, mask_first: bool = False) -> Task:
+    return Task("t", "", " It was", options, mask_first=mask_first)
+
+
 def test_a_prompt_becomes_one_sequence_read_at_its_end(words):
     e = Encoder(words, SST2, config(), 64)(Example("not dull", 1))
-    assert e == ([ids("<s> not dull It was")], [ids("terrible"), ids("great")], 4, 1)
+    assert e == Encoded([ids("<s> not dull It was")], [ids("terrible"), ids("great")], 4, 1)
 
 
 def test_options_of_several_tokens_get_a_sequence_each(words):
-    task = Task("t", "", " It was", (" not great", " great"))
-    e = Encoder(words, task, config(), 64)(Example("fun", 0))
+    """Each keeps the same prompt, also where that is cut."""
+    e = Encoder(words, task(" not great", " great"), config(), 64)(Example("fun", 0))
     assert e.sequences == [ids("<s> fun It was not great"), ids("<s> fun It was great")]
     assert e.answers == [ids("not great"), ids("great")]
+    e = Encoder(words, task(" not very great", " dull"), config(), 8)(Example("fun " * 20, 0))
+    assert e.sequences == [ids("<s> fun fun It was not very great"), ids("<s> fun fun It was dull")]
 
 
 def test_a_long_prompt_loses_its_beginning_but_not_the_begin_token(words):
@@ -144,38 +137,25 @@ def test_a_long_prompt_loses_its_beginning_but_not_the_begin_token(words):
     assert e.sequences[0] == ids("<s> " + "dull " * 12 + "It was") and e.at == 14  # the option is the 16th token
 
 
-def test_a_cloze_text_is_read_at_the_mask_and_cut_before_it(words):
+def test_a_cloze_text_is_read_at_the_mask_and_cut_to_length(words):
+    """13 positions, of which the padding index 2 takes three: 10 tokens.  The mask may come first, as in LM-BFF's TREC;
+    its text has `:`, which is no word here."""
     encode = Encoder(words, SST2, config(masked=True, positions=13), 64)
     assert encode(Example("fun", 0)).sequences == [ids("<s> fun It was <mask> . </s>")]
-    e = encode(Example("dull " * 30, 0))  # 13 positions, of which the padding index 2 takes three
+    e = encode(Example("dull " * 30, 0))
     assert e.sequences == [ids("<s> dull dull dull dull It was <mask> . </s>")]
     assert e.sequences[0][e.at] == ids("<mask>")[0]
+    encode = Encoder(words, task(" dull", " great", mask_first=True), config(masked=True, positions=13), 64)
+    assert encode(Example("fun", 1)) == Encoded([ids("<s> <mask> <unk> fun </s>")], [ids("dull"), ids("great")], 1, 1)
+    assert encode(Example("dull " * 30, 0)).sequences == [ids("<s> <mask> <unk>" + " dull" * 6 + " </s>")]
 
 
-def test_a_mask_may_come_first(words):
-    """LM-BFF's TREC; 13 positions, of which the padding index takes three, so 10 tokens."""
-    task = Task("t", "", " It was", (" dull", " great"), mask_first=True)
-    encode = Encoder(words, task, config(masked=True, positions=13), 64)
-    e = encode(Example("fun", 1))
-    after = words.encode(": fun")
-    assert e.sequences == [[*ids("<s> <mask>"), *after, *ids("</s>")]] and e.at == 1
-    e = encode(Example("dull " * 30, 0))
-    assert len(e.sequences[0]) == 10
-    assert e.sequences[0][:2] == ids("<s> <mask>") and e.sequences[0][-1:] == ids("</s>")
-
-
-def test_a_label_word_of_several_tokens_is_refused_at_the_mask(words):
+def test_a_task_that_does_not_fit_the_tokenizer_is_refused(words):
     with pytest.raises(ValueError, match="' very fun'.*one token.*got 2"):
-        Encoder(words, Task("t", "", " It was", (" very fun", " dull")), config(masked=True), 64)
-
-
-def test_options_that_the_tokenizer_cannot_tell_apart_are_refused(words):
+        Encoder(words, task(" very fun", " dull"), config(masked=True), 64)
     for masked in (False, True):
         with pytest.raises(ValueError, match="tell the options apart.*awful"):
-            Encoder(words, Task("t", "", " It was", (" awful", " superb")), config(masked), 64)(Example("fun", 0))
-
-
-def test_a_tokenizer_of_another_model_is_refused(words):
+            Encoder(words, task(" awful", " superb"), config(masked), 64)(Example("fun", 0))
     small = config()
     small.vocab_size = 10
     with pytest.raises(ValueError, match="token id 10 is outside the model's vocabulary of 10"):
@@ -184,68 +164,51 @@ def test_a_tokenizer_of_another_model_is_refused(words):
 
 @pytest.mark.parametrize(("masked", "limit"), [(False, 2), (True, 6)])
 def test_a_limit_without_room_for_any_text_is_refused(words, masked, limit):
-    encode = Encoder(words, SST2, config(masked), limit)
     with pytest.raises(ValueError, match=f"{limit} tokens leave no room"):
-        encode(Example("fun", 0))
+        Encoder(words, SST2, config(masked), limit)(Example("fun", 0))
     encode = Encoder(words, SST2, config(masked), limit + 1)
     assert len(encode(Example("fun dull", 0)).sequences[0]) <= limit + 1
 
 
-def test_options_of_unequal_length_keep_the_same_prompt(words):
-    task = Task("t", "", " It was", (" not very great", " dull"))
-    e = Encoder(words, task, config(), 8)(Example("fun " * 20, 0))
-    assert e.sequences == [ids("<s> fun fun It was not very great"), ids("<s> fun fun It was dull")]
-
-
 # ---------------------------------------------------------------- scores
+# Where two ways are compared, float32 rounding of sums and of a log-softmax is what is left: 1e-5.
 
 
-def lm_and_batches(words, share: bool, masked: bool = False):
+def lm_and_examples(words, share: bool = True, masked: bool = False):
     special = dict(vocab_size=len(PIECES), bos_token_id=0, eos_token_id=1, pad_token_id=2)
     lm = create((tiny_roberta if masked else tiny_llama)(**special), seed=3)
-    for stored in lm.store.values():
+    for stored in lm.weights.values():
         if stored.value.ndim == 2:
             stored.value.mul_(10)  # or every score would be near 0
     encode = Encoder(words, SST2, lm.config, 64, share=share)
     return lm, [encode(Example(s, i % 2)) for i, s in enumerate(("fun", "not very dull", "dull . very fun ."))]
 
 
-def softmaxes(lm, encoded):
-    batch = collate(encoded, pad=2, device=torch.device("cpu"))
+def softmaxes(lm, encoded, tokens: int = 0):
+    batch = collate(encoded, 2, torch.device("cpu"), tokens)
     return option_scores(lm, batch, lm.stored_view())[0].softmax(-1)
 
 
+near = partial(torch.testing.assert_close, atol=1e-5, rtol=0)
+
+
 def test_scores_from_one_forward_equal_those_of_each_option_run_alone(words):
-    """The normaliser over the vocabulary cancels; float32 rounding of a log-softmax is what is left."""
-    lm, shared = lm_and_batches(words, share=True)
-    _, apart = lm_and_batches(words, share=False)
+    """The normaliser over the vocabulary cancels.  Also in a batch that mixes both kinds."""
+    lm, shared = lm_and_examples(words)
+    _, apart = lm_and_examples(words, share=False)
     assert len(shared[0].sequences) == 1 and len(apart[0].sequences) == 2
     assert softmaxes(lm, shared).std() > 0.05
-    torch.testing.assert_close(softmaxes(lm, shared), softmaxes(lm, apart), atol=1e-5, rtol=0)
+    near(softmaxes(lm, apart), softmaxes(lm, shared))
+    near(softmaxes(lm, [shared[0], *apart[1:]]), softmaxes(lm, shared))
 
 
-def test_a_batch_that_mixes_both_kinds_scores_alike(words):
-    lm, shared = lm_and_batches(words, share=True)
-    _, apart = lm_and_batches(words, share=False)
-    torch.testing.assert_close(softmaxes(lm, [shared[0], *apart[1:]]), softmaxes(lm, shared), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_an_example_scores_alike_whatever_it_is_batched_with(words, masked):
-    lm, encoded = lm_and_batches(words, share=True, masked=masked)
-    together, alone = softmaxes(lm, encoded), torch.cat([softmaxes(lm, [e]) for e in encoded])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("masked", [False, True])
-def test_padding_beyond_the_longest_changes_no_score(words, masked, share):
-    """To a length that steps of other lengths have too (train.batches_of)."""
-    lm, encoded = lm_and_batches(words, share or masked, masked)
-    padded = collate(encoded, 2, torch.device("cpu"), tokens=24)
-    assert padded.tokens.shape == padded.mask.shape == (3, 24)
-    torch.testing.assert_close(option_scores(lm, padded, lm.stored_view())[0].softmax(-1), softmaxes(lm, encoded),
-                               atol=1e-5, rtol=0)  # fmt: skip
+@pytest.mark.parametrize("masked, share", [(False, True), (False, False), (True, True)])
+def test_an_example_scores_alike_whatever_it_is_batched_with(words, masked, share):
+    """Nor does padding beyond the longest change a score, to a length that steps of other lengths have too."""
+    lm, encoded = lm_and_examples(words, share, masked)
+    near(softmaxes(lm, encoded), torch.cat([softmaxes(lm, [e]) for e in encoded]))
+    assert collate(encoded, 2, torch.device("cpu"), tokens=24).tokens.shape == (3, 24)
+    near(softmaxes(lm, encoded, tokens=24), softmaxes(lm, encoded))
 
 
 OPTIONS = {"apart": (" not great", " dull"), "alike": (" not great", " not dull", " not"),
@@ -256,8 +219,8 @@ OPTIONS = {"apart": (" not great", " dull"), "alike": (" not great", " not dull"
 def test_scores_are_log_probabilities_of_the_answer_tokens(words, options):
     """By hand: log-softmax of the full logits at the position before each token, mean over the option's tokens.  Each
     option has a forward of its own there; here all options of all examples share one, and their prompts."""
-    lm, _ = lm_and_batches(words, share=True)
-    encode = Encoder(words, Task("t", "", " It was", options), lm.config, 64, share=False)
+    lm, _ = lm_and_examples(words)
+    encode = Encoder(words, task(*options), lm.config, 64, share=False)
     encoded = [encode(Example(sentence, 0)) for sentence in ("fun", "dull . very fun .", "very dull")]
     batch = collate(encoded, pad=2, device=torch.device("cpu"))
     assert batch.tokens.numel() < sum(len(s) for e in encoded for s in e.sequences)
@@ -271,23 +234,25 @@ def test_scores_are_log_probabilities_of_the_answer_tokens(words, options):
 
 
 def test_an_option_sees_the_prompt_and_itself_alone():
-    """Packed: the prompt once, then what each option's tokens need; the last one is only predicted."""
-    packed = pack(Encoded([[1, 2, 3, 4, 5], [1, 2, 3, 6, 7, 8], [1, 2, 3, 9]], [[4, 5], [6, 7, 8], [9]], -1, 0))
-    assert packed.tokens == [1, 2, 3, 4, 6, 7] and packed.branch == [0, 0, 0, 1, 2, 2]
-    assert packed.reads == [(2, 4, 0), (3, 5, 0), (2, 6, 1), (4, 7, 1), (5, 8, 1), (2, 9, 2)]
+    """The prompt once, then what each option's tokens need; the last one is only predicted."""
+    e = Encoded([[1, 2, 3, 4, 5], [1, 2, 3, 6, 7, 8], [1, 2, 3, 9]], [[4, 5], [6, 7, 8], [9]], -1, 0)
+    assert e.branched.tokens == [1, 2, 3, 4, 6, 7] and e.branched.branch == [0, 0, 0, 1, 2, 2]
+    assert e.branched.reads == [(2, 4, 0), (3, 5, 0), (2, 6, 1), (4, 7, 1), (5, 8, 1), (2, 9, 2)]
 
 
 def test_quality_is_the_mean_over_examples_not_over_batches(words):
-    lm, encoded = lm_and_batches(words, share=True)
-    p = softmaxes(lm, encoded)
-    labels = torch.tensor([e.label for e in encoded])
+    """And so is a step's loss, whatever the micro-batches."""
+    lm, encoded = lm_and_examples(words)
+    p, labels = softmaxes(lm, encoded), torch.tensor([e.label for e in encoded])
     quality = evaluate(lm, encoded, pad=2, batch_size=2)
     assert quality.accuracy == pytest.approx((p.argmax(-1) == labels).float().mean().item())
     assert quality.loss == pytest.approx(-p[range(3), labels].log().mean().item(), abs=1e-5)
-    batch = collate(encoded, pad=2, device=torch.device("cpu"))
-    assert losses(lm, batch, lm.stored_view()).item() == pytest.approx(quality.loss, abs=1e-5)
+    for micro_batch_size in (1, 2, 3):
+        loss = BatchLoss.of(lm, encoded, 2, micro_batch_size)(lm.stored_view())
+        assert loss.tolist() == pytest.approx([quality.loss], abs=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "zero_shot"), [("zollama-28m", 52.2), ("zoroberta-26m", 61.6)])
 def test_real_zero_shot_accuracy_is_what_transformers_gave(real_model, real_data, name, zero_shot):
     """Measured apart with `transformers` on the same prompts; half an example of 872 is 0.06 points."""

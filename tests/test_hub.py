@@ -19,25 +19,19 @@ import httpx
 import pytest
 from huggingface_hub import errors
 
-import data.hub
-from data.hub import PRESETS, resolve
+from runtime import hub as our_hub
+from runtime.hub import PRESETS, resolve
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WANTED = {
-    "config.json": b'{"model_type": "roberta"}',
-    "tokenizer.json": b'{"model": {}}',
-    "model.safetensors": bytes(100_000),
-}
+    "config.json": b'{"model_type": "roberta"}', "tokenizer.json": b'{"model": {}}', "model.safetensors": bytes(100_000)
+}  # fmt: skip
 REPO = WANTED | {
-    "pytorch_model.bin": b"a pickle",
-    "README.md": b"# RoBERTa",
-    "merges.txt": b"a b",
-    "original/consolidated.00.pth": b"a pickle",
-    "original/tokenizer.model": b"pieces",
+    "pytorch_model.bin": b"a pickle", "README.md": b"# RoBERTa", "merges.txt": b"a b", "runs/events.json": b"{}",
+    "original/consolidated.00.pth": b"a pickle", "original/tokenizer.model": b"pieces",
     "onnx/model.safetensors": bytes(10),
-    "runs/events.json": b"{}",
-}
+}  # fmt: skip
 SHARDED = {"model-00001-of-00002.safetensors": bytes(500), "model-00002-of-00002.safetensors": bytes(600),
            "model.safetensors.index.json": b'{"weight_map": {}}', "config.json": b"{}",
            "tokenizer.model": b"pieces"}  # fmt: skip
@@ -100,7 +94,7 @@ def hub():
 
 def resolving(port: int, home: Path, preset: str = "roberta-base", limit: int | None = None, **variables: str):
     """resolve(preset) in a new process that knows no hub but 127.0.0.1:port -> (its path or None, its error)."""
-    program = f"""from data.hub import resolve
+    program = f"""from runtime.hub import resolve
 try:
     print(resolve({preset!r}))
 except ValueError as error:
@@ -109,15 +103,10 @@ except ValueError as error:
     foreign = ("hf_", "huggingface", "http_proxy", "https_proxy", "all_proxy")
     env = {name: value for name, value in os.environ.items() if not name.lower().startswith(foreign)}
     env |= {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=env | variables,
-        timeout=60,
-        preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
-    )
+    bound = limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env | variables, timeout=60,
+                          preexec_fn=bound)  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 1, lines  # one line, be it a path or an error
@@ -137,30 +126,27 @@ def failing(server, home: Path, **options) -> str:
     return error
 
 
-def test_a_preset_downloads_config_tokenizer_and_safetensors_and_nothing_else(hub, tmp_path):
+def test_a_preset_downloads_config_tokenizer_and_safetensors_once_and_nothing_else(hub, tmp_path):
+    """A second call downloads nothing, and works offline."""
     path, _ = resolving(hub.server_port, tmp_path)
     assert {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()} == WANTED
     assert downloaded(hub) == set(WANTED)
     asked = {path.rpartition("/")[2] for _, path in hub.requests if "/resolve/" in path}
     assert asked == set(WANTED)  # not even a HEAD of any other
+    hub.requests.clear()
+    assert resolving(hub.server_port, tmp_path)[0] == path and not downloaded(hub)
+    hub.requests.clear()
+    assert resolving(hub.server_port, tmp_path, HF_HUB_OFFLINE="1")[0] == path and not hub.requests
 
 
+@pytest.mark.full
 def test_a_sharded_repository_downloads_its_index_and_all_shards(hub, tmp_path):
     hub.repo, hub.files = PRESETS["llama2-7b"], SHARDED | {"pytorch_model-00001-of-00002.bin": b"a pickle"}
     path, _ = resolving(hub.server_port, tmp_path, "llama2-7b")
     assert {p.name: p.read_bytes() for p in path.iterdir()} == SHARDED
 
 
-def test_a_second_call_downloads_nothing_and_works_offline(hub, tmp_path):
-    first, _ = resolving(hub.server_port, tmp_path)
-    hub.requests.clear()
-    assert resolving(hub.server_port, tmp_path)[0] == first
-    assert not downloaded(hub)
-    hub.requests.clear()
-    assert resolving(hub.server_port, tmp_path, HF_HUB_OFFLINE="1")[0] == first
-    assert not hub.requests
-
-
+@pytest.mark.full
 def test_an_interrupted_download_goes_on_with_the_files_that_are_missing(hub, tmp_path):
     hub.failures = {"model.safetensors": (403, {})}
     assert "cannot download" in failing(hub, tmp_path)
@@ -171,46 +157,37 @@ def test_an_interrupted_download_goes_on_with_the_files_that_are_missing(hub, tm
     assert {p.name: p.read_bytes() for p in path.iterdir()} == WANTED
 
 
-@pytest.mark.parametrize("where", ["/resolve/", "/api/"], ids=["files", "everything"])
-@pytest.mark.parametrize("status", [401, 403])
-def test_a_gated_repository_tells_of_licence_and_login(hub, tmp_path, where, status):
-    """The hub describes a gated repository to anyone, and refuses its files."""
-    hub.repo, hub.failures = PRESETS["llama2-7b"], {where: (status, GATED)}
-    error = failing(hub, tmp_path, preset="llama2-7b")
-    assert "accept its licence at https://huggingface.co/meta-llama/Llama-2-7b-hf" in error
-    assert "hf auth login" in error
+LOGIN = "is gated: accept its licence at https://huggingface.co/FacebookAI/roberta-base, then `hf auth login`"
+ANSWERS = [  # what fails of the hub, and what the line says
+    ({"/resolve/": (401, GATED)}, LOGIN),  # the hub describes a gated repository to anyone, and refuses its files
+    ({"/api/": (403, GATED)}, LOGIN),
+    # it answers 401 to those who are not logged in, lest they learn which private names exist
+    *(({"/api/": (status, NOT_FOUND)}, "was not found on the hub, or needs `hf auth login`") for status in (401, 404)),
+    *((failures, "cannot download") for failures in (
+        {"/api/": (503, {})}, {"/tree/": (400, {})}, {"/api/": "hang up"}, {"/tree/": "hang up"},
+        {"config.json": (403, {})})),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("status", [401, 404])
-def test_a_repository_that_is_not_there(hub, tmp_path, status):
-    """The hub answers 401 to those who are not logged in, lest they learn which private names exist."""
-    hub.failures = {"/api/": (status, NOT_FOUND)}
-    assert "was not found on the hub, or needs `hf auth login`" in failing(hub, tmp_path)
+@pytest.mark.parametrize("case", [0, *(pytest.param(i, marks=pytest.mark.full) for i in range(1, len(ANSWERS)))],
+                         ids=lambda i: str(ANSWERS[i][0]))  # fmt: skip
+def test_a_hub_that_refuses_or_answers_badly(hub, tmp_path, case):
+    hub.failures, message = ANSWERS[case]
+    assert message in failing(hub, tmp_path)
 
 
-@pytest.mark.parametrize("failures", [{"/api/": (503, {})}, {"/tree/": (400, {})}, {"/api/": "hang up"},
-                                      {"/tree/": "hang up"}, {"config.json": (403, {})}], ids=str)  # fmt: skip
-def test_a_hub_that_answers_badly(hub, tmp_path, failures):
-    hub.failures = failures
-    assert "cannot download" in failing(hub, tmp_path)
-
-
+@pytest.mark.full
 def test_a_hub_that_cannot_be_reached(hub, tmp_path):
+    """Nobody listens; nobody may ask; and a limit on file size stands for a full disk: write() fails in the middle of
+    model.safetensors."""
     with socket.socket() as bound:  # bound and not listening: connections to it are refused
         bound.bind(("127.0.0.1", 0))
         path, error = resolving(bound.getsockname()[1], tmp_path)
     assert path is None
     assert "cannot download FacebookAI/roberta-base" in error and "--model DIRECTORY" in error
     assert "Connect" in error  # the reason
-
-
-def test_offline_with_an_empty_cache(hub, tmp_path):
     assert "cannot download" in failing(hub, tmp_path, HF_HUB_OFFLINE="1")
     assert not hub.requests
-
-
-def test_a_file_that_cannot_be_written_to_the_end(hub, tmp_path):
-    """A limit on file size stands for a full disk: write() fails in the middle of model.safetensors."""
     assert os.strerror(errno.EFBIG) in failing(hub, tmp_path, limit=50_000)
 
 
@@ -233,7 +210,7 @@ def test_every_way_to_fail_becomes_one_line(failure, monkeypatch):
     def snapshot_download(*args, **options):
         raise failure
 
-    monkeypatch.setattr(data.hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(our_hub, "snapshot_download", snapshot_download)
     with pytest.raises(ValueError) as caught:
         resolve("roberta-large")
     message = str(caught.value)
@@ -242,16 +219,11 @@ def test_every_way_to_fail_becomes_one_line(failure, monkeypatch):
     assert "free space" in message
 
 
-def test_an_unknown_name_is_refused_with_all_presets():
+def test_names_and_directories_that_need_no_download(tmp_path, monkeypatch):
+    """An unknown name is refused with all presets; a directory is itself; the embedded model is here."""
+    monkeypatch.delattr(our_hub, "snapshot_download")
     with pytest.raises(ValueError, match="unknown model 'roberta-huge'") as caught:
         resolve("roberta-huge")
     assert all(name in str(caught.value) for name in PRESETS)
-
-
-def test_a_directory_is_itself(tmp_path):
     assert resolve(str(tmp_path)) == tmp_path
-
-
-def test_the_embedded_model_needs_no_download(monkeypatch):
-    monkeypatch.delattr(data.hub, "snapshot_download")
     assert resolve("tiny") == ROOT / "data" / "tiny" / "model"

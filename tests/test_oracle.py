@@ -1,111 +1,95 @@
-"""Codes against fake quantisation in fp32: the same weights, bit for bit, after the same steps.
+"""Packed codes are fake quantisation in fp32: the same weights, bit for bit, after the same steps (contract 3).
 
-Integers packs codes and adds to them as whole numbers; Oracle keeps an fp32 weight and divides by its step.
+Integers packs codes and adds to them as whole numbers; FakeQuantised, the definition, keeps an fp32 weight and divides
+it by its step.
 """
 
 from __future__ import annotations
 
 import json
-from functools import partial
 from itertools import product
 
 import pytest
 import torch
 from helpers import tiny_llama, tiny_roberta
-from test_random_bits import KEY, words_like
+from oracles import ALL, KEY, gaussian, same_tensors, words_like
 from torch import Tensor
 
 import train
-import zo_optim
-from data.scoring import Encoded, collate, losses
+from data.scoring import BatchLoss, Encoded, collate
 from model import LanguageModel, create, load
-from quant import RESIDUALS, Integers, Oracle, Stored, encode, from_parts, stored_parts
-from random_bits import bits16, bits32
-from zo_optim import ZO, Pair, estimate, update
+from quant import RESIDUALS, FakeQuantised, Integers, Store, encode, from_tensors
+from random_bits import Key
+from runtime.checkpoints import save_stored, weights_sha256
+from zo_optim import ZO, PerturbedWeights, update, zo_step
 
-ALL = slice(None)
-INTS = [*product(("int8", "int4"), RESIDUALS)]
-every_kind = pytest.mark.parametrize("weights, residual", INTS)
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+KINDS = [*product(("int8", "int4"), RESIDUALS)]
+every_kind = pytest.mark.parametrize("weights, residual", KINDS)
 
 
-def twins(x: Tensor, weights: str, residual: int) -> tuple[Integers, Oracle]:
+def twins(x: Tensor, weights: str, residual: int) -> tuple[Integers, FakeQuantised]:
     stored, oracle = (encode(x, weights, residual, oracle) for oracle in (False, True))
-    assert type(stored) is Integers and type(oracle) is Oracle
+    assert type(stored) is Integers and type(oracle) is FakeQuantised
     return stored, oracle
 
 
-def check_same(stored: Stored, oracle: Stored) -> None:
+def check_same(stored: Store, oracle: Store) -> None:
     """Everything that a store can be asked, and what it would save."""
-    assert stored.shape == oracle.shape and stored.rounds == oracle.rounds
-    for a, b in zip(stored.parts().items(), oracle.parts().items(), strict=True):
-        assert a[0] == b[0] and a[1].dtype == b[1].dtype and torch.equal(a[1], b[1])
+    assert stored.shape == oracle.shape and stored.rounds == oracle.rounds and same_tensors(stored, oracle)
     for rows in (ALL, slice(1, 3), torch.tensor([2, 0, 2])):
-        assert torch.equal(stored.read(rows), oracle.read(rows))
-        assert torch.equal(stored.spacing(rows).expand(oracle.spacing(rows).shape), oracle.spacing(rows))
+        assert torch.equal(stored.dequantise(rows), oracle.dequantise(rows))
+        assert torch.equal(*torch.broadcast_tensors(stored.spacing(rows), oracle.spacing(rows)))
 
 
 # ---------------------------------------------------------------- one store
 
 
-@every_kind
-def test_the_twins_stay_the_same(weights, residual):
+CONVOLUTIONS = [("int8", 0, (5, 3, 4, 25)), ("int4", 4, (5, 3, 4, 25))]
+
+
+@pytest.mark.parametrize("weights, residual, shape", [*((*kind, (5, 300)) for kind in KINDS), *CONVOLUTIONS])
+def test_the_twins_stay_the_same(weights, residual, shape):
     """40 steps of a hundredth of a code to a hundred codes, of some rows only, stochastic and to nearest.
 
     Three groups a row, the last one short.  Some codes start at the ends, and some steps are held back.
     """
-    stored, oracle = twins(gaussian(5, 300) * torch.logspace(-3, 1, 5)[:, None], weights, residual)
+    scale = torch.logspace(-3, 1, 5).view(5, *[1] * (len(shape) - 1))
+    stored, oracle = twins(gaussian(*shape) * scale, weights, residual)
     check_same(stored, oracle)
     total = torch.zeros(2, dtype=torch.int64)
     for step in range(40):
         rows = slice(step % 3, 5 - step % 2)
         delta = (gaussian(5, 300, seed=step) * stored.spacing(ALL) * 10.0 ** (step % 5 - 2))[rows]
-        words = None if step % 7 == 6 else words_like(delta, KEY._replace(step=step))
-        assert torch.equal(stored.land(rows, delta, words), oracle.land(rows, delta, words))
-        counts = stored.add_(rows, delta, words)
-        assert torch.equal(counts, oracle.add_(rows, delta, words))
+        bits = None if step % 7 == 6 else words_like(delta, KEY._replace(step=step))
+        assert torch.equal(stored.add_rounded(rows, delta, bits), oracle.add_rounded(rows, delta, bits))
+        counts = stored.add_rounded_(rows, delta, bits)
+        assert torch.equal(counts, oracle.add_rounded_(rows, delta, bits))
         total += counts
     check_same(stored, oracle)
-    assert torch.equal(stored.fine(ALL), oracle.fine()) and (total > 500).all()
-
-
-@every_kind
-def test_saved_codes_become_either_twin(weights, residual):
-    stored, oracle = twins(gaussian(5, 300), weights, residual)
-    delta = gaussian(5, 300, seed=1) * 0.1
-    for store in (stored, oracle):
-        store.add_(ALL, delta, words_like(delta))
-    for made in (stored, oracle):
-        parts = {suffix: part.clone() for suffix, part in made.parts().items()}
-        for kept, kind in ((stored, Integers), (oracle, Oracle)):
-            again = from_parts(parts, stored.shape, weights, residual, oracle=kind is Oracle)
-            assert type(again) is kind
-            check_same(kept, again)
-            assert torch.equal(again.fine(ALL), stored.fine(ALL))
-    assert {s: (p.dtype, p.shape) for s, p in oracle.parts().items()} == stored_parts(stored.shape, weights, residual)
+    assert (total > 500).all()
+    for made, kind in product((stored, oracle), (Integers, FakeQuantised)):  # saved codes become either twin
+        tensors = {suffix: tensor.clone() for suffix, tensor in made.tensors().items()}
+        again = from_tensors(tensors, stored.shape, weights, residual, oracle=kind is FakeQuantised)
+        assert type(again) is kind
+        check_same(again, stored)
 
 
 DIRECTIONS = {"full": dict(bits=None), "4 bits": dict(bits=4), "grid": dict(grid=True)}
-WAYS = [*product(DIRECTIONS, ("float", "codes"), ("q-rge1", "q-rge2"), (1, 3))]
 
 
 @every_kind
 def test_every_way_of_stepping(weights, residual):
     """Each direction, probe, estimator and number of queries: the same probes, counts and codes, five steps."""
     x = gaussian(3, 140) * 0.1
-    for direction, probe, estimator, queries in WAYS:
+    for direction, probe, estimator, queries in product(DIRECTIONS, ("float", "codes"), ("q-rge1", "q-rge2"), (1, 3)):
         if residual in (1, 2, 8) and queries == 1:
             continue  # the least of them, for the time it takes
         zo = ZO(eps=4e-3, queries=queries, estimator=estimator, probe=probe, **DIRECTIONS[direction])
         stores, moved = [{"w": store} for store in twins(x, weights, residual)], 0
         for step in range(5):
-            pairs = [Pair(store, 1, step, 0, zo, torch.float32).read("w") for store in stores]
-            assert torch.equal(*pairs)
-            slopes = gaussian(queries, seed=step).tolist()
-            counts = [update(store, slopes, 1, step, zo, lr=3e-3) for store in stores]
+            key, copies = Key(1, step), [(0, 1), (0, -1)]
+            assert torch.equal(*(PerturbedWeights(store, key, zo, copies, 2).read("w") for store in stores))
+            counts = [update(store, gaussian(queries, seed=step).double(), key, zo, lr=3e-3) for store in stores]
             assert torch.equal(*counts)
             moved += int(counts[0][0])
         check_same(*(store["w"] for store in stores))
@@ -114,14 +98,21 @@ def test_every_way_of_stepping(weights, residual):
 
 @every_kind
 def test_an_oracle_is_fake_quantisation(weights, residual):
-    """Its weight is fp32 and within half a fine step of the matrix, give or take float32's 2^-24 of 2^15 such steps."""
+    """Its weight is fp32 and within half a fine step of the matrix, give or take float32's 2^-24 of 2^15 such steps; so
+    a forward sees it within half a code."""
     x = gaussian(4, 200)
     oracle = encode(x, weights, residual, oracle=True)
     assert oracle.value.dtype == torch.float32 and oracle.value.shape == x.shape
-    half = oracle.spacing(ALL) / 2**residual / 2
-    assert ((oracle.value - x).abs() <= half * (1 + 2**-8)).all()
+    assert ((oracle.value - x).abs() <= oracle.spacing(ALL) / 2**residual / 2 * (1 + 2**-8)).all()
+    assert ((oracle.dequantise() - x).abs() <= oracle.spacing(ALL) / 2 * (1 + 2**-8)).all()
     if residual == 0:
-        assert torch.equal(oracle.value, oracle.read())
+        assert torch.equal(oracle.value, oracle.dequantise())
+
+
+@pytest.mark.parametrize("weights, residual, size", [("int8", 4, 2e-43), ("int8", 1, 2e-43), ("int4", 8, 2e-43),
+                                                     ("int8", 8, 1e-40)])  # fmt: skip
+def test_tiny_groups(weights, residual, size):
+    check_same(*twins(torch.tensor([[size, -size, 0.0, size / 2], [0.7, 1, 0.2, 0], [0] * 4]), weights, residual))
 
 
 # ---------------------------------------------------------------- models
@@ -133,86 +124,66 @@ ROBERTA = tiny_roberta(num_hidden_layers=1, hidden_size=20, intermediate_size=13
 def tiny(raw: dict, weights: str, residual: int, oracle: bool) -> LanguageModel:
     """Matrices of 20 times the usual size, so that losses differ from step to step."""
     lm = create(raw, seed=0)
-    lm.store = {
-        name: encode(stored.value * (20 if stored.value.ndim == 2 else 1), weights, residual, oracle)
-        if stored.value.ndim == 2
-        else stored
-        for name, stored in lm.store.items()
-    }
-    lm.weights, lm.residual = weights, residual
+    for name, stored in lm.weights.items():
+        if len(stored.shape) == 2:
+            lm.weights[name] = encode(stored.value * 20, weights, residual, oracle)
+    lm.format, lm.residual = weights, residual
     return lm
 
 
-def loss_of(lm: LanguageModel, step: int):
+def loss_of(lm: LanguageModel, step: int) -> BatchLoss:
     """Three prompts of 4 tokens with two options of one token."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(3, 97, (3, 4), generator=generator).tolist()
-    return partial(losses, lm, collate([Encoded([t], [[17], [42]], 3, t[0] % 2) for t in tokens], 0, lm.device))
+    return BatchLoss(lm, [collate([Encoded([t], [[17], [42]], 3, t[0] % 2) for t in tokens], 0, lm.device)])
 
 
-@pytest.fixture
-def draws(monkeypatch) -> dict[tuple, Tensor]:
-    """Random bits, kept from the first twin for the second: they are a function of their arguments alone, and take most
-    of the time.  To be cleared after each step."""
-    kept = {}
-
-    def keeping(draw, key, use, rows, columns) -> Tensor:
-        place = (draw, key, use, tuple(rows.tolist()), columns)
-        if place not in kept:
-            kept[place] = draw(key, use, rows, columns)
-        return kept[place].clone()
-
-    for draw in (bits16, bits32):
-        monkeypatch.setattr(zo_optim, draw.__name__, partial(keeping, draw))
-    return kept
+full = pytest.mark.full
 
 
-RUNS = [  # both models, formats, probes and estimators, all directions; see test_every_way_of_stepping for the others
-    (LLAMA, "int8", 0, "4 bits", "float", "q-rge2", 1),
-    (LLAMA, "int8", 4, "full", "codes", "q-rge2", 1),
-    (LLAMA, "int4", 4, "grid", "codes", "q-rge1", 3),
-    (ROBERTA, "int4", 0, "4 bits", "codes", "q-rge2", 1),
-    (ROBERTA, "int8", 4, "grid", "float", "q-rge1", 1),
-]
-
-
-@pytest.mark.parametrize("raw, weights, residual, direction, probe, estimator, queries", RUNS)
-def test_a_hundred_steps_of_a_model(raw, weights, residual, direction, probe, estimator, queries, draws):
-    """Equal losses are seen as equal slopes; the hash is of every stored bit.  Codes move, and some are held back.
+# both models, formats, probes and estimators, all directions; see test_every_way_of_stepping for the others
+@pytest.mark.parametrize("steps, raw, weights, residual, direction, probe, estimator, queries", [
+    (20, LLAMA, "int8", 0, "4 bits", "float", "q-rge2", 1),
+    (5, ROBERTA, "int4", 4, "grid", "codes", "q-rge1", 2),
+    pytest.param(100, LLAMA, "int8", 0, "4 bits", "float", "q-rge2", 1, marks=full),
+    pytest.param(100, LLAMA, "int8", 4, "full", "codes", "q-rge2", 1, marks=full),
+    pytest.param(50, LLAMA, "int4", 4, "grid", "codes", "q-rge1", 3, marks=full),
+    pytest.param(100, ROBERTA, "int4", 0, "4 bits", "codes", "q-rge2", 1, marks=full),
+    pytest.param(100, ROBERTA, "int8", 4, "grid", "float", "q-rge1", 1, marks=full),
+])  # fmt: skip
+def test_steps_of_a_model(steps, raw, weights, residual, direction, probe, estimator, queries):
+    """The same losses, counts and hash of every stored bit.  Codes move, and some are held back.
 
     Down projections are 136 wide, one group of 128 and a short one.
     """
     zo = ZO(eps=1e-2, queries=queries, estimator=estimator, probe=probe, **DIRECTIONS[direction])
     models = [tiny(raw, weights, residual, oracle) for oracle in (False, True)]
-    start = models[0].sha256()
-    total = torch.zeros(2, dtype=torch.int64)
-    for step in range(100):
-        slopes = [
-            [query.slope for query in estimate(lm.store, loss_of(lm, step), 0, step, zo, lm.dtype)] for lm in models
-        ]
-        counts = [update(lm.store, slopes[0], 0, step, zo, lr=3e-3) for lm in models]
-        assert slopes[0] == slopes[1] and torch.equal(*counts) and all(slopes[0])
-        total += counts[0]
-        draws.clear()
-    assert models[0].sha256() == models[1].sha256() != start
-    for name, stored in models[0].store.items():
-        assert torch.equal(stored.read(), models[1].store[name].read())
-    assert total[0] > 10_000 and total[1] > 500
+    start, total = weights_sha256(models[0].weights), torch.zeros(2, dtype=torch.int64)
+    for step in range(steps):
+        a, b = (zo_step(lm.weights, loss_of(lm, step), Key(0, step), zo, lr=3e-3) for lm in models)
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and a.projected_grads.all()
+        total += a.counts
+    assert weights_sha256(models[0].weights) == weights_sha256(models[1].weights) != start
+    for name, stored in models[0].weights.items():
+        assert torch.equal(stored.dequantise(), models[1].weights[name].dequantise())
+    assert total[0] > 100 * steps and total[1] > steps
 
 
-@pytest.mark.parametrize("raw", [LLAMA, ROBERTA], ids=["llama", "roberta"])
-@pytest.mark.parametrize("weights, residual", [("int8", 0), ("int4", 4)])
+@pytest.mark.parametrize("raw, weights, residual", [(LLAMA, "int8", 0), (ROBERTA, "int4", 4)], ids=["llama", "roberta"])
 def test_a_saved_model_loads_as_either(raw, weights, residual, tmp_path):
     """From floats and from codes."""
     create(raw, seed=1).save(tmp_path / "floats")
     lm, oracle = (load(tmp_path / "floats", weights=weights, residual=residual, oracle=o) for o in (False, True))
-    assert lm.sha256() == oracle.sha256() and {Oracle} < {type(s) for s in oracle.store.values()}
-    oracle.save_stored(tmp_path / "codes")
+    assert weights_sha256(lm.weights) == weights_sha256(oracle.weights)
+    assert FakeQuantised in {type(stored) for stored in oracle.weights.values()}
+    save_stored(tmp_path / "codes", oracle.raw_config, oracle.format, oracle.residual, oracle.weights, [])
     for kind in (False, True):
         again = load(tmp_path / "codes", weights=weights, residual=residual, oracle=kind)
-        assert again.sha256() == lm.sha256() and (Oracle in {type(s) for s in again.store.values()}) is kind
+        assert weights_sha256(again.weights) == weights_sha256(lm.weights)
+        assert (FakeQuantised in {type(stored) for stored in again.weights.values()}) is kind
 
 
+@full
 @pytest.mark.parametrize("flags", [
     ["--weights", "int8"],
     ["--weights", "int4", "--residual", "4", "--direction-bits", "grid", "--probe", "codes", "--queries", "2"],

@@ -22,15 +22,11 @@ TEXTS = (
 @pytest.fixture
 def pieces(tmp_path):
     """A directory with a sentencepiece model of 60 pieces, bytes for what it has never seen."""
-    model = io.BytesIO()
+    model, texts = io.BytesIO(), ["a great film", "a terrible film", "it was great , it was terrible"] * 20
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a great film", "a terrible film", "it was great , it was terrible"] * 20),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=256 + 60,
-        byte_fallback=True,
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=256 + 60, byte_fallback=True,
         minloglevel=2,
-    )
+    )  # fmt: skip
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     return tmp_path
 
@@ -46,20 +42,16 @@ def write_words(directory, words=("<unk>", "<mask>", "it", "was", "great"), **tr
     built.save(str(directory / "tokenizer.json"))
 
 
-def test_tokenizer_json(tmp_path):
-    """The oracle is the vocabulary as written.  Its template would put <mask> first; callers place special tokens."""
-    write_words(tmp_path)
-    tokenizer = Tokenizer(tmp_path)
-    assert tokenizer.encode("it was great was it") == [2, 3, 4, 3, 2]
-    assert tokenizer.encode("it was awful") == [2, 3, 0]
-    assert tokenizer.decode([2, 3, 4]) == "it was great"
-    assert tokenizer.id_of("<mask>") == 1
-
-
-def test_truncation_and_padding_that_a_file_asks_for_are_off(tmp_path):
-    write_words(tmp_path, max_length=2)
-    assert Tokenizer(tmp_path).encode("it was great was it") == [2, 3, 4, 3, 2]
-    assert Tokenizer(tmp_path).encode("it") == [2]
+def test_tokenizer_json(pieces):
+    """The oracle is the vocabulary as written.  Its template would put <mask> first, and a file can ask for truncation
+    and padding; callers see to both.  It goes before tokenizer.model."""
+    for truncation in ({}, {"max_length": 2}):
+        write_words(pieces, **truncation)
+        tokenizer = Tokenizer(pieces)
+        assert tokenizer.encode("it was great was it") == [2, 3, 4, 3, 2]
+        assert tokenizer.encode("it") == [2] and tokenizer.encode("it was awful") == [2, 3, 0]
+        assert tokenizer.decode([2, 3, 4]) == "it was great"
+        assert tokenizer.id_of("<mask>") == 1
 
 
 def test_tokenizer_model(pieces):
@@ -73,22 +65,14 @@ def test_tokenizer_model(pieces):
     assert [tokenizer.id_of(piece) for piece in ("<unk>", "<s>", "</s>", "<0x41>")] == [0, 1, 2, 3 + 0x41]
 
 
-def test_tokenizer_json_goes_before_tokenizer_model(pieces):
-    write_words(pieces)
-    assert Tokenizer(pieces).encode("it was") == [2, 3]
-
-
-def test_a_missing_file_is_refused(tmp_path):
+def test_a_missing_or_broken_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} has neither tokenizer.json nor tokenizer.model"):
         Tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
-@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\x80\x04\x95 no pickle", b"\xff" * 100], ids=repr)
-def test_a_broken_file_is_refused(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{tmp_path / name} is not a readable tokenizer"):
-        Tokenizer(tmp_path)
+    for name in ("tokenizer.model", "tokenizer.json"):
+        for content in (b"", b"{", b"{}", b"\x80\x04\x95 no pickle", b"\xff" * 100):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ValueError, match=f"{tmp_path / name} is not a readable tokenizer"):
+                Tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
@@ -101,7 +85,12 @@ def test_an_unknown_piece_is_refused(kind, pieces):
             Tokenizer(pieces).id_of(piece)
 
 
-def test_real_roberta_gives_the_ids_of_transformers(real_model):
+def sentences(real_data) -> list[str]:
+    lines = (real_data("SST-2") / "dev.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    return [line.rpartition("\t")[0] for line in lines]
+
+
+def test_real_roberta_gives_the_ids_of_transformers(real_model, real_data):
     directory = real_model("zoroberta-26m")
     ours, theirs = Tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
     for text in (*TEXTS, " It was terrible", "  two  spaces "):
@@ -109,13 +98,7 @@ def test_real_roberta_gives_the_ids_of_transformers(real_model):
         assert ids == theirs.encode(text, add_special_tokens=False)
         assert ours.decode(ids) == text
     assert ours.id_of("<mask>") == theirs.mask_token_id
-
-
-def test_real_roberta_gives_the_ids_of_transformers_on_real_sentences(real_model, real_data):
-    directory = real_model("zoroberta-26m")
-    ours, theirs = Tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
-    lines = (real_data("SST-2") / "dev.tsv").read_text(encoding="utf-8").splitlines()[1:]
-    texts = [line.rpartition("\t")[0] for line in lines]
+    texts = sentences(real_data)
     assert [ours.encode(text) for text in texts] == theirs(texts, add_special_tokens=False)["input_ids"]
 
 
@@ -128,6 +111,7 @@ def test_real_llama_gives_known_ids(real_model):
     assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in (*TEXTS, "  two  spaces "))
 
 
+@pytest.mark.full
 def test_real_llama_gives_the_ids_of_transformers(real_model, real_data):
     """LlamaTokenizer, since AutoTokenizer needs a tokenizer_config.json to know the kind.  It drops spaces at the
     start and merges repeated ones otherwise than sentencepiece does, so the texts have neither.
@@ -135,6 +119,5 @@ def test_real_llama_gives_the_ids_of_transformers(real_model, real_data):
     pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with protobuf")
     directory = real_model("zollama-28m")
     ours, theirs = Tokenizer(directory), transformers.LlamaTokenizer.from_pretrained(directory)
-    lines = (real_data("SST-2") / "dev.tsv").read_text(encoding="utf-8").splitlines()[1:]
-    texts = [*TEXTS, *(" ".join(line.rpartition("\t")[0].split()) for line in lines)]
+    texts = [*TEXTS, *(" ".join(text.split()) for text in sentences(real_data))]
     assert [ours.encode(text) for text in texts] == [theirs.encode(text, add_special_tokens=False) for text in texts]
