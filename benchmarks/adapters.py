@@ -8,7 +8,7 @@ How arms are tuned and run: benchmarks/tuned.py.
 from __future__ import annotations
 
 from benchmarks.tuned import Arms, main, rates
-from zo_optim import epoch_of, queries_of
+from zo_optim import adazeta_queries, epoch_of
 
 BATCH, QUERIES = 32, 2000  # two forwards each
 EXAMPLES = {"sst2": 1024, "trec": 2646}  # of k = 512
@@ -21,16 +21,16 @@ FEW = {  # biases are most of a small adapter, and norms as many again
 }
 RATES = rates("3e-4", "1e-3", "3e-3", "9e-3")
 LRS = ("1e-4", "3e-4", "1e-3", "3e-3")
-PROBED = rates(*LRS) + rates(*LRS, eps=("1e-2",))  # at 1e-3, and larger: few parameters make small slopes
+PROBED = rates(*LRS) + rates(*LRS, eps=("1e-2",))  # at 1e-3, and larger: few parameters make small projected gradients
 ZO = "--weights fp32 --lr-schedule constant --eps 1e-3"
 SCHEDULES = {"paper's schedule": (0.85, 0.45, 20), "released schedule": (0.85, 0.622, 15)}
 
 
-def steps_of(task: str, alpha: float, beta: float, most: int) -> int:
-    """How many steps of AdaZeta make up the budget of queries, the last of them whole."""
+def steps_of(task: str, alpha: float, beta: float, max_queries: int) -> int:
+    """How many steps AdaZeta needs to spend the budget of queries; the last step is whole."""
     step, asked = 0, 0
     while asked < QUERIES:
-        asked += queries_of(epoch_of(step, EXAMPLES[task], BATCH), alpha, beta, most)
+        asked += adazeta_queries(epoch_of(step, EXAMPLES[task], BATCH), alpha, beta, max_queries)
         step += 1
     return step
 
@@ -58,9 +58,10 @@ def arms_of(task: str) -> Arms:
         "AdaZeta, one query, released start": (f"{zo('adazeta')} --init released", PROBED),
         "AdaZeta, four queries": (zo("adazeta", 4), PROBED),
     }
-    for name, (alpha, beta, most) in SCHEDULES.items():
-        steps = steps_of(task, alpha, beta, most)
-        schedule = f"--alpha {alpha} --beta {beta} --max-queries {most} --steps {steps} --eval-every {steps // 10}"
+    for name, (alpha, beta, max_queries) in SCHEDULES.items():
+        steps = steps_of(task, alpha, beta, max_queries)
+        schedule = f"--alpha {alpha} --beta {beta} --max-queries {max_queries} --steps {steps}"
+        schedule += f" --eval-every {steps // 10}"
         arms[f"AdaZeta, {name}"] = (f"{ZO} --method adazeta {schedule}", PROBED)
         arms[f"AdaZeta, {name}, released start"] = (f"{ZO} --method adazeta {schedule} --init released", PROBED)
     common = f"--task {task} --k 512 --data-seed 42 --batch-size {BATCH}"

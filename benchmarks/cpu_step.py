@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from data.scoring import Batch, Encoder, collate, losses
+from data.scoring import Batch, BatchLoss, Encoder, collate
 from data.tasks import get_task, load_splits
 from data.tokenizer import Tokenizer
 from model import LanguageModel, load
+from random_bits import Key
 from train import batch_indices
-from zo_optim import ZO, estimate, update
+from zo_optim import ZO, probe_losses, update
 
 EPS, LR, SEED = 1e-3, 1e-6, 0
 
@@ -52,11 +53,12 @@ class Clock:
 
 
 def our_step(lm: LanguageModel, batch: Batch, step: int, clock: Clock) -> None:
-    zo = ZO(EPS)
+    """zo_optim.zo_step in two pieces, to time them apart."""
+    zo, key = ZO(EPS, dtype=lm.dtype), Key(SEED, step)
     with clock("estimate"):
-        queries = estimate(lm.store, partial(losses, lm, batch), SEED, step, zo, lm.dtype)
+        plus, minus = probe_losses(lm.weights, BatchLoss(lm, [batch]), key, zo)
     with clock("update"):
-        update(lm.store, [query.slope for query in queries], SEED, step, zo, LR)
+        update(lm.weights, (plus - minus) / (2 * zo.eps), key, zo, LR)
 
 
 # ---------------------------------------------------------------- the usual way
@@ -106,7 +108,7 @@ def real_batch(lm: LanguageModel, model: str, data_dir: str, batch_size: int) ->
 
 
 def check_same_loss(lm: LanguageModel, theirs: nn.Module, batch: Batch, last_only: bool) -> float:
-    ours, usual = losses(lm, batch, lm.stored_view()).item(), usual_loss(theirs, batch, last_only).item()
+    ours, usual = BatchLoss(lm, [batch])(lm.stored_view()).item(), usual_loss(theirs, batch, last_only).item()
     if abs(ours - usual) > 1e-4:
         raise SystemExit(f"the two do not compute the same loss: {ours} and {usual}")
     return ours
@@ -157,7 +159,7 @@ def main() -> None:
     for way in ("ours", "usual"):
         phases = ", ".join(f"{phase} {s:.3f}" for phase, s in result[way].items() if phase != "total")
         print(f"{way:24}{result[way]['total']:8.3f}  {phases}")
-    print(f"ratio {result['ratio']:.2f}, must reach 0.80")
+    print(f"ratio {result['ratio']:.2f}")
     print(json.dumps(result))
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.estimators
 
-Loss <g, w>, so that slope = <g, u1> exactly and g_hat = slope * u2 with whatever two vectors an estimator uses.  Over
-many directions, with d elements each:
+The loss is <g, w>, so the projected gradient is <g, u1> exactly, and g_hat = <g, u1> u2 for the two vectors of an
+estimator.  Over many directions, with d elements each:
 
     scale = E <g_hat, g> / |g|^2          1 means unbiased
     noise = E |g_hat|^2 / scale^2 / ((d + 2) |g|^2)          1 is a Gaussian direction's
@@ -23,14 +23,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from random_bits import Key, Use
-from zo_optim import CLIP, UNIT, direction, grid_step, normal, normal_table
+from random_bits import Key, Purpose
+from zo_optim import CLIP, UNIT, direction, grid_direction, normal_table
 
 CPU = torch.device("cpu")
 
 
 class Moments(NamedTuple):
-    """Of one element."""
+    """Moments of one element of the two vectors."""
 
     both: float  # E[u1 u2]
     first: float  # E[u1^2]
@@ -68,26 +68,26 @@ def draw(estimator: str, bits: int, key: Key, rows: Tensor, d: int) -> tuple[Ten
     """The two vectors, [rows, d] each."""
     if estimator == "nearest":
         step = step_of(bits)
-        u = (normal(key, rows, d) * UNIT / step).round() * step
+        u = (direction(key, rows, d, None, Purpose.PROBE_ROUNDING) / step).round() * step
         return u, u
-    u1 = direction(key, rows, d, bits, Use.PROBE_ROUNDING)
-    return u1, u1 if estimator == "q-rge1" else direction(key, rows, d, bits, Use.UPDATE_ROUNDING)
+    u1 = direction(key, rows, d, bits, Purpose.PROBE_ROUNDING)
+    return u1, u1 if estimator == "q-rge1" else direction(key, rows, d, bits, Purpose.UPDATE_ROUNDING)
 
 
 def draw_grid(spacing: float, eps: float, key: Key, rows: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    u = grid_step(key, rows, torch.full((1, 1), spacing), d, eps) / eps
+    u = grid_direction(key, rows, torch.full((1, 1), spacing), d, eps) / eps
     return u, u
 
 
 def measure(pairs, g: Tensor, d: int) -> tuple[float, float]:
     """(scale, noise) over batches of (u1, u2)."""
-    along = square = n = 0
+    inner = square = n = 0
     for u1, u2 in pairs:
-        slope = u1.double() @ g
-        along += float((slope * (u2.double() @ g)).sum())
-        square += float((slope**2 * u2.double().square().sum(1)).sum())
+        projected_grad = u1.double() @ g
+        inner += float((projected_grad * (u2.double() @ g)).sum())
+        square += float((projected_grad**2 * u2.double().square().sum(1)).sum())
         n += len(u1)
-    scale = along / n / float(g @ g)
+    scale = inner / n / float(g @ g)
     return scale, square / n / scale**2 / ((d + 2) * float(g @ g))
 
 

@@ -76,7 +76,7 @@ def readme_figures(tree: Path) -> dict:
             "pictures": len(re.findall(r"!\[|<img ", text))}  # fmt: skip
 
 
-# ---------------------------------------------------------------- imports
+# ---------------------------------------------------------------- which module imports which
 
 
 def imports(tree: Path) -> dict[str, list[str]]:

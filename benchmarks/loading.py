@@ -28,12 +28,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import BUFFER_BYTES, write_directory
-from config import best_device
-from data.hub import raw_config
-from dry_run import block_of
-from model import config_of, expected_shapes, load
+from model import expected_shapes, load
 from quant import FORMATS
+from runtime.checkpoints import BUFFER_BYTES, write_directory
+from runtime.config import best_device
+from runtime.dry_run import block_of
+from runtime.hub import raw_config
+from runtime.model_configs import config_of
 
 
 def random_tensors(shapes: dict[str, torch.Size], device: str) -> Iterator[tuple[str, Tensor]]:
@@ -100,7 +101,7 @@ def measure(directory: Path, weights: str, cache: str, device: str) -> dict:
         lm = load(directory, device, weights=weights)
         if gpu:
             torch.cuda.synchronize()
-        return sum(part.nbytes for stored in lm.store.values() for part in stored.parts().values())
+        return sum(tensor.nbytes for stored in lm.weights.values() for tensor in stored.tensors().values())
 
     if gpu:
         torch.ones(1, device=device)  # starting CUDA is not loading

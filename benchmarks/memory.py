@@ -3,8 +3,8 @@
     python -m benchmarks.memory --model llama2-7b --batch-size 16 --tokens 64
 
 Every case runs three whole steps (losses, update; for first order forward, backward, AdamW) in a process of its own and
-reports the allocator's peak over them; and, an evaluation later, what it has had in reserve, which is what the card has
-to have beside what CUDA itself takes.  Ratios are to the first case, the leanest first-order run with fp32 masters.
+reports the allocator's peak over them; and, an evaluation later, the most that it has held in reserve, which the card
+must have beside what CUDA itself takes.  Ratios are to the first case, the leanest first-order run with fp32 masters.
 Last line JSON.
 """
 
@@ -15,16 +15,21 @@ import gc
 import json
 import multiprocessing
 import time
+from collections.abc import Callable
 
 import torch
 
-from config import Config, parse
-from data.hub import raw_config
-from data.scoring import Encoded, evaluate
-from dry_run import predict
-from first_order import make_trainable
+import gpu
+from data.scoring import BatchLoss, Encoded, evaluate
 from model import create
-from train import DTYPES, Problem, first_order, reserved_memory, set_up, zeroth_order
+from random_bits import Key
+from runtime.config import Config, parse
+from runtime.dry_run import predict
+from runtime.first_order import adamw_step, make_trainable, optimizer
+from runtime.hub import raw_config
+from tensor_train import trained
+from train import DTYPES, Problem, estimator, reserved_memory, set_up_forwards
+from zo_optim import Step, zo_step
 
 CASES = {  # name: flags
     "fo-ste int8, fp32 masters": "--method fo-ste --weights int8 --master fp32",
@@ -45,8 +50,9 @@ def build(c: Config, raw: dict) -> Problem:
     weights = (c.master or c.weights) if fo else c.weights
     lm = create(raw, device=c.device, dtype=DTYPES[c.compute], weights=weights, residual=c.residual)
     if fo:
-        lm.store = make_trainable(lm.store, c.weights if c.method == "fo-ste" else None, DTYPES[weights])
-    set_up(c, lm)
+        lm.format = c.weights
+        lm.weights = make_trainable(lm.weights, c.weights if c.method == "fo-ste" else None, DTYPES[weights])
+    set_up_forwards(c, lm)
     return Problem(lm, [], [], [], 0, c.batch_size)
 
 
@@ -55,12 +61,29 @@ def examples(c: Config, tokens: int, vocabulary: int) -> list[Encoded]:
     return [Encoded([row], [[5], [6]], tokens - 1, i % 2) for i, row in enumerate(rows.tolist())]
 
 
+def step_function(c: Config, problem: Problem) -> Callable[[int, list[Encoded], float], Step | float]:
+    """One step of train.py's loop, of a fixed number of queries: (number, examples, learning rate) -> what it found."""
+    lm, weights = problem.lm, trained(problem.lm)
+    if c.optimizer == "adamw":
+        adamw = optimizer(weights, c.lr, c.weight_decay or 0.0)
+    else:
+        zo = gpu.estimator(estimator(c, lm), c.device, c.graphs)
+
+    def step(at: int, batch: list[Encoded], lr: float) -> Step | float:
+        loss_fn = BatchLoss.of(lm, batch, problem.pad, c.micro_batch_size, problem.multiple)
+        if c.optimizer == "adamw":
+            return adamw_step(adamw, loss_fn.parts(lm.stored_view()), lr)
+        return zo_step(weights, loss_fn, Key(c.seed, at), zo, lr)
+
+    return step
+
+
 def measure(flags: str, model: str, batch_size: int, tokens: int) -> dict:
     c = parse(f"{flags} --model {model} --batch-size {batch_size} --compute bf16 --device cuda --lr 1e-6".split())
     raw = raw_config(model)
     problem = build(c, raw)
     batch = examples(c, tokens, raw["vocab_size"])
-    take_step = (first_order if c.optimizer == "adamw" else zeroth_order)(c, problem)
+    take_step = step_function(c, problem)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

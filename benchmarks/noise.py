@@ -1,10 +1,10 @@
-"""How much noise low-precision arithmetic puts into a slope, against the size of the probe.
+"""How much noise low-precision arithmetic puts into a projected gradient, against the size of the probe.
 
     python -m benchmarks.noise --model DIR --data-dir DIR --weights int4
 
 The same directions on the weights' grid at the same SST-2 batch, with products in fp32 (the reference), in bf16, and
-with rounded activations, which fp8 weights also multiply as codes: the rms of the slopes, and of what each way's
-slopes differ by.  Last line JSON.
+with rounded activations, which fp8 weights also multiply as codes.  Printed are the rms of the reference's projected
+gradients, and the rms of every other way's difference from them.  Last line JSON.
 """
 
 from __future__ import annotations
@@ -16,21 +16,41 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from config import parse
-from train import batch_indices, batches_of, loss_of, prepare
-from zo_optim import ZO, estimate
+import gpu
+from data.scoring import BatchLoss
+from gpu.fp8_matmul import enable_fp8_matmul
+from model import LanguageModel
+from quant import quantise_tokens
+from random_bits import Key
+from runtime.config import parse
+from train import batch_indices, prepare
+from zo_optim import ZO, probe_losses
 
 WAYS = {  # name: (products, activations)
     "fp32": (torch.float32, "none"),
     "bf16": (torch.bfloat16, "none"),
     "fp32, int8 activations": (torch.float32, "int8"),
     "fp32, fp8 activations": (torch.float32, "fp8"),
-    "fp8 codes": (torch.bfloat16, "fp8"),  # multiplied by fp8 codes, where the weights are
+    "fp8 codes": (torch.bfloat16, "fp8"),  # multiplied by fp8 codes, where the weights are; last, as it stays so
 }
 
 
 def rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
+
+
+def compute_by(lm: LanguageModel, way: str) -> None:
+    """Let the forwards multiply and round as one of WAYS."""
+    lm.dtype, activations = WAYS[way]
+    lm.round_inputs(partial(quantise_tokens, kind=activations))
+    if way == "fp8 codes":
+        enable_fp8_matmul(lm)
+
+
+def projected_grads(lm: LanguageModel, loss_fn: BatchLoss, zo: ZO) -> Tensor:
+    """[Q] float64, of step 0 of seed 1."""
+    plus, minus = probe_losses(lm.weights, loss_fn, Key(1, 0), gpu.estimator(zo, str(lm.device)))
+    return (plus - minus) / (2 * zo.eps)
 
 
 def main() -> None:
@@ -45,23 +65,21 @@ def main() -> None:
     flags = f"--task sst2 --k 512 --data-seed 42 --batch-size 32 --weights {args.weights} --direction-bits grid"
     c = parse([*flags.split(), "--no-compile", "--model", args.model, "--data-dir", args.data_dir])
     problem, _ = prepare(c)
-    batch = [problem.train[i] for i in batch_indices(0, 0, c.batch_size, len(problem.train))]
-    loss_fn, rows = partial(loss_of, problem.lm, batches_of(problem, batch, c.batch_size)), []
-    ways = {way: how for way, how in WAYS.items() if way != "fp8 codes" or args.weights == "fp8"}
-    print(f"{'eps':>8}{'slopes, rms':>14}" + "".join(f"{way:>26}" for way in list(ways)[1:]))
-    for eps in args.eps:
-        zo, slopes = ZO(eps, args.directions, grid=True, stride=args.stride), {}
-        for way, (dtype, activations) in ways.items():
-            problem.lm.dtype, problem.lm.multiplies_codes = dtype, False
-            problem.lm.round_activations(activations)
-            if way == "fp8 codes":
-                problem.lm.multiply_codes()
-            queries = estimate(problem.lm.store, loss_fn, 1, 0, zo, dtype)
-            slopes[way] = torch.tensor([query.slope for query in queries])
-        noise = {way: rms(found - slopes["fp32"]) for way, found in slopes.items() if way != "fp32"}
-        rows.append({"eps": eps, "slopes": rms(slopes["fp32"]), "noise": noise})
-        told = "".join(f"{value:26.2f}" for value in noise.values())
-        print(f"{eps:8.0e}{rows[-1]['slopes']:14.2f}{told}", flush=True)
+    lm = problem.lm
+    examples = [problem.train[i] for i in batch_indices(0, 0, c.batch_size, len(problem.train))]
+    loss_fn, found = BatchLoss.of(lm, examples, problem.pad, c.batch_size, problem.multiple), {}
+    for way in [way for way in WAYS if way != "fp8 codes" or args.weights == "fp8"]:
+        compute_by(lm, way)
+        for eps in args.eps:
+            zo = ZO(eps, args.directions, grid=True, stride=args.stride, dtype=lm.dtype)
+            found.setdefault(eps, {})[way] = projected_grads(lm, loss_fn, zo)
+    rows = []
+    print(f"{'eps':>8}{'grads, rms':>14}" + "".join(f"{way:>26}" for way in list(found[args.eps[0]])[1:]))
+    for eps, by_way in found.items():
+        exact = by_way.pop("fp32")
+        noise = {way: rms(grads - exact) for way, grads in by_way.items()}
+        rows.append({"eps": eps, "projected_grads": rms(exact), "noise": noise})
+        print(f"{eps:8.0e}{rms(exact):14.2f}" + "".join(f"{value:26.2f}" for value in noise.values()))
     print(json.dumps({"model": args.model, "weights": args.weights, "device": c.device, "rows": rows}))
 
 

@@ -18,14 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import parse
-from data.scoring import Encoded, judged
+from data.scoring import Encoded, score_batches
+from runtime.config import parse
 from train import Problem, prepare
 
 
 def differences(problem: Problem, split: list[Encoded]) -> tuple[Tensor, Tensor]:
     """Score of the second option less that of the first, and labels: [N] float32 and [N] int64, in order of length."""
-    scores, labels = map(torch.cat, zip(*judged(problem.lm, split, problem.pad, problem.batch_size), strict=True))
+    batches = score_batches(problem.lm, split, problem.pad, problem.batch_size)
+    scores, labels = map(torch.cat, zip(*batches, strict=True))
     first, second = scores.cpu().unbind(1)
     return second - first, labels.cpu()
 
@@ -53,7 +54,7 @@ def loss(difference: Tensor, labels: Tensor) -> float:
 
 
 def opinion(problem: Problem) -> dict[str, float]:
-    """What is printed."""
+    """The figures that are printed, by name."""
     test, constant = differences(problem, problem.test), best_constant(*differences(problem, problem.dev))
     return {"test": accuracy(*test), "test_loss": loss(*test), "constant": constant,
             "test_without_constant": accuracy(*test, constant), "auc": auc(*test)}  # fmt: skip

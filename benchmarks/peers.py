@@ -1,6 +1,6 @@
 """One step of MeZO and of QuZO as their releases take it, written from their descriptions, to time ours beside.
 
-    w += eps u;  plus = L(w);  w -= 2 eps u;  minus = L(w);  w += eps u;  w -= lr slope u
+    w += eps u;  plus = L(w);  w -= 2 eps u;  minus = L(w);  w += eps u;  w -= lr g u   (g: the projected gradient)
 
 Both write float weights, in four sweeps over them, and draw u again in every sweep, a tensor at a time from one seed.
 MeZO's u is Gaussian, in the weights' dtype.  QuZO's is a float32 Gaussian, quantised and dequantised a tensor at a
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.scoring import Batch, losses
+from data.scoring import Batch, BatchLoss
 
 Draw = Callable[[Tensor, torch.Generator], Tensor]  # a weight -> a direction of its shape
 LossFn = Callable[[], Tensor]  # at the weights as they are now
@@ -54,12 +54,12 @@ def fake_quantise(x: Tensor, bits: int, generator: torch.Generator) -> Tensor:
 
 def fake_quantise_as_released(x: Tensor, bits: int, generator: torch.Generator) -> Tensor:
     """The same by the release's own sequence of operations: scale, round, clamp, and back."""
-    top = 2 ** (bits - 1)
-    scale = top / x.abs().max()
+    max_code = 2 ** (bits - 1)
+    scale = max_code / x.abs().max()
     scaled = x * scale
     low = scaled.floor()
     up = torch.rand(x.shape, generator=generator, device=x.device) < scaled - low
-    code = torch.clamp(low + up.to(x.dtype), -top, top)
+    code = torch.clamp(low + up.to(x.dtype), -max_code, max_code)
     return code / scale
 
 
@@ -94,16 +94,16 @@ def mezo_step(
     weights: list[Tensor], loss_fn: LossFn, seed: int, eps: float, lr: float, draw: Draw = gaussian,
     released: bool = False,
 ) -> float:  # fmt: skip
-    """Algorithm 1 of MeZO -> the slope.  What three sweeps restore is off by their rounding."""
+    """Algorithm 1 of MeZO -> the projected gradient.  What three sweeps restore is off by their rounding."""
     perturb, step = (sweep_as_released, step_as_released) if released else (sweep, sweep)
     perturb(weights, draw, seed, 1, eps)
     plus = loss_fn().item()
     perturb(weights, draw, seed, -2, eps)
     minus = loss_fn().item()
     perturb(weights, draw, seed, 1, eps)
-    slope = (plus - minus) / (2 * eps)
-    step(weights, draw, seed, -slope, lr)
-    return slope
+    projected_grad = (plus - minus) / (2 * eps)
+    step(weights, draw, seed, -projected_grad, lr)
+    return projected_grad
 
 
 @torch.no_grad()
@@ -115,19 +115,19 @@ def quzo_step(
     (The release does so in one of its two trainers, and by a scale that is a power of two.)
     """
     draw, quantise = (quantised_as_released, fake_quantise_as_released) if released else (quantised, fake_quantise)
-    slope = mezo_step(weights, loss_fn, seed, eps, lr, draw, released)
+    projected_grad = mezo_step(weights, loss_fn, seed, eps, lr, draw, released)
     generator = torch.Generator(weights[0].device).manual_seed(seed + 2**32)  # no step's directions
     for w in weights:
         if w.ndim == 2:
             w.data.copy_(quantise(w.float(), bits, generator))
     if released:
         loss_fn()
-    return slope
+    return projected_grad
 
 
 def last_loss(lm, batch: Batch) -> Tensor:
     """Ours, at the weights as they are stored: logits of the options' words where they are read."""
-    return losses(lm, batch, lm.stored_view())[0]
+    return BatchLoss(lm, [batch])(lm.stored_view())[0]
 
 
 def full_loss(lm, batch: Batch) -> Tensor:

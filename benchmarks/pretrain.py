@@ -2,7 +2,7 @@
 
     python -m benchmarks.pretrain --like DIR --text FILE --out NEW
 
-Of DIR only config.json, the tokenizer's files and the defaults in pretraining.json are taken, never its weights.  FILE
+Only config.json, the tokenizer's files and the defaults in pretraining.json are taken from DIR, never its weights. FILE
 holds UTF-8 documents separated by NUL, as it is or as .xz.  LLaMA learns the next token; RoBERTa learns masked tokens
 (15 %: 80 % of them <mask>, 10 % a random token, 10 % unchanged; Devlin et al. 2019, section 3.1).  Documents are laid
 end to end, `<s> text` for LLaMA and `<s> text </s>` for RoBERTa, and cut into rows; whole documents are held out first.
@@ -35,14 +35,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import COMPANIONS
-from config import OneLineParser, best_device
 from data.scoring import MASK
 from data.tokenizer import Tokenizer
-from first_order import make_trainable, optimizer
-from model import LanguageModel, create, load, read_config
+from model import LanguageModel, create, load
 from quant import encode
-from run_folder import check_free, git_commit, versions
+from runtime.checkpoints import companion_files, weights_sha256
+from runtime.config import OneLineParser, best_device
+from runtime.first_order import make_trainable, optimizer
+from runtime.model_configs import read_config
+from runtime.run_folder import check_free, git_commit, versions
 from train import batch_indices, parameters, peak_memory
 
 # ---------------------------------------------------------------- documents
@@ -68,8 +69,8 @@ def hold_out(documents: list[str], amount: float, seed: int) -> tuple[list[str],
     distinct = sorted(set(ranks))
     count = round(amount * len(distinct)) if amount < 1 else int(amount)
     if not 0 < count < len(distinct) or (amount >= 1 and count != amount):
-        told = f"a share below 1 or a whole number that leaves some of the {len(distinct)} documents on either side"
-        raise ValueError(f"--held-out must be {told}, got {amount:g}")
+        message = f"a share below 1 or a whole number that leaves some of the {len(distinct)} documents on either side"
+        raise ValueError(f"--held-out must be {message}, got {amount:g}")
     sides = [], []
     for document, rank in zip(documents, ranks, strict=True):
         sides[rank < distinct[count]].append(document)
@@ -79,7 +80,7 @@ def hold_out(documents: list[str], amount: float, seed: int) -> tuple[list[str],
 # ---------------------------------------------------------------- tokens
 
 DOCUMENTS_A_JOB = 1000
-MOST_PROCESSES = 16  # each imports torch: 0.3 GB, and some seconds
+MAX_PROCESSES = 16  # each imports torch: 0.3 GB, and some seconds
 
 
 class Ends(NamedTuple):
@@ -215,7 +216,7 @@ def held_out_loss(lm: LanguageModel, stream: Stream, masking: Masking | None, se
 
 BETAS = (0.9, 0.95)  # as LLaMA was trained; 0.999 would remember gradients for a quarter of a run this short
 CLIP = 1.0
-TELL_EVERY = 100
+LOG_EVERY = 100
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
@@ -225,10 +226,10 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
 
 
 def fit(args: argparse.Namespace, lm: LanguageModel, stream: Stream, masking: Masking | None) -> float:
-    """Train in place -> the mean loss of the last steps, TELL_EVERY of them."""
-    lm.store = make_trainable(lm.store, None, torch.float32)
-    weights = [stored.value for stored in lm.store.values()]
-    adamw = optimizer(lm.store, args.lr, args.weight_decay)
+    """Train in place -> the mean loss of the last steps, LOG_EVERY of them."""
+    lm.weights = make_trainable(lm.weights, None, torch.float32)
+    weights = [stored.value for stored in lm.weights.values()]
+    adamw = optimizer(lm.weights, args.lr, args.weight_decay)
     for group in adamw.param_groups:
         group["betas"] = BETAS
     loss_of = nats
@@ -248,26 +249,26 @@ def fit(args: argparse.Namespace, lm: LanguageModel, stream: Stream, masking: Ma
             group["lr"] = learning_rate(step, args.lr, args.warmup, args.steps)
         adamw.step()
         adamw.zero_grad()
-        recent = [*recent, loss.detach()][-TELL_EVERY:]
-        if (step + 1) % TELL_EVERY == 0 or step in (0, args.steps - 1):
+        recent = [*recent, loss.detach()][-LOG_EVERY:]
+        if (step + 1) % LOG_EVERY == 0 or step in (0, args.steps - 1):
             mean = torch.stack(recent).mean().item()
             if not math.isfinite(mean):
                 raise ValueError(f"the loss is not finite at step {step + 1}: try a smaller --lr than {args.lr}")
             seconds = (time.perf_counter() - started) / (step + 1)
-            tell(f"step {step + 1}/{args.steps} loss {mean:.4f}, {seconds:.3f} s each")
+            log(f"step {step + 1}/{args.steps} loss {mean:.4f}, {seconds:.3f} s each")
     return mean
 
 
 def autocast(args: argparse.Namespace):
     """bf16 matrix products, everything else and all sums of gradients in fp32.
 
-    A StoredView in bf16 would also sum a frequent word's thousands of embedding gradients in bf16, which loses most.
+    StoredWeights in bf16 would also sum a frequent word's thousands of embedding gradients in bf16, which loses most.
     """
     return torch.autocast(args.device, torch.bfloat16, enabled=args.compute == "bf16")
 
 
-def tell(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)
+def log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- the command line
@@ -348,16 +349,15 @@ def schedule(args: argparse.Namespace, rows: int) -> None:
 
 def streams(args: argparse.Namespace, config, sides: tuple[list[str], ...]) -> list[Stream]:
     ends = Ends((config.bos_token_id,), (config.eos_token_id,) if config.masked else ())
-    processes = min(MOST_PROCESSES, os.cpu_count() or 1)
+    processes = min(MAX_PROCESSES, os.cpu_count() or 1)
     tokens = encode_sides(args.like, ends, config.vocab_size, sides, processes)
     return [Stream(side, args.length, next_token=not config.masked) for side in tokens]
 
 
 def save(args: argparse.Namespace, lm: LanguageModel) -> LanguageModel:
     """Write the directory -> the model read back from it, in fp32: its hash and loss are those of the files."""
-    lm.store = {name: encode(stored.value.detach(), args.save) for name, stored in lm.store.items()}
-    lm.weights = args.save
-    lm.other_files = [args.like / name for name in COMPANIONS if (args.like / name).is_file()]
+    lm.weights = {name: encode(stored.value.detach(), args.save) for name, stored in lm.weights.items()}
+    lm.format, lm.other_files = args.save, companion_files(args.like)
     lm.save(args.out)
     return load(args.out, args.device)
 
@@ -377,8 +377,8 @@ def pretrain(args: argparse.Namespace) -> dict:
     schedule(args, len(train))
     lm = create(raw, args.seed, args.device)
     training = time.perf_counter()
-    tell(
-        f"{parameters(lm.store):,} parameters; {len(train.tokens):,} tokens of {len(sides[0]):,} documents to learn, "
+    log(
+        f"{parameters(lm.weights):,} parameters; {len(train.tokens):,} tokens of {len(sides[0]):,} documents to learn, "
         f"{len(held_out.tokens):,} of {len(sides[1]):,} held out; read in {training - started:.1f} s"
     )
     train_loss = fit(args, lm, train, masking)
@@ -388,8 +388,8 @@ def pretrain(args: argparse.Namespace) -> dict:
     record = {
         "kind": raw["model_type"], "steps": args.steps, "tokens": args.steps * args.batch_size * args.length,
         "held_out_loss": loss, "train_loss": train_loss, "lr": args.lr, "batch": args.batch_size, "seq": args.length,
-        "text": args.text.name, "text_sha256": text_sha256, "weights_sha256": lm.sha256(),
-        "parameters": parameters(lm.store), "train_documents": len(sides[0]), "train_tokens": len(train.tokens),
+        "text": args.text.name, "text_sha256": text_sha256, "weights_sha256": weights_sha256(lm.weights),
+        "parameters": parameters(lm.weights), "train_documents": len(sides[0]), "train_tokens": len(train.tokens),
         "held_out_documents": len(sides[1]), "held_out_tokens": len(held_out.tokens),
         "peak_memory_bytes": peak_memory(args.device), "training_seconds": round(training_seconds, 1),
         "seconds": round(time.perf_counter() - started, 1),
@@ -405,10 +405,10 @@ def main(argv: list[str]) -> int:
     try:
         print(json.dumps(pretrain(parse(argv))))
     except ValueError as error:
-        tell(f"pretrain.py: {' '.join(str(error).split())}")
+        log(f"pretrain.py: {' '.join(str(error).split())}")
         return 2
     except torch.OutOfMemoryError as error:
-        tell(f"pretrain.py: out of GPU memory; try a smaller --batch-size: {' '.join(str(error).split())}")
+        log(f"pretrain.py: out of GPU memory; try a smaller --batch-size: {' '.join(str(error).split())}")
         return 1
     return 0
 

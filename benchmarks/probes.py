@@ -1,4 +1,4 @@
-"""AdaZeta's step with all probes in one forward, beside one forward a probe: time, ratio, agreement of the slopes.
+"""AdaZeta's step with all probes in one forward, beside one forward a probe: times, and whether their estimates agree.
 
     python -m benchmarks.probes --model DIR --queries 8 --batch-size 16 --tokens 64
 
@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 import tensor_train
-from benchmarks.memory import build, examples
-from config import Config, parse, spec_of, validate
-from data.hub import raw_config
-from train import Problem, Step, load_base, peak_memory, zeroth_order
+from benchmarks.memory import build, examples, step_function
+from runtime.config import Config, parse, spec_of, validate
+from runtime.hub import raw_config
+from train import Problem, load_base, peak_memory
+from zo_optim import Step
 
 LR = 1e-30  # a whole step, and yet every way meets the same weights
 
@@ -44,24 +45,24 @@ def timed(take_step, at: int, batch: list, device: str) -> tuple[float, Step]:
 
 
 def compare(c: Config, problem: Problem, batch: list, ways: list[int], repeats: int) -> tuple[dict, dict]:
-    """-> seconds of each way, and the slopes of all its steps, by steps that take turns."""
-    steps = {way: zeroth_order(dataclasses.replace(c, probes_per_forward=way), problem) for way in ways}
-    times, slopes = {way: [] for way in ways}, {way: [] for way in ways}
+    """-> seconds of each way, and the projected gradients of all its steps, by steps that take turns."""
+    steps = {way: step_function(dataclasses.replace(c, probes_per_forward=way), problem) for way in ways}
+    times, grads = {way: [] for way in ways}, {way: [] for way in ways}
     for repeat in range(repeats + 2):  # the first of each compiles kernels, the second records launches
         for way, take_step in steps.items():
             seconds, step = timed(take_step, repeat, batch, c.device)
-            slopes[way] += step.slopes
+            grads[way] += step.projected_grads.tolist()
             times[way] += [seconds] if repeat > 1 else []
-    return times, slopes
+    return times, grads
 
 
-def report(c: Config, times: dict[int, list[float]], slopes: dict[int, list[float]]) -> dict:
+def report(c: Config, times: dict[int, list[float]], grads: dict[int, list[float]]) -> dict:
     """Print a row for each way, beside the last one."""
     *_, slow = times
     median = {way: statistics.median(seconds) for way, seconds in times.items()}
-    scale = max(map(abs, slopes[slow]))
-    apart = {way: max(abs(a - b) for a, b in zip(slopes[way], slopes[slow], strict=True)) / scale for way in times}
-    print(f"{'probes a forward':>18}{'step s':>10}{'ratio':>8}{'slopes apart':>14}")
+    scale = max(map(abs, grads[slow]))
+    apart = {way: max(abs(a - b) for a, b in zip(grads[way], grads[slow], strict=True)) / scale for way in times}
+    print(f"{'probes a forward':>18}{'step s':>10}{'ratio':>8}{'grads apart':>14}")
     for way, seconds in median.items():
         print(f"{way:18}{seconds:10.4f}{median[slow] / seconds:8.2f}{apart[way]:14.1e}")
     return {
@@ -69,7 +70,7 @@ def report(c: Config, times: dict[int, list[float]], slopes: dict[int, list[floa
         "graphs": c.graphs,
         "device": torch.cuda.get_device_name() if c.device != "cpu" else f"cpu, {torch.get_num_threads()} threads",
         "seconds": median, "spread": {way: [min(seconds), max(seconds)] for way, seconds in times.items()},
-        "slopes_apart": apart, "peak_memory_bytes": peak_memory(c.device),
+        "projected_grads_apart": apart, "peak_memory_bytes": peak_memory(c.device),
     }  # fmt: skip
 
 

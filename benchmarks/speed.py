@@ -33,9 +33,8 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
-import profiler
 import tensor_train
-from benchmarks.memory import build, examples
+from benchmarks.memory import build, examples, step_function
 from benchmarks.peers import (
     full_loss,
     last_loss,
@@ -44,13 +43,12 @@ from benchmarks.peers import (
     transformers_loss,
     transformers_model,
 )
-from config import Config, parse, spec_of
-from data.hub import check_known, raw_config
-from data.scoring import Batch, Encoded, collate, losses
-from graphs import Replayed
+from data.scoring import BatchLoss, Encoded, collate
 from model import LanguageModel
-from run_folder import git_commit
-from train import Problem, first_order, parameters, peak_memory, reserved_memory, zeroth_order
+from runtime.config import Config, parse, spec_of
+from runtime.hub import check_known, raw_config
+from runtime.run_folder import git_commit
+from train import Problem, parameters, peak_memory, reserved_memory
 
 EPS, LR, WARM_UP = 1e-3, 1e-6, 3  # the second step records launches
 PEERS = {  # name: a step, and the loss that it takes
@@ -110,10 +108,8 @@ CASES = {
 # ---------------------------------------------------------------- one case, in its own process
 
 
-def measure(
-    name: str, model: str, device: str, repeats: int, extra: tuple[str, ...] = (), profile: int = 0
-) -> list[dict]:
-    """The rows of one case.  extra: flags for train.py beside the case's own.  profile: steps to look at (profiler)."""
+def measure(name: str, model: str, device: str, repeats: int, extra: tuple[str, ...] = ()) -> list[dict]:
+    """The rows of one case.  extra: flags for train.py beside the case's own."""
     case = CASES[name]
     model, problem, rates, rows = case.model or model, None, {}, []
     raw = SHAPES[model] if model in SHAPES else raw_config(model)
@@ -131,8 +127,6 @@ def measure(
         take_step = step_of(case, c, problem, examples(c, tokens, raw["vocab_size"]))
         row = timed(take_step, repeats, c.device)
         peak, reserved = peak_memory(c.device), reserved_memory(c.device)
-        if profile:
-            row["profile"] = profile_of(take_step, profile, problem)
         if rates:
             rates["tokens_per_second"] = probed(c) * batch_size * tokens / row["ms"] * 1e3
         rows.append({
@@ -163,16 +157,16 @@ def problem_of(case: Case, c: Config, raw: dict) -> Problem:
 
 
 def count(lm: LanguageModel | nn.Module) -> int:
-    return sum(w.numel() for w in lm.parameters()) if isinstance(lm, nn.Module) else parameters(lm.store)
+    return sum(w.numel() for w in lm.parameters()) if isinstance(lm, nn.Module) else parameters(lm.weights)
 
 
 def step_of(case: Case, c: Config, problem: Problem, batch: list[Encoded]) -> Callable[[int], object]:
     """One step, given its number."""
     if case.peer is None:
-        take_step = (first_order if c.optimizer == "adamw" else zeroth_order)(c, problem)
+        take_step = step_function(c, problem)
         return lambda at: take_step(at, batch, LR)
     (take_step, loss), lm = PEERS[case.peer], problem.lm
-    weights = list(lm.parameters()) if isinstance(lm, nn.Module) else [stored.value for stored in lm.store.values()]
+    weights = list(lm.parameters()) if isinstance(lm, nn.Module) else [stored.value for stored in lm.weights.values()]
     loss_fn = partial(loss, lm, collate(batch, problem.pad, lm.device))
     return lambda at: take_step(weights, loss_fn, at, EPS, LR)
 
@@ -194,14 +188,6 @@ def timed(take_step: Callable[[int], object], repeats: int, device: str) -> dict
             "run_ms": 1e3 * (clock[-1] - clock[0]) / repeats}  # fmt: skip
 
 
-def profile_of(take_step: Callable[[int], object], steps: int, problem: Problem) -> dict:
-    reports, lm = [], problem.lm
-    numbers = range(profiler.WARM_UP + steps + 1)
-    for at in profiler.profiled(numbers, steps, lm.device, lm.dtype, reports.append):
-        take_step(at)
-    return reports[0]
-
-
 @torch.no_grad()
 def forward_rates(c: Config, problem: Problem, tokens: int, repeats: int) -> dict:
     """Tokens a second of a plain forward by the base without adapters: of one batch, and of as many as a step has."""
@@ -209,18 +195,22 @@ def forward_rates(c: Config, problem: Problem, tokens: int, repeats: int) -> dic
     for name, batches in (("one_batch", 1), ("a_step", probed(c))):
         sequences = c.batch_size * batches
         batch = examples(dataclasses.replace(c, batch_size=sequences), tokens, problem.lm.config.vocab_size)
-        batch = collate(batch, problem.pad, problem.lm.device)
-        forward = forward_of(c, problem.lm, batch)
+        forward = forward_of(c, problem.lm, BatchLoss(problem.lm, [collate(batch, problem.pad, problem.lm.device)]))
         row = timed(lambda at, forward=forward: forward(at).tolist(), repeats, c.device)
         rates[f"forward_of_{name}_tokens_per_second"] = sequences * tokens / row["ms"] * 1e3
     return rates
 
 
-def forward_of(c: Config, lm: LanguageModel, batch: Batch) -> Callable[[int], Tensor]:
-    def forward(at: int | Tensor, inputs: list[Tensor | None]) -> Tensor:
-        return losses(lm, Batch(*inputs), lm.stored_view())
+def forward_of(c: Config, lm: LanguageModel, loss_fn: BatchLoss) -> Callable[[int], Tensor]:
+    def forward(step: Tensor, inputs: list[Tensor | None]) -> Tensor:
+        return loss_fn.with_tensors(inputs)(lm.stored_view())
 
-    return partial(Replayed(forward, lm.device) if c.graphs else forward, inputs=batch.tensors())
+    if not c.graphs:
+        return lambda at: loss_fn(lm.stored_view())
+    from gpu.graphs import CudaGraphed  # needs Triton
+
+    graphed = CudaGraphed(lm.device)
+    return lambda at: graphed("forward", forward, at, loss_fn.tensors())
 
 
 # ---------------------------------------------------------------- the table
@@ -235,7 +225,7 @@ def alone(name: str, *args) -> list[dict]:
 HEADER = f"{'case':36} | {'tokens':>8} | {'ms (spread)':>26} | {'peak GiB':>8} | {'to MeZO':>7} | target"
 
 
-def told(row: dict, reference: dict | None) -> str:
+def row_text(row: dict, reference: dict | None) -> str:
     """A row as a line; another below it where tokens a second were measured."""
     size, spread = f"{row['sequences']} x {row['tokens']}", f"({row['fastest_ms']:.1f} to {row['slowest_ms']:.1f})"
     ratio = f"{row['ms'] / reference['ms']:.2f}" if reference else "-"
@@ -244,7 +234,7 @@ def told(row: dict, reference: dict | None) -> str:
     if "tokens_per_second" in row:
         rates = [row[name] for name in row if name.endswith("tokens_per_second")]
         line += "\n    tokens/s: plain forward {:,.0f}, of as many as a step {:,.0f}; probes {:,.0f}".format(*rates)
-    return line + ("\n" + profiler.table(row["profile"]) if "profile" in row else "")
+    return line
 
 
 def reference_of(row: dict, rows: list[dict]) -> dict | None:
@@ -276,7 +266,7 @@ def growth(rows: list[dict]) -> dict[str, dict]:
     return lines
 
 
-def told_growth(name: str, line: dict) -> str:
+def growth_text(name: str, line: dict) -> str:
     unit, what = name.split(" with ")
     each = {"tokens": "thousand tokens", "parameters": "billion parameters"}[what]
     return f"{unit} = {line['intercept']:.3g} + {line['slope']:.4g} a {each} (within {line['miss']:.0%})"
@@ -288,7 +278,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", metavar="NAME", default=[""], help="rows whose names hold one of these")
     parser.add_argument("--repeats", type=int, default=10, help="timed steps, after three that warm up")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    parser.add_argument("--profile", type=int, default=0, help="show where the time of this many further steps goes")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="as train.py's")
     args = parser.parse_args(argv)
     try:
@@ -307,23 +296,22 @@ def main(argv: list[str]) -> int:
     """Exit code 1 where a case could not be measured, as for want of memory; the others are then whole."""
     args, rows, failed = arguments(argv), [], {}
     extra = () if args.compile is None else ("--compile" if args.compile else "--no-compile",)
-    extra += ("--no-graphs",) if args.profile else ()  # which hide from it what belongs to which phase
     print(HEADER)
     for name in CASES:
         if not any(part in name for part in args.cases):
             continue
         try:
-            measured = alone(name, args.model, args.device, args.repeats, extra, args.profile)
+            measured = alone(name, args.model, args.device, args.repeats, extra)
         except (RuntimeError, ImportError) as error:  # out of memory, a process that died, no transformers
             failed[name] = (str(error) or repr(error)).splitlines()[0]
             print(f"{name:36} | {failed[name]}", flush=True)
             continue
         rows += measured
         for row in measured:
-            print(told(row, reference_of(row, rows)), flush=True)
+            print(row_text(row, reference_of(row, rows)), flush=True)
     lines = growth(rows)
     for name, line in lines.items():
-        print(told_growth(name, line))
+        print(growth_text(name, line))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     print(json.dumps({"gpu": gpu, "torch": torch.__version__, "commit": git_commit(), "arguments": vars(args),
                       "rows": rows, "growth": lines, "failed": failed}))  # fmt: skip

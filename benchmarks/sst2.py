@@ -21,7 +21,7 @@ FO = "--steps 300 --eval-every 15"  # converged long before
 FINE, COARSE = rates("1e-5", "2e-5", "4e-5"), rates("3e-7", "2e-6", "1e-5")
 FLOAT = rates("2e-5", "4e-5", "8e-5", "1.6e-4")  # where nothing but the loss's shape limits the rate
 GRID = FLOAT + rates("4e-5", "8e-5", eps=("1e-3 --stride 10",))
-# rounded activations put so much noise into a small probe's slope that the probe's size counts as well
+# rounded activations put so much noise into the projected gradient of a small probe that its size counts as well
 NOISY, NOISY_COARSE = rates("2e-5", "4e-5", eps=("1e-3", "2e-3")), rates("5e-6", "2e-5", eps=("1e-3", "2e-3"))
 NOISY_GRID = rates("2e-5", "4e-5", "8e-5", eps=("1e-3 --stride 10",)) + rates("4e-5", eps=("2e-3 --stride 20",))
 # with more bits below the codes, the grid is finer than any useful probe

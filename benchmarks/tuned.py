@@ -26,14 +26,14 @@ from threading import Lock
 
 import torch
 
-from run_folder import git_commit
+from runtime.run_folder import git_commit
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 Arms = dict[str, tuple[str, list[str]]]  # name: (flags, what to choose from; of two flags the later one counts)
 
 
 def rates(*lrs: str, eps: tuple[str, ...] = ()) -> list[str]:
-    """What an arm is tuned over."""
+    """The choices that an arm is tuned over."""
     return [f"--lr {lr} --eps {e}" for e in eps for lr in lrs] if eps else [f"--lr {lr}" for lr in lrs]
 
 
@@ -59,7 +59,7 @@ class Runs:
             list(pool.map(self._one, todo))
 
     def flags_of(self, row: dict) -> str | None:
-        """What train.py is given; None for an arm that there is no more."""
+        """The flags that train.py is given; None for an arm that was removed."""
         flags, _ = self.arms.get(row["arm"], (None, ()))
         return f"{flags} {row['choice']} --seed {row['seed']}" if flags else None
 
@@ -83,8 +83,8 @@ def run(args: argparse.Namespace, gpu: int, row: dict) -> dict:
 
     Any other failure raises: it must not pass for a measurement.
     """
-    told = f"{row['arm']} {row['choice']} seed {row['seed']}"
-    out = Path(args.out) / f"{told}-{time.time_ns()}".replace(" ", "").lower()
+    title = f"{row['arm']} {row['choice']} seed {row['seed']}"
+    out = Path(args.out) / f"{title}-{time.time_ns()}".replace(" ", "").lower()
     paths = ["--model", args.model, "--data-dir", args.data_dir, "--out", str(out)]
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
     env |= {"CUDA_VISIBLE_DEVICES": str(gpu)} if torch.cuda.device_count() > 1 else {}
@@ -92,17 +92,17 @@ def run(args: argparse.Namespace, gpu: int, row: dict) -> dict:
     command = [sys.executable, TRAIN, *row["flags"].split(), *paths, compiled]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode and "the loss is not finite" not in done.stderr:
-        raise RuntimeError(f"{told}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{title}: {done.stderr[-2000:]}")
     result = {"dev": 0.0, "dev_loss": 1e9, "test": 0.0, "seconds": 0.0, "best_step": 0}
     if done.returncode:
-        print(f"{told}: {done.stderr.splitlines()[-1]}", file=sys.stderr, flush=True)
+        print(f"{title}: {done.stderr.splitlines()[-1]}", file=sys.stderr, flush=True)
     else:
         result = json.loads(done.stdout)
     kept = ("dev", "dev_loss", "best_step", "test", "seconds", "zero_shot", "forwards", "trainable_parameters",
             "peak_memory_bytes")  # fmt: skip
     row |= {name: result.get(name) for name in kept} | {"commit": git_commit()}
     # no test accuracy here: whoever watches must not tune by it
-    print(f"{told}: dev loss {row['dev_loss']:.4f}", file=sys.stderr, flush=True)
+    print(f"{title}: dev loss {row['dev_loss']:.4f}", file=sys.stderr, flush=True)
     return row
 
 
@@ -159,14 +159,14 @@ def winner(runs: Runs, arm: str, close: list[str], seeds: list[int]) -> str | No
 
 def line(runs: Runs, arm: str, choice: str, seeds: list[int]) -> str:
     found = [runs.done[arm, choice, seed] for seed in seeds if (arm, choice, seed) in runs.done]
-    told = choice.replace("--lr ", "").replace("--eps", "eps")
+    shown = choice.replace("--lr ", "").replace("--eps", "eps")
     if len(found) < len(seeds):
-        return f"| {arm} | | {told} | | runs of {len(found)} of {len(seeds)} seeds | |"
+        return f"| {arm} | | {shown} | | runs of {len(found)} of {len(seeds)} seeds | |"
     tests = [100 * r["test"] for r in found]
     spread = f" ({statistics.stdev(tests):.1f})" if len(tests) > 1 else ""
     loss, dev = (statistics.mean(r[name] for r in found) for name in ("dev_loss", "dev"))
     size, each = found[0].get("trainable_parameters"), ", ".join(f"{t:.1f}" for t in tests)
-    parts = [arm, f"{size:,}" if size else "", told, f"{loss:.4f}, {100 * dev:.1f}",
+    parts = [arm, f"{size:,}" if size else "", shown, f"{loss:.4f}, {100 * dev:.1f}",
              f"{statistics.mean(tests):.1f}{spread}", each]  # fmt: skip
     return f"| {' | '.join(parts)} |"
 
@@ -179,8 +179,8 @@ def whole(runs: Runs, arm: str, args: argparse.Namespace) -> str | None:
     return choice
 
 
-def main(arms_of_table: Arms, told: str, out: str) -> None:
-    args = parse(arms_of_table, told, out)
+def main(arms_of_table: Arms, description: str, out: str) -> None:
+    args = parse(arms_of_table, description, out)
     runs, arms = Runs(arms_of_table, args), args.arms or list(arms_of_table)
     with ThreadPoolExecutor(len(arms)) as pool:  # no arm waits for another's tuning
         best = dict(zip(arms, pool.map(lambda arm: whole(runs, arm, args), arms), strict=True))
@@ -190,8 +190,8 @@ def main(arms_of_table: Arms, told: str, out: str) -> None:
     print(json.dumps({"model": args.model, "choices": best, "runs": list(runs.done.values())}))
 
 
-def parse(arms: Arms, told: str, out: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=told, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arms: Arms, description: str, out: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--out", default=out)

@@ -32,8 +32,8 @@ def estimator(zo: ZO, device: str, graphs: bool = False) -> ZO:
     """The same estimator made of kernels, and with `graphs` of recorded launches, for weights on a GPU."""
     if not device.startswith("cuda") or not has_triton():
         return zo
-    from gpu.graphs import CudaGraphed, GraphedZO
-    from gpu.kernels import FusedZO
+    from gpu.graphs import CudaGraphed
+    from gpu.kernels import FusedZO, GraphedZO
 
     fields = {f.name: getattr(zo, f.name) for f in dataclasses.fields(ZO)}
     return GraphedZO(**fields, graphed=CudaGraphed(device)) if graphs else FusedZO(**fields)

@@ -5,21 +5,15 @@ of launches, recorded once: the same kernels at the same addresses, so the same 
 step to step has to be in memory, in static buffers: the batch, a step's number (it keys every draw) and its factors.
 
 A graph's working memory is its own: nothing else can use it between two replays.  So beside the allocator's peak a run
-holds it in reserve, once for all graphs of a run.  Imports random_bits, quant, zo_optim and gpu's kernels.
+holds it in reserve, once for all graphs of a run.  kernels.GraphedZO records a step so.  Imports nothing of ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-
-from gpu.kernels import FusedZO
-from quant import Store
-from random_bits import Key
-from zo_optim import LossFn
 
 MAX_GRAPHS = 64  # kept at a time: each holds its launches in the host's and the driver's memory
 
@@ -75,25 +69,3 @@ def copies(inputs: list[Tensor | None]) -> list[Tensor | None]:
     """Tensors with memory of their own, for warming up as for recording: torch.compile takes a view for another kind
     of input, and would compile once more, which cannot be recorded."""
     return [None if x is None else x.clone() for x in inputs]
-
-
-@dataclass(frozen=True)
-class GraphedZO(FusedZO):
-    """The same estimator, whose forwards and whose update are replayed.
-
-    Its loss_fn has tensors() and with_tensors(...) (data.scoring.BatchLoss): the batch goes into static buffers.
-    """
-
-    graphed: CudaGraphed = field(kw_only=True, compare=False)
-
-    def losses(self, weights: dict[str, Store], loss_fn: LossFn, key: Key) -> Tensor:
-        def run(step: Tensor, inputs: list[Tensor | None]) -> Tensor:
-            return FusedZO.losses(self, weights, loss_fn.with_tensors(inputs), key._replace(step=step))
-
-        return self.graphed(("losses", self, key.seed), run, key.step, loss_fn.tensors())
-
-    def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
-        def run(step: Tensor, inputs: list[Tensor | None]) -> Tensor:
-            return FusedZO.add_directions_(self, weights, inputs[0], key._replace(step=step))
-
-        return self.graphed(("update", self, key.seed), run, key.step, [factors])

@@ -9,14 +9,14 @@ A group is in one row and under one scale, so what belongs to those is computed 
 of them: tensors are [BLOCK], [BLOCK, 1] or [BLOCK, 8], and nothing moves between threads.  Where all of a program is in
 one row (ONE_ROW), what belongs to it is computed once, [1, 1].  (The first version had [8 * BLOCK] elements with a row,
 a column and a scale each: twice the instructions, half of them integer divisions and copies through shared memory.)
-Imports zo_optim, quant and random_bits.
+Imports zo_optim, quant, random_bits and gpu's graphs.
 """
 
 from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -24,9 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu.graphs import CudaGraphed
 from quant import E4M3, GROUP_SIZE, Float, Fp8, Integers, Store, StoredWeights
 from random_bits import GOLDEN, LOW, M0, M1, W0, W1, Key, Purpose, tensor_id
-from zo_optim import ZO, quantile_knots
+from zo_optim import ZO, LossFn, quantile_knots
 
 PAIR_BLOCK, UPDATE_BLOCK = 256, 512  # groups a program, two and four to a thread: as measured (NOTES.md)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -663,6 +664,28 @@ class FusedZO(ZO):
             else:
                 step_(store, key._replace(tensor=tensor_id(name)), factors, self, counts)
         return counts.sum(0)
+
+
+@dataclass(frozen=True)
+class GraphedZO(FusedZO):
+    """The same estimator, whose forwards and whose update are replayed.
+
+    Its loss_fn has tensors() and with_tensors(...) (data.scoring.BatchLoss): the batch goes into static buffers.
+    """
+
+    graphed: CudaGraphed = field(kw_only=True, compare=False)
+
+    def losses(self, weights: dict[str, Store], loss_fn: LossFn, key: Key) -> Tensor:
+        def run(step: Tensor, inputs: list[Tensor | None]) -> Tensor:
+            return FusedZO.losses(self, weights, loss_fn.with_tensors(inputs), key._replace(step=step))
+
+        return self.graphed(("losses", self, key.seed), run, key.step, loss_fn.tensors())
+
+    def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
+        def run(step: Tensor, inputs: list[Tensor | None]) -> Tensor:
+            return FusedZO.add_directions_(self, weights, inputs[0], key._replace(step=step))
+
+        return self.graphed(("update", self, key.seed), run, key.step, [factors])
 
 
 class FusedStoredWeights(StoredWeights):

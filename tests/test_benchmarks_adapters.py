@@ -3,19 +3,18 @@
 import pytest
 from helpers import tiny_roberta
 
-import train
 from benchmarks.adapters import EXAMPLES, QUERIES, arms_of
 from benchmarks.speed import SHAPES
-from config import Config, parse
 from data.tasks import get_task, load_splits
-from dry_run import predict
-from zo_optim import epoch_of, queries_of
+from runtime.config import Config, parse, validate
+from runtime.dry_run import predict
+from zo_optim import adazeta_queries, epoch_of
 
 ROBERTA = tiny_roberta(hidden_size=320, intermediate_size=1280, num_hidden_layers=8, num_attention_heads=5)
 
 
 def configs(task: str) -> dict[str, Config]:
-    """Of each arm with each choice; a preset's name, so that no file is looked for."""
+    """Each arm with each of its choices; the model is a preset's name, so that no file is looked for."""
     return {
         f"{arm} {choice}": parse(["--model", "llama2-7b", "--device", "cpu", *flags.split(), *choice.split()])
         for arm, (flags, choices) in arms_of(task).items() for choice in choices
@@ -25,10 +24,11 @@ def configs(task: str) -> dict[str, Config]:
 @pytest.mark.parametrize("task", EXAMPLES)
 def test_every_arm_means_something_and_has_the_same_forwards(task):
     for name, c in configs(task).items():
-        train.validate(c)
+        validate(c)
         if c.optimizer == "zo":
             of_step = [
-                c.queries or queries_of(epoch_of(step, EXAMPLES[task], c.batch_size), c.alpha, c.beta, c.max_queries)
+                c.queries
+                or adazeta_queries(epoch_of(step, EXAMPLES[task], c.batch_size), c.alpha, c.beta, c.max_queries)
                 for step in range(c.steps)
             ]
             assert QUERIES <= sum(of_step) < QUERIES + of_step[-1], name

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.offset import accuracy, auc, best_constant, differences, loss, opinion
-from config import parse
+from runtime.config import parse
 from train import prepare
 
 LABELS = torch.tensor([0, 1, 0, 1, 1, 0])

@@ -13,7 +13,7 @@ def test_every_way_is_timed_on_the_same_steps(capsys):
     header, *rows, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
     assert [int(row.split()[0]) for row in rows] == [4, 3, 1] == [int(way) for way in result["seconds"]]
-    assert result["slopes_apart"]["1"] == 0 and max(result["slopes_apart"].values()) < 1e-3
+    assert result["projected_grads_apart"]["1"] == 0 and max(result["projected_grads_apart"].values()) < 1e-3
     for way, (fastest, slowest) in result["spread"].items():
         assert 0 < fastest <= result["seconds"][way] <= slowest
 
@@ -22,7 +22,7 @@ def test_every_way_is_timed_on_the_same_steps(capsys):
 def test_flags_are_those_of_a_run_on_a_gpu(given, monkeypatch):
     """A step is compiled and recorded unless told otherwise, whatever it is timed on."""
     seen = []
-    monkeypatch.setattr("config.best_device", lambda: "cuda")
+    monkeypatch.setattr("runtime.config.best_device", lambda: "cuda")
     monkeypatch.setattr(probes, "validate", seen.append)
     for name in "examples", "problem_of", "report":
         monkeypatch.setattr(probes, name, lambda *args: None)

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from benchmarks import peers, speed
 from benchmarks.memory import examples
-from config import parse, validate
-from data.scoring import collate, losses
+from data.scoring import BatchLoss, collate
 from model import LanguageModel, create
+from runtime.config import parse, validate
 
 EPS, LR, SEED = 1e-2, 0.5, 3
 
 
 @pytest.fixture
 def lm() -> LanguageModel:
-    """A small model in fp32 with gain enough for slopes of size 1."""
+    """A small model in fp32 with gain enough for projected gradients of size 1."""
     lm = create(tiny_llama())
-    for stored in lm.store.values():
+    for stored in lm.weights.values():
         if stored.value.ndim == 2:
             stored.value.mul_(20)
     return lm
@@ -35,7 +35,7 @@ def batch(lm):
 
 
 def weights_of(lm: LanguageModel) -> list[Tensor]:
-    return [stored.value for stored in lm.store.values()]
+    return [stored.value for stored in lm.weights.values()]
 
 
 def directions(weights: list[Tensor], draw) -> list[Tensor]:
@@ -48,13 +48,13 @@ def loss_along(lm, batch, start: list[Tensor], along: list[Tensor], distance: fl
     """L(w + distance * u), the weights put there by a sum of copies, and left at the start."""
     for w, at, u in zip(weights_of(lm), start, along, strict=True):
         w.copy_(at + distance * u)
-    loss = losses(lm, batch, lm.stored_view()).item()
+    loss = BatchLoss(lm, [batch])(lm.stored_view()).item()
     for w, at in zip(weights_of(lm), start, strict=True):
         w.copy_(at)
     return loss
 
 
-def slope_along(lm, batch, start: list[Tensor], along: list[Tensor]) -> float:
+def projected_grad_along(lm, batch, start: list[Tensor], along: list[Tensor]) -> float:
     plus, minus = (loss_along(lm, batch, start, along, sign * EPS) for sign in (1, -1))
     return (plus - minus) / (2 * EPS)
 
@@ -73,24 +73,24 @@ def test_full_logits_give_the_loss_of_the_last_ones(lm, batch):
     assert peers.full_loss(lm, batch).item() == pytest.approx(peers.last_loss(lm, batch).item(), abs=1e-6)
 
 
-def test_mezo_steps_against_its_slope_along_what_it_probed(lm, batch):
-    """Losses near 1 are off by some 1e-7, so slopes by some 1e-5."""
+def test_mezo_steps_against_its_projected_gradient_along_what_it_probed(lm, batch):
+    """Losses near 1 are off by some 1e-7, so projected gradients by some 1e-5."""
     weights = weights_of(lm)
     start = [w.clone() for w in weights]
     z = directions(weights, peers.gaussian)
-    expected = slope_along(lm, batch, start, z)
-    slope = peers.mezo_step(weights, loss_fn(lm, batch), SEED, EPS, LR)
-    assert abs(slope) > 0.1 and slope == pytest.approx(expected, abs=1e-4)
+    expected = projected_grad_along(lm, batch, start, z)
+    grad = peers.mezo_step(weights, loss_fn(lm, batch), SEED, EPS, LR)
+    assert abs(grad) > 0.1 and grad == pytest.approx(expected, abs=1e-4)
     for w, at, d in zip(weights, start, z, strict=True):
-        rounding = drift(start, z) + 2.0**-24 * (w.abs().max().item() + LR * abs(slope) * d.abs().max().item())
-        assert (w - (at - LR * slope * d)).abs().max() <= rounding
+        rounding = drift(start, z) + 2.0**-24 * (w.abs().max().item() + LR * abs(grad) * d.abs().max().item())
+        assert (w - (at - LR * grad * d)).abs().max() <= rounding
 
 
 def test_mezo_restores_up_to_rounding_at_rate_0_and_not_further(lm, batch):
     weights = weights_of(lm)
     start = [w.clone() for w in weights]
-    slope = peers.mezo_step(weights, loss_fn(lm, batch), SEED, EPS, 0.0)
-    assert slope != 0
+    grad = peers.mezo_step(weights, loss_fn(lm, batch), SEED, EPS, 0.0)
+    assert grad != 0
     gap = max((w - at).abs().max().item() for w, at in zip(weights, start, strict=True))
     assert 0 < gap <= drift(start, directions(weights, peers.gaussian))
 
@@ -114,11 +114,11 @@ def test_quzo_steps_along_the_very_direction_that_it_probed_then_lands_on_a_grid
     start = [w.clone() for w in weights]
     u = directions(weights, peers.quantised)
     assert all(d.unique().numel() <= 17 for d in u)
-    expected = slope_along(lm, batch, start, u)
-    slope = peers.quzo_step(weights, loss_fn(lm, batch), SEED, EPS, LR, bits=8)
-    assert abs(slope) > 0.1 and slope == pytest.approx(expected, abs=1e-4)
+    expected = projected_grad_along(lm, batch, start, u)
+    grad = peers.quzo_step(weights, loss_fn(lm, batch), SEED, EPS, LR, bits=8)
+    assert abs(grad) > 0.1 and grad == pytest.approx(expected, abs=1e-4)
     for w, at, d in zip(weights, start, u, strict=True):
-        wanted = at - LR * slope * d
+        wanted = at - LR * grad * d
         if w.ndim == 1:
             assert torch.allclose(w, wanted, atol=1e-6)
             continue
@@ -136,15 +136,15 @@ def test_as_released_is_the_tight_step_but_for_rounding(lm, batch, step, release
     start, ends = [w.clone() for w in weights_of(lm)], []
     for options in ({}, released):
         weights = [w.clone() for w in start]
-        for stored, w in zip(lm.store.values(), weights, strict=True):
+        for stored, w in zip(lm.weights.values(), weights, strict=True):
             stored.value = w
         loss = Mock(side_effect=loss_fn(lm, batch))
-        slope = step(weights_of(lm), loss, SEED, EPS, LR, **options)
-        for stored, w in zip(lm.store.values(), weights, strict=True):
+        grad = step(weights_of(lm), loss, SEED, EPS, LR, **options)
+        for stored, w in zip(lm.weights.values(), weights, strict=True):
             assert stored.value is w  # an update of the model itself
-        ends.append((slope, torch.cat([w.flatten() for w in weights]), loss.call_count))
-    (tight, at, _), (slope, there, calls) = ends
-    assert slope == pytest.approx(tight, abs=1e-3) and calls == (3 if step is peers.quzo_step else 2)
+        ends.append((grad, torch.cat([w.flatten() for w in weights]), loss.call_count))
+    (tight, at, _), (grad, there, calls) = ends
+    assert grad == pytest.approx(tight, abs=1e-3) and calls == (3 if step is peers.quzo_step else 2)
     assert ((at - there).abs() > 1e-4).double().mean() < 1e-3
     assert ((at - torch.cat([w.flatten() for w in start])).abs() > 1e-3).double().mean() > 0.5
 
@@ -153,7 +153,7 @@ def test_transformers_model_has_our_loss():
     """In bf16: logits near 1, rounded to 2^-8 of themselves some ten times."""
     lm, raw = create(tiny_llama(), weights="bf16"), tiny_llama()
     model = peers.transformers_model(raw, "cpu")
-    model.load_state_dict({name: stored.value for name, stored in lm.store.items()}, strict=False)
+    model.load_state_dict({name: stored.value for name, stored in lm.weights.items()}, strict=False)
     batch = collate(examples(parse(["--model", "tiny", "--batch-size", "4"]), 8, raw["vocab_size"]), 0, lm.device)
     batch.at = torch.tensor([7, 2, 5, 3])
     assert peers.transformers_loss(model, batch).item() == pytest.approx(peers.full_loss(lm, batch).item(), abs=0.02)
@@ -161,7 +161,7 @@ def test_transformers_model_has_our_loss():
 
 
 def test_weights_in_bf16_stay_in_bf16(lm, batch):
-    weights = [stored.value for stored in create(tiny_llama(), weights="bf16").store.values()]
+    weights = [stored.value for stored in create(tiny_llama(), weights="bf16").weights.values()]
     dtypes = [w.dtype for w in weights]
     for draw in (peers.gaussian, peers.quantised):
         peers.sweep(weights, draw, SEED, 1, EPS)
@@ -192,7 +192,7 @@ def test_a_case_measures_a_row_for_each_size(name):
         assert row["run_ms"] == pytest.approx(row["ms"])  # a run of one
     if "AdaZeta" in name:
         assert rows[0]["tokens_per_second"] == pytest.approx(8 * 16 * 64 / rows[0]["ms"] * 1e3)
-        assert "plain forward" in speed.told(rows[0], None)
+        assert "plain forward" in speed.row_text(rows[0], None)
 
 
 def test_the_command_prints_a_row_and_json(capsys):

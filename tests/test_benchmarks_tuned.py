@@ -100,8 +100,8 @@ def test_a_row_has_means_and_spread_of_the_reported_seeds():
         ("arm", "--lr 1 --eps 2", seed): {"test": test, "dev": 0.5, "dev_loss": loss, "trainable_parameters": 1234}
         for seed, test, loss in ((1, 0.70, 0.4), (2, 0.80, 0.5), (3, 0.75, 0.6), (0, 0.1, 9.0))
     })  # fmt: skip
-    told = tuned.line(runs, "arm", "--lr 1 --eps 2", [1, 2, 3])
-    assert told == "| arm | 1,234 | 1 eps 2 | 0.5000, 50.0 | 75.0 (5.0) | 70.0, 80.0, 75.0 |"
+    row = tuned.line(runs, "arm", "--lr 1 --eps 2", [1, 2, 3])
+    assert row == "| arm | 1,234 | 1 eps 2 | 0.5000, 50.0 | 75.0 (5.0) | 70.0, 80.0, 75.0 |"
 
 
 def test_a_row_says_which_seeds_it_lacks():

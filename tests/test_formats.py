@@ -122,17 +122,6 @@ def test_encode_finds_the_nearest_of_all_points(weights, residual):
     assert torch.equal(numbers(stored, weights, residual), nearest(x.double(), points(weights, residual)))
 
 
-@every_grid
-def test_encode_is_symmetric(weights, residual):
-    """On the grid that steps land on, and as forwards read it.  0 itself lies between two points of a residual's."""
-    x = torch.cat((awkward(weights, residual)[:20], gaussian(20, 128)))
-    plus, minus = encode(x, weights, residual), encode(-x, weights, residual)
-    assert torch.equal(scales_of(plus, weights), scales_of(minus, weights))
-    assert torch.equal(plus.dequantise(), -minus.dequantise())
-    ups, downs = (numbers(stored, weights, residual)[x != 0] for stored in (plus, minus))
-    assert torch.equal(ups, -downs)
-
-
 def check_nearest(stored: Store, x: Tensor, weights: str, residual: int) -> None:
     """A quotient in float32 is off by 2^-24 of itself, so the nearest point may be missed by twice that."""
     got, want = numbers(stored, weights, residual), x.double() / scales_of(stored, weights).double()
@@ -166,8 +155,9 @@ def test_encode_in_groups_of_all_widths(weights, residual):
 
 @every_kind
 def test_a_zero_group_is_exact_and_learns(weights):
-    """A row, an int4 group inside, and a short one at the end.  They get the matrix's largest scale; a step of one
-    spacing then takes each code to the grid's first point."""
+    """A row, an int4 group inside, and a short one at the end.  They get the matrix's largest scale, or 1; a step of
+    one spacing then takes each code to the grid's first point."""
+    assert (encode(torch.zeros(3, 130), weights).tensors()[".scale"] == 1).all()
     x = gaussian(4, 300)
     x[2], x[1, 128:256], x[3, 256:] = 0, 0, 0
     stored, zero = encode(x, weights), x == 0
@@ -178,12 +168,6 @@ def test_a_zero_group_is_exact_and_learns(weights):
     assert stored.add_rounded_(ALL, delta, words_like(x)).tolist() == [int(zero.sum()), 0]
     grid = points(weights)
     assert (numbers(stored, weights)[zero] == grid[grid > 0].min()).all()
-
-
-@every_grid
-def test_a_zero_matrix_is_exact(weights, residual):
-    stored = encode(torch.zeros(3, 130), weights, residual)
-    assert not stored.dequantise().any() and (stored.tensors()[".scale"] == 1).all()
 
 
 TINY = [1e-38, 1.2e-38, 3e-39, 1e-40, 1e-41, 3e-43, 2e-43, 1e-43, 4e-45, 1e-45]
@@ -412,14 +396,6 @@ def test_a_forward_reads_the_code_alone(weights, residual):
     before = reads()
     stored.residual.random_(generator=torch.Generator().manual_seed(2))
     assert all(torch.equal(a, b) for a, b in zip(before, reads(), strict=True))
-
-
-@every_residual
-def test_reads_with_a_residual_are_not_biased(weights, residual):
-    """Rounding to nearest is off by 0.29 of a code, in no direction: a mean over 2^17 weights by 8e-4 of a code."""
-    x = gaussian(128, 1024)
-    stored = encode(x, weights, residual)
-    assert ((stored.dequantise() - x) / stored.spacing(ALL)).double().mean().abs() < 5 * 0.29 / x.numel() ** 0.5
 
 
 @every_residual

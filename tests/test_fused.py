@@ -77,6 +77,8 @@ def test_nothing_changes_on_a_cpu():
     assert gpu.estimator(zo, "cpu") is zo and not random_bits.DEVICE_TWINS
 
 
+@full
+@pytest.mark.skipif(INTERPRETED, reason="no kernel of Triton's")
 @pytest.mark.parametrize("shared", [False, True])
 def test_products_of_fp8_codes_are_those_of_fake_quantised_numbers(shared):
     """Each copy's own weights, or one for all.  The sum is in float32, then rounded to bfloat16."""
@@ -111,6 +113,7 @@ RUNS += [("int8", 0, (2, 8192), ZO(grid=True, eps=0.02))]
 RUNS += [("int8", 4, (3, 4096), ZO(grid=True, probe="codes", queries=2, eps=0.02))]
 RUNS += [("int8", 0, (3, C), ZO(bits=4, eps=0.02)) for C in (2048, 4096)]
 RUNS += [("fp8", 0, (3, C), ZO(bits=4, eps=0.02, probe="codes")) for C in (2048, 4096)]
+RUNS += [("fp32", 0, (1003,), zo) for zo in (ZO(bits=4), ZO(grid=True, probe="codes", queries=2))]
 QUICK = [("fp32", CASES[0]), ("int8", CASES[0]), ("int8", CASES[1]), ("int4", CASES[1]), ("fp8", CASES[0])]
 
 
@@ -130,10 +133,10 @@ def in_memory(step: int) -> Tensor:
     return torch.tensor([step], dtype=torch.int32)
 
 
-def read(
-    weights: dict[str, Store], zo: ZO, step: int | Tensor, signs: tuple[int, ...] = (1, -1), rows: Tensor | None = None
-) -> Tensor:
-    return PerturbedWeights(weights, Key(SEED, step), zo, [(5, sign) for sign in signs], len(signs)).read("w", rows)
+def read(weights: dict[str, Store], zo: ZO, step: int | Tensor, signs: tuple[int, ...] = (1, -1), **options) -> Tensor:
+    """w + eps u1 and w - eps u1 of query 5."""
+    copies = [(5, sign) for sign in signs]
+    return PerturbedWeights(weights, Key(SEED, step), zo, copies, len(copies)).read("w", **options)
 
 
 def moved_alike(plain: dict, quick: dict, grads: list[float], step: int, zo: ZO, lr: float) -> Tensor:
@@ -149,37 +152,21 @@ def moved_alike(plain: dict, quick: dict, grads: list[float], step: int, zo: ZO,
 @pytest.mark.parametrize("weights, residual, shape, zo", [
     pytest.param(*run, marks=[] if run[1] == 0 and (run[0], run[2:]) in QUICK else full) for run in RUNS
 ])  # fmt: skip
-def test_matrices(weights, residual, shape, zo):
-    """An update, a pair of copies, rows of them, and an update so large that most weights go to the ends."""
+def test_kernels_are_the_definitions(weights, residual, shape, zo):
+    """An update, copies of either sign and of both, rows of them, fp8 codes, and an update so large that most weights
+    go to the ends."""
     plain, quick = stores(shape, weights, residual)
-    total = torch.zeros(2, dtype=torch.int64)
-    for step, lr in enumerate((0.02, 3.0)):
-        total += moved_alike(plain, quick, [0.7, -1.3, 2.0][: zo.queries], step, zo, lr)
-        if step == 0:
-            for number in (step, in_memory(step)):
-                assert torch.equal(read(quick, fused(zo), number), read(plain, zo, step))
-            index = torch.tensor([shape[0] - 1, 0, 0, 1])
-            assert torch.equal(read(quick, fused(zo), step, rows=index), read(plain, zo, step, rows=index))
+    total = moved_alike(plain, quick, [0.7, -1.3, 2.0][: zo.queries], 0, zo, 0.02)
+    reads = [dict(signs=signs) for signs in ((1, -1), (1,), (-1,))]
+    if len(shape) > 1:
+        reads += [dict(rows=torch.tensor([shape[0] - 1, 0, 0, 1]))]
+    if weights == "fp8":
+        reads += [dict(as_codes=True)]
+    for options, step in zip(reads, (0, in_memory(0), 0, in_memory(0), 0), strict=False):
+        got, want = read(quick, fused(zo), step, **options), read(plain, zo, 0, **options)
+        assert same_bits(got, want) if "as_codes" in options else torch.equal(got, want)
+    total += moved_alike(plain, quick, [0.7, -1.3, 2.0][: zo.queries], 1, zo, 3.0)
     assert total[0] > 0 and (total[1] > 0) == (weights not in ("fp32", "bf16"))
-
-
-@inside
-@pytest.mark.parametrize("zo", [ZO(bits=4), ZO(grid=True, probe="codes", queries=2)], ids=["4 bits", "grid"])
-def test_vectors(zo):
-    plain, quick = stores((1003,), "fp32")
-    assert torch.equal(read(quick, fused(zo), 7), read(plain, zo, 7))
-    moved_alike(plain, quick, [0.5] * zo.queries, 7, zo, 0.01)
-
-
-@inside
-@pytest.mark.parametrize("weights", ["fp32", "int4", "fp8"])
-def test_one_sign_alone_is_its_half_of_the_pair(weights):
-    plain, quick = stores((5, 136), weights)
-    zo = ZO(bits=4, eps=0.02)
-    both = read(quick, fused(zo), 3)
-    for half, sign in enumerate((1, -1)):
-        assert torch.equal(read(quick, fused(zo), 3, (sign,)), both[half : half + 1])
-        assert torch.equal(read(plain, zo, 3, (sign,)), both[half : half + 1])
 
 
 @inside
@@ -216,16 +203,6 @@ def test_what_has_no_kernel_is_left_to_the_definition(weights, zo):
 
 
 # ---------------------------------------------------------------- fp8 codes
-
-
-@inside
-@pytest.mark.parametrize("zo", [zo for _, zo in CASES], ids=str)
-def test_fp8_codes_of_a_pair(zo):
-    for shape in ((9, 136), (2, 2048)):
-        plain, quick = stores(shape, "fp8")
-        want, got = (PerturbedWeights(weights, Key(SEED, 3), way, [(5, 1), (5, -1)], 2).read("w", as_codes=True)
-                     for weights, way in ((plain, zo), (quick, fused(zo))))  # fmt: skip
-        assert same_bits(got, want)
 
 
 @inside

@@ -17,6 +17,7 @@ from data.tasks import TINY
 from data.tiny import make
 from data.tokenizer import Tokenizer
 from model import create, load
+from runtime.checkpoints import weights_sha256
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 SHORT = "--steps 40 --batch-size 16 --length 24 --lr 3e-3 --warmup 4 --held-out 60".split()
@@ -199,7 +200,7 @@ def test_loss_falls_and_the_directory_loads_here_and_in_transformers(kind, like,
     at_random = np.log(json.loads((like(kind) / "config.json").read_text())["vocab_size"])  # 6.5
     assert result["held_out_loss"] < at_random - 1
     lm = load(tmp_path / "new")
-    assert lm.sha256() == result["weights_sha256"]
+    assert weights_sha256(lm.weights) == result["weights_sha256"]
     assert Tokenizer(tmp_path / "new").encode("the film") == Tokenizer(like(kind)).encode("the film")
     record = json.loads((tmp_path / "new" / "pretraining.json").read_text())
     assert record["held_out_loss"] == result["held_out_loss"] and record["flags"]["held_out"] == 60
@@ -238,7 +239,7 @@ def test_the_shape_comes_from_the_directory_and_never_its_weights(text, tmp_path
     result = run(capsys, TINY / "model", text, tmp_path / "new", *few)
     raw = load(TINY / "model").raw_config
     assert result["train_loss"] == pytest.approx(np.log(raw["vocab_size"]), abs=0.2)
-    assert load(tmp_path / "new").sha256() == create(raw, seed=7).sha256()
+    assert weights_sha256(load(tmp_path / "new").weights) == weights_sha256(create(raw, seed=7).weights)
 
 
 def test_bf16_halves_the_file_and_compute_and_epochs_are_heard(like, text, tmp_path, capsys):
@@ -248,7 +249,7 @@ def test_bf16_halves_the_file_and_compute_and_epochs_are_heard(like, text, tmp_p
         assert pretrain.main([*argv, "--out", str(tmp_path / out), *more]) == 0
     a, b, c = map(json.loads, capsys.readouterr().out.splitlines())
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in "ab"]
-    assert 0.45 < sizes[1] / sizes[0] < 0.55 and load(tmp_path / "b").sha256() == b["weights_sha256"]
+    assert 0.45 < sizes[1] / sizes[0] < 0.55 and weights_sha256(load(tmp_path / "b").weights) == b["weights_sha256"]
     rows = -(-(a["train_tokens"] - 1) // 24)
     assert a["steps"] == -(-rows // 160)
     assert a["train_loss"] == b["train_loss"] != c["train_loss"] == pytest.approx(a["train_loss"], abs=0.02)
@@ -260,7 +261,7 @@ def test_clipping_and_the_schedule_are_applied(name, off, like, text, tmp_path, 
     monkeypatch.setattr(pretrain, name, off)
     run(capsys, like("roberta"), text, tmp_path / "new", "--steps", "3", "--warmup", "0", "--weight-decay", "0")
     lm = load(tmp_path / "new")
-    assert lm.sha256() == create(lm.raw_config, seed=0).sha256()
+    assert weights_sha256(lm.weights) == weights_sha256(create(lm.raw_config, seed=0).weights)
 
 
 def test_compiling_takes_the_block_and_the_loss_and_changes_nothing(like, text, tmp_path, capsys, monkeypatch):
@@ -280,7 +281,7 @@ def test_only_matrices_decay(like, text, tmp_path, capsys):
     weights = {}
     for decay in ("0", "100"):
         run(capsys, like("llama"), text, tmp_path / decay, "--steps", "1", "--warmup", "0", "--weight-decay", decay)
-        weights[decay] = load(tmp_path / decay).store
+        weights[decay] = load(tmp_path / decay).weights
     for name, stored in weights["0"].items():
         assert torch.equal(stored.value, weights["100"][name].value) == (stored.value.ndim == 1)
 
@@ -289,7 +290,7 @@ def test_only_matrices_decay(like, text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    "flags, message",
     [
         ("--text nowhere.txt", "nowhere.txt"),
         ("--like nowhere", "no config.json"),
@@ -304,11 +305,11 @@ def test_only_matrices_decay(like, text, tmp_path, capsys):
         ("--nonsense 1", "--nonsense"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(flags, told, like, text, tmp_path, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(flags, message, like, text, tmp_path, capsys):
     argv = ["--like", str(like("llama")), "--text", str(text), "--out", str(tmp_path / "new"), *SHORT]
     assert pretrain.main([*argv, *flags.split()]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("pretrain.py: ") and told in last
+    assert last.startswith("pretrain.py: ") and message in last
     assert not (tmp_path / "new").exists()
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import train
-from run_folder import RunFolder, read_past
+from runtime.config import Config, parse, recorded
+from runtime.run_folder import read_run, read_trajectory
 
 FLAGS = "--steps 8 --eval-every 3 --num-eval 16 --batch-size 8 --lr 1e-3 --device cpu".split()
 RUNS = {
@@ -17,12 +19,24 @@ RUNS = {
     "int4 grid": "--weights int4",
     "residual, two queries": "--weights int8 --residual 4 --queries 2 --lr-schedule constant",
     "fp32, warmup": "--method mezo --warmup 6 --lr-schedule linear",
-    "adazeta": "--method adazeta --alpha 2 --beta 1 --max-queries 2 --batch-size 128 --steps 10",  # two epochs
+    "adazeta": "--method adazeta --alpha 2 --beta 1 --max-queries 2 --batch-size 43",  # two epochs
     "adapters on int4": "--method lora --optimizer zo --weights int4",
 }
-PLACES = ("in step 5", "while step 5 is written", "before dev is recorded")
-CASES = [(flags, PLACES[0]) for flags in RUNS.values()]
-CASES += [(RUNS[name], place) for name in ("int8", "adapters on int4") for place in PLACES[1:]]
+PLACES = {  # lines written before the kill, steps that are then whole.  A step has a line in trajectory, then one in
+    "step 1": (0, 0), "trajectory": (9, 4), "metrics": (10, 4), "dev": (13, 6),  # metrics.jsonl, where dev has one too
+}  # fmt: skip
+full = pytest.mark.full
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_splits():
+    def short(splits):
+        return splits._replace(train=splits.train[:256], dev=splits.dev[:32])
+
+    real = train.load_splits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load_splits", lambda *args: short(real(*args)))
+        yield
 
 
 def run(capsys, *flags: str) -> tuple[int, dict]:
@@ -31,12 +45,8 @@ def run(capsys, *flags: str) -> tuple[int, dict]:
     return code, json.loads(out[-1]) if out else {}
 
 
-def without_times(result: dict) -> dict:
-    return {key: value for key, value in result.items() if key not in ("seconds", "peak_memory_bytes", "out")}
-
-
 @pytest.fixture(scope="module")
-def wholes(tmp_path_factory):
+def wholes(tmp_path_factory) -> Callable[..., tuple[Path, dict]]:
     """Runs that nothing interrupts, each once: flags -> folder and result."""
     done = {}
 
@@ -49,84 +59,130 @@ def wholes(tmp_path_factory):
     return whole
 
 
-def die(monkeypatch, owner: object, name: str, calls: int) -> None:
-    """The call after so many ends the process, as far as the run folder can see."""
-    real, count = getattr(owner, name), iter(range(10**6))
+def kill_after(patch: pytest.MonkeyPatch, lines: int) -> None:
+    """So many whole lines of the record are written, then half of one, and then nothing more by anybody."""
+    left, half = iter(range(lines)), iter("1")
 
-    def dying(*args, **kwargs):
-        if next(count) == calls:
+    def opened(*args, **options):
+        file = open(*args, **options)  # noqa: SIM115
+        write = file.write
+
+        def dying(text: str) -> None:
+            if next(left, None) is not None:
+                return write(text)
+            if next(half, None):
+                write(text[: len(text) // 2])
+                file.flush()
             raise KeyboardInterrupt
-        return real(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, dying)
+        file.write = dying
+        return file
+
+    patch.setattr("runtime.run_folder.open", opened, raising=False)
 
 
-@pytest.mark.parametrize("flags, where", CASES)
-def test_a_killed_run_is_finished_to_the_same_bits(capsys, monkeypatch, tmp_path, wholes, flags, where):
-    """The second evaluation, of step 6, may have kept its weights and not have been recorded."""
-    cut = tmp_path / "cut"
-    whole, expected = wholes(capsys, flags)
-    owner, name, calls = (RunFolder, "dev", 1) if "dev" in where else (train, "update", 4)
-    with monkeypatch.context() as patch:
-        die(patch, owner, name, calls)
-        assert run(capsys, *FLAGS, *flags.split(), "--out", str(cut))[0] == 130
-    steps = 6 if "dev" in where else 4
-    assert len(read_past(cut).slopes) == steps and not (cut / "result.json").exists()
-    if "written" in where:
-        with (cut / "trajectory").open("a") as file:
-            file.write("0.25\n" if flags else "0.25")  # whole there, and missing in metrics.jsonl; or half a line
-        with (cut / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 5, "slo')
+def same(result: dict, other: dict) -> bool:
+    measured = ("seconds", "peak_memory_bytes", "out")
+    return all(result[key] == other[key] for key in {*result, *other} if key not in measured)
+
+
+def assert_finished_alike(capsys, cut: Path, whole: Path, expected: dict) -> None:
     code, result = run(capsys, "--resume", str(cut))
-    assert code == 0 and without_times(result) == without_times(expected)
-    for name in ("trajectory", "metrics.jsonl"):
-        lines = [(folder / name).read_text().splitlines() for folder in (whole, cut)]
-        assert len(lines[0]) == len(lines[1]) and (name == "metrics.jsonl" or lines[0] == lines[1])
+    assert code == 0 and same(result, expected)
+    assert (cut / "trajectory").read_text() == (whole / "trajectory").read_text()
+    rows = [[json.loads(line) for line in (folder / "metrics.jsonl").open()] for folder in (cut, whole)]
+    assert len(rows[0]) == len(rows[1]) and all(map(same, *rows))
     code, told = run(capsys, "--replay", str(cut))
     assert code == 0 and told["equal"] and told["weights_sha256"] == expected["weights_sha256"]
 
 
-def test_a_replay_tells_another_trajectory(capsys, tmp_path):
-    _, result = run(capsys, *FLAGS, "--out", str(tmp_path / "run"))
+@pytest.mark.parametrize("name, place", [
+    ("int8", "metrics"), *(pytest.param("int8", place, marks=full) for place in ("step 1", "trajectory", "dev")),
+    *(pytest.param(name, "metrics", marks=full) for name in list(RUNS)[1:]),
+    pytest.param("adapters on int4", "dev", marks=full),
+])  # fmt: skip
+def test_a_killed_run_is_finished_to_the_same_bits(capsys, tmp_path, wholes, name, place):
+    """The second evaluation, of step 6, may have kept its weights and not have been recorded."""
+    flags, (lines, steps), cut = RUNS[name], PLACES[place], tmp_path / "cut"
+    whole, expected = wholes(capsys, flags)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_after(patch, lines)
+        assert run(capsys, *FLAGS, *flags.split(), "--out", str(cut))[0] == 130
+    assert len(read_run(cut).projected_grads) == steps and not (cut / "result.json").exists()
+    assert len(read_trajectory(cut / "trajectory")) == steps + (place == "metrics")  # a step's line is there first
+    assert_finished_alike(capsys, cut, whole, expected)
+
+
+@full
+def test_a_run_that_was_asked_to_stop_is_finished_to_the_same_bits(capsys, tmp_path, wholes):
+    """Its own result is that of its best step, which can be redone."""
+    whole, expected = wholes(capsys, "")
+
+    class Stop:
+        asked = iter([0, 0, 0, 0])
+        signal = property(lambda self: next(self.asked, 2))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Stop", Stop)
+        code, result = run(capsys, *FLAGS, "--out", str(tmp_path / "cut"))
+    assert code == 130 and result["interrupted"] and (result["steps"], result["best_step"]) == (4, 3)
+    assert run(capsys, "--replay", str(tmp_path / "cut"))[1]["equal"]
+    assert_finished_alike(capsys, tmp_path / "cut", whole, expected)
+
+
+def test_a_replay_tells_another_trajectory(capsys, tmp_path, wholes):
+    whole, result = wholes(capsys, "")
+    shutil.copytree(whole, tmp_path / "run")
     path = tmp_path / "run" / "trajectory"
     path.write_text("".join(f"{-float(line)}\n" for line in path.read_text().splitlines()))
     code, told = run(capsys, "--replay", str(tmp_path / "run"))
     assert code == 1 and not told["equal"] and told["recorded_sha256"] == result["weights_sha256"]
 
 
-def test_a_replay_makes_no_forward(capsys, monkeypatch, tmp_path):
-    run(capsys, *FLAGS, "--out", str(tmp_path / "run"))
-    for name in ("hidden", "score"):
-        monkeypatch.delattr(f"model.LanguageModel.{name}")
-    monkeypatch.delattr("model.Llama.hidden")
-    assert run(capsys, "--replay", str(tmp_path / "run"))[1]["equal"]
+def test_a_replay_makes_no_forward(capsys, monkeypatch, wholes):
+    whole, _ = wholes(capsys, "")
+    for name in ("LanguageModel.hidden", "LanguageModel.score", "Llama.hidden"):
+        monkeypatch.delattr(f"model.{name}")
+    assert run(capsys, "--replay", str(whole))[1]["equal"]
 
 
-def refused(capsys, told: str, *flags: str) -> None:
-    assert train.main([*flags]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert told in lines[-1], lines
+def test_a_run_with_graphs_is_taken_up_on_a_cpu_without():
+    flags = vars(parse(["--model", "roberta-base", "--device", "cuda"]))
+    assert recorded(parse(["--resume", "run"]), flags).graphs
+    assert not recorded(Config(resume="run", device="cpu"), flags).graphs
 
 
-def test_what_cannot_be_taken_up_is_one_line(capsys, monkeypatch, tmp_path):
-    whole, other = tmp_path / "run", tmp_path / "other"
-    run(capsys, *FLAGS, "--out", str(whole))
-    refused(capsys, "is complete: all 8 steps", "--resume", str(whole))
-    refused(capsys, "own flags", "--resume", str(whole), "--lr", "1")
-    refused(capsys, "own flags", "--resume", str(whole), "--replay", str(whole))
-    for way in "--resume", "--replay":
-        refused(capsys, "got dry_run", way, str(whole), "--dry-run")
-    refused(capsys, "is not a run folder", "--replay", str(tmp_path))
-    refused(capsys, "is not a run folder", "--resume", str(tmp_path / "none"))
+def test_what_cannot_be_taken_up_is_one_line(capsys, tmp_path, wholes):
+    def refused(message: str, *flags: str) -> None:
+        assert train.main([*flags]) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and len(said.err.splitlines()) == 1 and message in said.err, said.err
+
+    whole, other = wholes(capsys, "")[0], tmp_path / "other"
+    refused("is complete: all 8 steps", "--resume", str(whole))
+    refused("own flags", "--resume", str(whole), "--lr", "1")
+    refused("own flags", "--resume", str(whole), "--replay", str(whole))
     shutil.copytree(whole, other)
     (other / "result.json").unlink()
-    refused(capsys, "was not finished", "--replay", str(other))
+    (other / "trajectory").write_text("0.5\n")
+    refused("was not finished", "--replay", str(other))
     config = json.loads((other / "config.json").read_text())
-    for name, value, told in [
-        ("base_weights_sha256", "00", "base_weights_sha256"), ("data_sha256", {}, "data_sha256"),
-        ("flags", config["flags"] | {"new": 1}, "flags differ in new"),
-        ("flags", config["flags"] | {"optimizer": "adamw"}, "AdamW's moments are not kept"),
-    ]:  # fmt: skip
-        (other / "config.json").write_text(json.dumps(config | {name: value}))
-        (other / "trajectory").write_text("0.5\n")
-        refused(capsys, told, "--resume", str(other))
+    older = {key: value for key, value in config.items() if key != "format"}
+    for way in ("--resume", "--replay"):
+        refused("got dry_run", way, str(whole), "--dry-run")
+        refused("cannot be read as a run folder", way, str(tmp_path / "none"))
+        for changed, message in (
+            (older, "its format is 1, this version reads 2"), (config | {"format": 1}, "its format is 1"),
+            (config | {"format": 3}, f"its format is 3, this version reads 2; use the commit {config['git_commit']}"),
+            ({"model_type": "llama"}, "config.json is not that of a run"),
+            (config | {"flags": config["flags"] | {"new": 1}}, "flags differ in new"),
+            (config | {"flags": config["flags"] | {"optimizer": "adamw"}}, "AdamW's moments are not kept"),
+        ):  # fmt: skip
+            (other / "config.json").write_text(json.dumps(changed))
+            (other / "result.json").write_text((whole / "result.json").read_text())
+            refused(message, way, str(other))
+    for changed in ({"base_weights_sha256": "00"}, {"data_sha256": {}}):
+        (other / "config.json").write_text(json.dumps(config | changed))
+        refused(f"the run's {next(iter(changed))} is", "--resume", str(other))
+    (other / "config.json").write_text(json.dumps(config | {"base_weights_sha256": "00"}))
+    refused("the run's base_weights_sha256 is 00", "--replay", str(other))
