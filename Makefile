@@ -1,15 +1,19 @@
-# make demo    train the embedded model with QuZO on int8 codes (two minutes, CPU)
-# make test    the tests (CPU, no network once installed)
-# make lint    ruff
+# make demo        train the embedded model with QuZO on int8 codes (half a minute on two CPU cores)
+# make test        the contracts, without network (a minute and a half on two CPU cores)
+# make test-full   every test (eight minutes; a few more run on a GPU, and on the checkpoints of tests/README.md)
+# make lint        ruff
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-full lint clean
 
 demo: .venv/demo
 	$(BIN)/python train.py
 
 test: .venv/dev
+	$(BIN)/python -m pytest -q -m "not full"
+
+test-full: .venv/dev
 	$(BIN)/python -m pytest -q
 
 lint: .venv/dev

@@ -182,8 +182,8 @@ class LlamaBlock(nn.Module):
         x is float32 whatever the products are computed in: sums in bf16 put more noise into a small projected
         gradient than all products together."""
         dtype, x = y.dtype, x + y
-        attended = self.self_attn(self.input_layernorm(x).to(dtype), cos, sin, seen, wanted, *cache)
-        x = (x if wanted is None else x[:, *wanted]) + attended
+        residual = x if wanted is None else x[:, *wanted]
+        x = residual + self.self_attn(self.input_layernorm(x).to(dtype), cos, sin, seen, wanted, *cache)
         return x, self.mlp(self.post_attention_layernorm(x).to(dtype))
 
 

@@ -11,7 +11,7 @@ from benchmarks.tuned import Arms, main, rates
 from zo_optim import adazeta_queries, epoch_of
 
 BATCH, QUERIES = 32, 2000  # two forwards each
-EXAMPLES = {"sst2": 1024, "trec": 2646}  # of k = 512
+EXAMPLES = {"sst2": 1024, "trec": 2646}  # in the files with k = 512
 FIRST_ORDER = "--steps 600 --eval-every 60 --weights fp32 --lr-schedule linear --warmup 60"
 SMALL = "--bottleneck 16 --tt-rank 3"
 FEW = {  # biases are most of a small adapter, and norms as many again

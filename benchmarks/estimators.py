@@ -1,4 +1,4 @@
-"""What each estimator does to the gradient of a linear loss: its scale and its noise, measured beside theory.
+"""Scale and noise of each estimator's gradient of a linear loss, measured beside theory.
 
     python -m benchmarks.estimators
 
@@ -53,7 +53,7 @@ def theory(estimator: str, bits: int) -> Moments:
     u = normal_table(CPU).double() * UNIT
     step = step_of(bits)
     low = (u / step).floor() * step
-    p = (u - low) / step  # of the upper one
+    p = (u - low) / step  # probability of the upper level
     square = (1 - p) * low**2 + p * (low + step) ** 2  # E[SR(u)^2 | u]
     fourth = (1 - p) * low**4 + p * (low + step) ** 4
     if estimator == "q-rge1":

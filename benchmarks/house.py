@@ -3,15 +3,16 @@
     python -m benchmarks.house                         # this checkout
     python -m benchmarks.house --tree ../before .      # two checkouts side by side
 
-Lines are those of *.py files by room: the face is what lies at the top level.  Figures about functions cover the face
-and then the source, which is all rooms but benchmarks and tests; a function runs from its `def` to its last line, and
-nested ones count too.  Characters are the mean over lines that are not blank.  The import graph holds every import of
-one of our modules by another, those in function bodies and for type checking included.
+Lines are those of *.py files by room: the face is the top level.  Figures about functions cover the face and then the
+source, which is the face, runtime, gpu and data; a function runs from its `def` to its last line, and nested ones count
+too.  Characters are the mean over lines that are not blank.  The import graph has every import of one of our modules by
+another, of source and docs; imports in function bodies and for type checking count.
 
 A step is the body of the training loop (batch, step, record) of `--method quzo --weights int8` on the embedded model on
 a CPU, once it is warm and where no evaluation is due.  It runs under sys.setprofile, which sees every Python function
 that is entered.  Hops are the distinct ones of ours, and frames the most of ours on the stack at once, from train.main
-down.  Lambdas, generator expressions and comprehensions are counted apart from functions, but are frames like others.
+down.  Lambdas, generator expressions and comprehensions are counted apart from functions, but are frames like others
+(from Python 3.12 on, comprehensions are part of their function).
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 
-FACE, APART = "face", ("benchmarks", "tests")  # APART: rooms that are not source
-ROOMS = (FACE, "runtime", "gpu", "data", "docs", *APART)
+FACE = "face"
+SOURCE = (FACE, "runtime", "gpu", "data")
+ROOMS = (*SOURCE, "docs", "benchmarks", "tests")
 SHORT = 5  # lines
 WATCHED_STEP = 4  # from 0; by then every cache is warm
 STEP_FLAGS = "--method quzo --weights int8 --device cpu --steps 8 --eval-every 100 --num-eval 8"
@@ -42,8 +44,8 @@ def rooms(tree: Path) -> dict[str, list[Path]]:
     return {FACE: sorted(tree.glob("*.py"))} | found
 
 
-def source_files(tree: Path) -> list[Path]:
-    return [path for room, paths in rooms(tree).items() if room not in APART for path in paths]
+def files_of(tree: Path, *wanted: str) -> list[Path]:
+    return [path for room, paths in rooms(tree).items() if room in wanted for path in paths]
 
 
 def functions(paths: list[Path]) -> dict[str, int]:
@@ -81,7 +83,7 @@ def readme_figures(tree: Path) -> dict:
 
 def imports(tree: Path) -> dict[str, list[str]]:
     """module -> modules of ours that it imports anywhere in its text."""
-    paths = {module_name(path, tree): path for path in source_files(tree)}
+    paths = {module_name(path, tree): path for path in files_of(tree, *SOURCE, "docs")}
     return {name: sorted(imported(path, set(paths)) - {name}) for name, path in sorted(paths.items())}
 
 
@@ -191,8 +193,8 @@ def count(tree: Path) -> dict:
     lines = {room: sum(len(path.read_text().splitlines()) for path in paths) for room, paths in found.items()}
     graph = imports(tree)
     return {
-        "lines": lines | {"source": sum(n for room, n in lines.items() if room not in APART)},
-        "face": function_figures(found[FACE]), "source": function_figures(source_files(tree)),
+        "lines": lines | {"source": sum(n for room, n in lines.items() if room in SOURCE)},
+        "face": function_figures(found[FACE]), "source": function_figures(files_of(tree, *SOURCE)),
         "readme": readme_figures(tree), "step": step_figures(tree), "imports": graph, "circles": circles(graph),
     }  # fmt: skip
 

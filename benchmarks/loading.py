@@ -76,7 +76,7 @@ def timed(work: Callable, *args) -> tuple[float, object]:
 
 
 def watched(work: Callable, *args) -> tuple[float, object]:
-    """What work returns, after the most that own_memory grew by while it ran, sampled every 5 ms."""
+    """-> the most that own_memory grew by while `work` ran, sampled every 5 ms, and its result."""
     done, before = threading.Event(), own_memory()
     seen = [before]
 

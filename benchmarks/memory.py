@@ -69,8 +69,8 @@ def step_function(c: Config, problem: Problem) -> Callable[[int, list[Encoded], 
     else:
         zo = gpu.estimator(estimator(c, lm), c.device, c.graphs)
 
-    def step(at: int, batch: list[Encoded], lr: float) -> Step | float:
-        loss_fn = BatchLoss.of(lm, batch, problem.pad, c.micro_batch_size, problem.multiple)
+    def step(at: int, examples: list[Encoded], lr: float) -> Step | float:
+        loss_fn = BatchLoss.of(lm, examples, problem.pad, c.micro_batch_size, problem.multiple)
         if c.optimizer == "adamw":
             return adamw_step(adamw, loss_fn.parts(lm.stored_view()), lr)
         return zo_step(weights, loss_fn, Key(c.seed, at), zo, lr)

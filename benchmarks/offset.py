@@ -49,7 +49,7 @@ def auc(difference: Tensor, labels: Tensor) -> float:
 
 
 def loss(difference: Tensor, labels: Tensor) -> float:
-    """Cross-entropy of the right option, mean."""
+    """Mean cross-entropy of the right option."""
     return F.binary_cross_entropy_with_logits(difference, labels.float()).item()
 
 

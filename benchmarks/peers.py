@@ -53,7 +53,7 @@ def fake_quantise(x: Tensor, bits: int, generator: torch.Generator) -> Tensor:
 
 
 def fake_quantise_as_released(x: Tensor, bits: int, generator: torch.Generator) -> Tensor:
-    """The same by the release's own sequence of operations: scale, round, clamp, and back."""
+    """fake_quantise by the release's own sequence of operations: scale, round, clamp, and back."""
     max_code = 2 ** (bits - 1)
     scale = max_code / x.abs().max()
     scaled = x * scale
@@ -110,7 +110,7 @@ def mezo_step(
 def quzo_step(
     weights: list[Tensor], loss_fn: LossFn, seed: int, eps: float, lr: float, bits: int = 8, released: bool = False
 ) -> float:
-    """The same along 4-bit directions; then matrices go back onto a grid of so many bits.
+    """The same along 4-bit directions; then matrices are rounded to a grid of `bits` bits.
 
     (The release does so in one of its two trainers, and by a scale that is a power of two.)
     """
@@ -131,7 +131,7 @@ def last_loss(lm, batch: Batch) -> Tensor:
 
 
 def full_loss(lm, batch: Batch) -> Tensor:
-    """The same number the releases' way: logits of every word at every position."""
+    """The same number computed as the releases do, from logits of every word at every position."""
     logits = lm(batch.tokens)[batch.row, batch.at]  # [B, V]
     return F.cross_entropy(logits[:, batch.words], batch.labels)
 

@@ -2,12 +2,12 @@
 
     python -m benchmarks.pretrain --like DIR --text FILE --out NEW
 
-Only config.json, the tokenizer's files and the defaults in pretraining.json are taken from DIR, never its weights. FILE
+Only config.json, the tokenizer's files and the defaults in pretraining.json are taken from DIR, not its weights.  FILE
 holds UTF-8 documents separated by NUL, as it is or as .xz.  LLaMA learns the next token; RoBERTa learns masked tokens
 (15 %: 80 % of them <mask>, 10 % a random token, 10 % unchanged; Devlin et al. 2019, section 3.1).  Documents are laid
 end to end, `<s> text` for LLaMA and `<s> text </s>` for RoBERTa, and cut into rows; whole documents are held out first.
 
-Progress goes to standard error, one JSON object to standard output; what was done is in NEW/pretraining.json.
+Progress goes to standard error, one JSON object to standard output; the record is in NEW/pretraining.json.
 Everything is keyed by --seed: on a CPU the same command gives the same weights to the bit.
 
 Shape key: B rows, T tokens, M targets, D hidden.
@@ -84,7 +84,7 @@ MAX_PROCESSES = 16  # each imports torch: 0.3 GB, and some seconds
 
 
 class Ends(NamedTuple):
-    """What goes around every document."""
+    """Tokens that are put around every document."""
 
     begin: tuple[int, ...]
     end: tuple[int, ...]
@@ -138,7 +138,7 @@ class Stream:
 
 
 class Batch(NamedTuple):
-    """On the model's device."""
+    """One step's rows and targets, on the model's device."""
 
     tokens: Tensor  # [B, T] int64
     mask: Tensor  # [B, T] 1 = real
@@ -278,7 +278,7 @@ LEAST = {
     "batch_size": 1, "length": 2, "steps": 1, "epochs": 1e-6, "lr": 0, "warmup": 0, "weight_decay": 0, "seed": 0,
     "held_out": 0,
 }  # fmt: skip
-WARMUP = 20  # of this many steps one is warm-up: 5 %, as in RoBERTa's paper (24,000 of 500,000)
+WARMUP = 20  # one step in 20 is warm-up: 5 %, as in RoBERTa's paper (24,000 of 500,000)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -338,7 +338,7 @@ def resolve(args: argparse.Namespace) -> None:
 
 
 def schedule(args: argparse.Namespace, rows: int) -> None:
-    """What depends on the amount of text."""
+    """Fill --steps and --warmup, which depend on the amount of text."""
     if args.steps is None:
         args.steps = math.ceil(args.epochs * rows / args.batch_size)
     if args.warmup is None:

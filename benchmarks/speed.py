@@ -70,9 +70,9 @@ class Case:
 
     flags: str  # train.py's
     sizes: tuple[tuple[int, int], ...] = ((16, 64),)  # sequences and tokens of each, smallest first
-    peer: str | None = None  # of PEERS; its weights are built by the flags, or as transformers' model
+    peer: str | None = None  # a name in PEERS; its weights are built by the flags, or as transformers' model
     model: str | None = None  # a shape of its own in place of --model
-    targets: tuple[str, ...] = ()  # of each size
+    targets: tuple[str, ...] = ()  # one for each size
 
 
 BF16 = "--method mezo --weights bf16"
@@ -150,7 +150,7 @@ def clear(device: str) -> None:
 
 
 def problem_of(case: Case, c: Config, raw: dict) -> Problem:
-    """Without files, random weights; its lm may be transformers' model."""
+    """A problem without files and with random weights; its lm may be transformers' model."""
     if case.peer and PEERS[case.peer][1] is transformers_loss:
         return Problem(transformers_model(raw, c.device), [], [], [], 0, c.batch_size)
     return build(c, raw)
@@ -258,7 +258,7 @@ def growth(rows: list[dict]) -> dict[str, dict]:
     lines = {}
     for what, x in along.items():
         points = [row for row in rows if row["case"].startswith(f"growth with {what}")]
-        if what == "parameters" and points:  # of the same flags
+        if what == "parameters" and points:  # the row with the same flags
             points += [row for row in rows if row["case"] == MIDDLE and row["tokens"] == points[0]["tokens"]]
         if len({x(row) for row in points}) > 1:
             lines |= {f"{unit} with {what}": line_through([*map(x, points)], [*map(y, points)])

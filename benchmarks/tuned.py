@@ -53,7 +53,7 @@ class Runs:
             self.slots.put(job % max(1, torch.cuda.device_count()))
 
     def __call__(self, arm: str, choices: list[str], seeds: list[int]) -> None:
-        """All of these, as many at once as there are slots."""
+        """Run an arm with each choice and seed, as many at once as there are slots."""
         todo = [(arm, choice, seed) for seed in seeds for choice in choices if (arm, choice, seed) not in self.done]
         with ThreadPoolExecutor(max(1, len(todo))) as pool:
             list(pool.map(self._one, todo))
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace, gpu: int, row: dict) -> dict:
     return row
 
 
-TIE = 0.01  # of dev loss: about what another seed changes
+TIE = 0.01  # dev losses this close tie: another seed changes them by about as much
 FURTHER = 4  # rates beyond an arm's own
 
 

@@ -162,7 +162,7 @@ def test_a_zero_group_is_exact_and_learns(weights):
     x[2], x[1, 128:256], x[3, 256:] = 0, 0, 0
     stored, zero = encode(x, weights), x == 0
     scale = scales_of(stored, weights)
-    assert (scale[zero if weights == "int4" else [2]] == scale.max()).all() and len(scale.unique()) > 2
+    assert (scale[zero if weights == "int4" else [2]] == scales_by_hand(x, weights).max()).all()
     assert not numbers(stored, weights)[zero].any() and not stored.dequantise()[zero].any()
     delta = torch.where(zero, stored.spacing(ALL), 0.0)
     assert stored.add_rounded_(ALL, delta, words_like(x)).tolist() == [int(zero.sum()), 0]

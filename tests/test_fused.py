@@ -197,7 +197,7 @@ def test_what_has_no_kernel_is_left_to_the_definition(weights, zo):
     fits = {shape: kernels.fits(Float(torch.zeros(shape))) for shape in ((3,), (8,), (2, 8), (1, 12), (12, 1))}
     assert fits == {(3,): True, (8,): True, (2, 8): True, (1, 12): False, (12, 1): False}
     moved_alike(*stores((5, 12), weights), [1.0], 0, zo, 0.02)
-    moved_alike(*stores((5, 16), weights), [1.0], 0, ZO(**vars(zo) | {"nearest": True}), 3.0)
+    moved_alike(*stores((5, 16), weights), [1.0], 0, ZO(**vars(zo) | {"nearest": True}), 0.02)
     if weights == "int8":
         moved_alike(*({"w": encode(gaussian(5, 16), "int8", oracle=True)} for _ in range(2)), [1.0], 0, zo, 0.02)
 

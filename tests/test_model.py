@@ -504,9 +504,8 @@ def compiler():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("raw", [
-    pytest.param(tiny_llama(), id="llama"), pytest.param(tiny_roberta(), id="roberta", marks=pytest.mark.full),
-])  # fmt: skip
+@pytest.mark.full
+@pytest.mark.parametrize("raw", [tiny_llama(), tiny_roberta()], ids=["llama", "roberta"])
 def test_compiled_blocks(raw, compiler):
     """The same logits and states from one graph for all batches and lengths: of all layers but the last where that is
     asked for some tokens alone, of that one, and each for each number of copies."""

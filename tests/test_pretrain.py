@@ -318,7 +318,7 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, like, text, tmp_p
     [("cut.xz", lzma.compress(b"a\0b" * 99)[:-9]), ("no.xz", b"text"), ("latin.txt", b"caf\xe9\0b")],
     ids=["truncated", "not xz", "not UTF-8"],
 )
-def test_a_broken_text_file_is_told_by_name(name, content, like, tmp_path, capsys):
+def test_a_broken_text_file_is_named(name, content, like, tmp_path, capsys):
     (tmp_path / name).write_bytes(content)
     flags = ["--like", str(like("llama")), "--text", str(tmp_path / name), "--out", str(tmp_path / "new"), *SHORT]
     assert pretrain.main(flags) == 2
@@ -333,7 +333,7 @@ def test_a_folder_that_is_not_empty_is_refused_before_training(like, text, tmp_p
     assert "not empty" in capsys.readouterr().err and (tmp_path / "notes").read_text() == "mine"
 
 
-def test_defaults_come_from_the_record_and_a_lack_is_told(like, tmp_path, capsys):
+def test_defaults_come_from_the_record_and_a_missing_one_is_named(like, tmp_path, capsys):
     argv = ["--like", str(tmp_path), "--text", "text", "--out", "out"]
     (tmp_path / "pretraining.json").write_text(json.dumps({"batch": 8, "seq": 16, "lr": 0.002}))
     assert pretrain.main(argv) == 2 and "no 'steps' of type int: give --steps" in capsys.readouterr().err

@@ -92,8 +92,8 @@ def assert_finished_alike(capsys, cut: Path, whole: Path, expected: dict) -> Non
     assert (cut / "trajectory").read_text() == (whole / "trajectory").read_text()
     rows = [[json.loads(line) for line in (folder / "metrics.jsonl").open()] for folder in (cut, whole)]
     assert len(rows[0]) == len(rows[1]) and all(map(same, *rows))
-    code, told = run(capsys, "--replay", str(cut))
-    assert code == 0 and told["equal"] and told["weights_sha256"] == expected["weights_sha256"]
+    code, replayed = run(capsys, "--replay", str(cut))
+    assert code == 0 and replayed["equal"] and replayed["weights_sha256"] == expected["weights_sha256"]
 
 
 @pytest.mark.parametrize("name, place", [
@@ -135,8 +135,8 @@ def test_a_replay_tells_another_trajectory(capsys, tmp_path, wholes):
     shutil.copytree(whole, tmp_path / "run")
     path = tmp_path / "run" / "trajectory"
     path.write_text("".join(f"{-float(line)}\n" for line in path.read_text().splitlines()))
-    code, told = run(capsys, "--replay", str(tmp_path / "run"))
-    assert code == 1 and not told["equal"] and told["recorded_sha256"] == result["weights_sha256"]
+    code, replayed = run(capsys, "--replay", str(tmp_path / "run"))
+    assert code == 1 and not replayed["equal"] and replayed["recorded_sha256"] == result["weights_sha256"]
 
 
 def test_a_replay_makes_no_forward(capsys, monkeypatch, wholes):

@@ -1,7 +1,7 @@
 """One step and its parts: probes, estimates, updates, against hand computations, autograd's gradient, and replays.
 
-Statistical bounds are 5 standard deviations, computed from the table of normal numbers.  Three problems: three tensors
-of 2, 1 and 4 axes, where every bit is computed by hand; a toy, one 6 x 5 matrix under a smooth function, where every
+Statistical bounds are 5 standard deviations, computed from the table of normal numbers.  Three problems: four tensors
+of 2, 1, 4 and no axes, where every bit is computed by hand; a toy, one 6 x 5 matrix under a smooth function, where each
 coordinate of a gradient can be checked; and tiny language models.
 """
 
@@ -32,13 +32,12 @@ import tensor_train
 import zo_optim
 from data.scoring import BatchLoss, Encoded
 from model import LanguageModel, create
-from quant import FORMATS, Float, Integers, Store, StoredWeights, encode, stochastic_round
+from quant import FORMATS, Float, Store, StoredWeights, encode
 from random_bits import Key, Purpose, bits32, second_uniform, tensor_id
 from runtime.checkpoints import weights_sha256
 from zo_optim import (
     ZO,
     PerturbedWeights,
-    check_grid,
     direction,
     grid_direction,
     learning_rate,
@@ -51,6 +50,8 @@ KEY = Key(seed=3, step=4)
 U1, U2 = Purpose.PROBE_ROUNDING, Purpose.UPDATE_ROUNDING
 KINDS = {"full": dict(bits=None), "4 bits": dict(bits=4), "grid": dict(grid=True), "stride": dict(grid=True, stride=4)}
 THREE = ["full", "4 bits", "grid"]
+WAYS = [*({"kind": kind} for kind in KINDS), {"kind": "4 bits", "estimator": "q-rge1"},
+        {"kind": "4 bits", "nearest": True}, {"kind": "grid", "nearest": True, "estimator": "q-rge1"}]  # fmt: skip
 CODED = [weights for weights in FORMATS if weights != "fp32"]
 STORED = [*((weights, 0) for weights in FORMATS), ("int8", 4), ("int4", 4), ("int4", 1)]  # format, residual bits
 METHODS = {"mezo-fp32": ("fp32", ZO()), "mezo-bf16": ("bf16", ZO()), "quzo-int8": ("int8", ZO(bits=4))}
@@ -61,9 +62,9 @@ by_stored = pytest.mark.parametrize("weights, residual", STORED)
 # ---------------------------------------------------------------- the three problems
 
 
-def three_tensors(weights: str, residual: int = 0) -> dict[str, Store]:
-    """A matrix with a short second group of int4 scales, a vector, and a kernel of 4 axes."""
-    shapes = {"w": (6, 150), "vector": (7,), "kernel": (5, 3, 2, 2)}
+def four_tensors(weights: str, residual: int = 0) -> dict[str, Store]:
+    """A matrix with a short second group of int4 scales, a vector, a kernel of 4 axes, and a number."""
+    shapes = {"w": (6, 150), "vector": (7,), "kernel": (5, 3, 2, 2), "number": ()}
     return {name: encode(gaussian(*shape, seed=len(name)), weights, residual) for name, shape in shapes.items()}
 
 
@@ -109,7 +110,8 @@ def tiny(weights: str, raw: dict | None = None) -> LanguageModel:
 
 
 def small(weights: str) -> LanguageModel:
-    return tiny(weights, tiny_llama(num_hidden_layers=1, hidden_size=16, intermediate_size=24, tie_word_embeddings=True))
+    sizes = dict(num_hidden_layers=1, hidden_size=16, intermediate_size=24)
+    return tiny(weights, tiny_llama(**sizes, tie_word_embeddings=True))
 
 
 def batch_loss(lm: LanguageModel, n: int = 6, seed: int = 0, micro_batch_size: int = 8) -> BatchLoss:
@@ -135,11 +137,9 @@ def unchanged(weights: dict[str, Store], before: dict[str, list[Tensor]]) -> boo
 # ---------------------------------------------------------------- one step
 
 
-@pytest.mark.parametrize("nearest_", [False, True], ids=["stochastic", "nearest"])
-@pytest.mark.parametrize("estimator", ["q-rge2", "q-rge1"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(map(str, way.values())))
 @by_stored
-def test_a_step_by_hand(weights, residual, kind, estimator, nearest_):
+def test_a_step_by_hand(weights, residual, way):
     """Its four lines for three queries: losses at w + eps u1 and w - eps u1, their differences over 2 eps, and one
     rounding of w - lr / Q sum of g u2 (u1 in q-rge1, the grid's u), by bits of their own, or by what a grid's first
     direction left of its own."""
@@ -147,8 +147,9 @@ def test_a_step_by_hand(weights, residual, kind, estimator, nearest_):
     def loss(w: dict[str, Tensor]) -> Tensor:
         return sum((w[name] * gaussian(*shape, seed=9)).sum().sin() + w[name].square().sum() for name, shape in shapes)
 
-    zo, lr, Q = ZO(0.02, 3, estimator=estimator, nearest=nearest_, **KINDS[kind]), 2e-3, 3
-    store, want = three_tensors(weights, residual), three_tensors(weights, residual)
+    lr, Q, options = 2e-3, 3, {name: value for name, value in way.items() if name != "kind"}
+    zo = ZO(0.02, Q, **KINDS[way["kind"]], **options)
+    store, want = four_tensors(weights, residual), four_tensors(weights, residual)
     shapes = [(name, stored.shape) for name, stored in store.items()]
     done = zo_step(store, lambda view: torch.stack([
         loss({name: view.read(name)[p] for name in store}) for p in range(view.probes)
@@ -163,13 +164,13 @@ def test_a_step_by_hand(weights, residual, kind, estimator, nearest_):
     assert torch.equal(done.projected_grads, g) and g.dtype == torch.float64
     assert len(set(g.tolist())) == Q and g.abs().min() > 0.01
 
-    counts, h, rounding = torch.zeros(2, dtype=torch.int64), zo.eps / zo.stride, U1 if estimator == "q-rge1" else U2
+    counts, rounding = torch.zeros(2, dtype=torch.int64), U1 if zo.estimator == "q-rge1" else U2
+    lengths = [-lr * g[q].item() / Q / (zo.eps / zo.stride if zo.grid else 1) for q in range(Q)]
     for name, stored in want.items():
         R, C = stored.matrix_shape
-        lengths = [-lr * g[q].item() / Q / (h if zo.grid else 1) for q in range(Q)]
         a, b, c = (drawn(name, stored, weights, zo, KEY._replace(query=q), rounding) * lengths[q] for q in range(Q))
         key, bits = KEY._replace(tensor=tensor_id(name)), None
-        if stored.rounds and not nearest_:
+        if stored.rounds and not zo.nearest:
             bits = bits32(key, Purpose.DIRECTION if zo.grid else Purpose.WEIGHT_ROUNDING, torch.arange(R), C)
             bits = second_uniform(bits) if zo.grid else bits
         counts += stored.add_rounded_(slice(0, R), a + b + c, bits)
@@ -180,7 +181,7 @@ def test_a_step_by_hand(weights, residual, kind, estimator, nearest_):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_loss_that_is_not_finite_stops_the_step_before_it_writes(bad):
     for at in range(4):  # each of two queries' two losses; the last forward is done by then
-        store, seen = three_tensors("int8"), []
+        store, seen = four_tensors("int8"), []
         before = copied(store)
 
         def loss_fn(view: PerturbedWeights, at=at, seen=seen) -> Tensor:
@@ -190,20 +191,6 @@ def test_a_loss_that_is_not_finite_stops_the_step_before_it_writes(bad):
         with pytest.raises(ValueError, match="not finite at step 5"):
             zo_step(store, loss_fn, KEY, ZO(queries=2, bits=4), 0.1)
         assert unchanged(store, before) and len(seen) == 2
-
-
-def test_a_step_takes_any_module():
-    """Tensors of any shape, a number among them; the loss comes down, in codes and in floats."""
-    for weights in FORMATS:
-        shapes = {"kernel": (4, 3, 3, 3), "bias": (4,), "temperature": (), "table": (5, 2, 8)}
-        store = {name: encode(gaussian(*shape), weights) for name, shape in shapes.items()}
-
-        def loss_fn(view: PerturbedWeights, shapes=shapes) -> Tensor:
-            assert all(view.read(name).shape == (2, *shape) for name, shape in shapes.items())
-            return sum(view.read(name).float().square().flatten(1).sum(1) for name in shapes)
-
-        losses = [zo_step(store, loss_fn, Key(0, step), ZO(1e-2, bits=8), 2e-3).plus.item() for step in range(100)]
-        assert losses[-1] < 0.75 * losses[0]
 
 
 def test_adapters_alone_are_trained():
@@ -223,32 +210,39 @@ def test_adapters_alone_are_trained():
 
 def test_which_copies_share_a_forward_changes_rounding_only():
     """Three queries one copy at a time, two, four, all six: losses near 0.7, each a few units of 2^-24 off."""
-    for lm in (tiny("int8"), tiny("fp32", tiny_roberta())):
-        runs = []
-        for n in (1, 2, 4, None):
-            zo = ZO(queries=3, bits=4, probes_per_forward=n)
-            runs.append(torch.stack(probe_losses(lm.weights, batch_loss(lm), KEY, zo)))
-        for run in runs[1:]:
-            assert (run - runs[0]).abs().max() < 1e-6
-        assert len(set(runs[0].flatten().tolist())) == 6 and runs[0].std() > 1e-4
+    lm, runs = small("int8"), []
+    for n in (1, 2, 4, None):
+        zo = ZO(queries=3, bits=4, probes_per_forward=n)
+        runs.append(torch.stack(probe_losses(lm.weights, batch_loss(lm), KEY, zo)))
+        assert (runs[-1] - runs[0]).abs().max() < 1e-6
+    assert len(set(runs[0].flatten().tolist())) == 6 and runs[0].std() > 1e-4
 
 
 # ---------------------------------------------------------------- probes
 
 
+@pytest.mark.parametrize("probe", ["float", "codes"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("weights", FORMATS)
-def test_a_view_reads_plus_and_minus(weights, kind):
-    """W + eps u1 and W - eps u1 in float32, then matrices in the compute dtype: every bit is determined.  Chosen rows
-    are rows of that, in float32; and of several queries, or one sign alone, each copy is what it is by itself."""
-    store, zo, index = three_tensors(weights), ZO(eps=0.05, **KINDS[kind]), torch.tensor([4, 0, 0])
+@by_stored
+def test_a_view_reads_plus_and_minus(weights, residual, kind, probe):
+    """W + eps u1 and W - eps u1 in float32, then matrices in the compute dtype: every bit is determined.  As codes,
+    where the store lands, both by the same bits, of the stream and the query for that purpose.
+
+    Chosen rows are rows of that, in float32; of several queries, or one sign alone, each copy is as by itself.
+    """
+    store, zo = four_tensors(weights, residual), ZO(eps=0.1, probe=probe, **KINDS[kind])
+    copies, index = [(5, 1), (5, -1), (6, -1)], torch.tensor([4, 0, 0])
     for name, stored in store.items():
-        weight = stored.dequantise()
-        shifts = [probe_shift(name, stored, weights, zo, KEY._replace(query=q)) for q in (5, 6)]
-        want = torch.stack((weight + shifts[0], weight - shifts[0], weight - shifts[1]))
-        assert all(shift.any() for shift in shifts)
+        (R, C), want = stored.matrix_shape, []
+        for query, sign in copies:
+            shift = sign * probe_shift(name, stored, weights, zo, KEY._replace(query=query))
+            bits = bits32(Key(3, 4, query, tensor_id(name)), Purpose.PROBE_LANDING, torch.arange(R), C)
+            landed = stored.add_rounded(slice(None), shift, bits if stored.rounds else None)
+            want.append(stored.dequantise() + shift if probe == "float" else landed)
+        want = torch.stack(want)
+        assert name != "w" or all((copy != stored.dequantise()).any() for copy in want)
         for dtype in (torch.float32, torch.bfloat16):
-            view = PerturbedWeights(store, KEY, replace(zo, dtype=dtype), [(5, 1), (5, -1), (6, -1)], 3)
+            view = PerturbedWeights(store, KEY, replace(zo, dtype=dtype), copies, 3)
             got = view.read(name)
             assert got.dtype == (dtype if len(stored.shape) > 1 else torch.float32)
             assert torch.equal(got, want.view(3, *stored.shape).to(got.dtype))
@@ -260,7 +254,7 @@ def test_chunks_do_not_show(monkeypatch):
     """The same weights and the same update where each pass is cut into chunks of one row."""
     reads, stores = [], []
     for _ in range(2):
-        store, zo = three_tensors("int4"), ZO(bits=4, probe="codes")
+        store, zo = four_tensors("int4"), ZO(bits=4, probe="codes")
         reads.append(PerturbedWeights(store, KEY, zo, [(0, 1), (0, -1)], 2).read("w"))
         update(store, torch.tensor([0.5, -2.0]).double(), KEY, zo, 1e-2)
         stores.append(store)
@@ -356,15 +350,17 @@ def around(stored: Store, weights: str, wanted: Tensor) -> tuple[Tensor, Tensor,
 
 
 @pytest.mark.parametrize("kind", THREE)
-@pytest.mark.parametrize("weights, residual", [*((w, 0) for w in CODED), ("int8", 4), ("int4", 4)])
+@pytest.mark.parametrize("weights, residual", [
+    ("int4", 0), *(pytest.param(*format, marks=pytest.mark.full) for format in STORED[1:] if format != ("int4", 0)),
+])  # fmt: skip
 def test_probes_of_codes_are_codes_and_right_on_average(weights, residual, kind):
     """Every one is a point of the grid and in range, at the ends too; of integers that do not meet an end, one probe
-    goes as far up as the other goes down; and the mean over 3,000 equal rows of landing w + eps u, less that, is 0.
+    goes as far up as the other goes down; and the mean over 1,000 equal rows of landing w + eps u, less that, is 0.
 
     Between two points at f of the way the variance is gap^2 f (1 - f); it is summed over the rows as they were drawn.
     """
-    n, end = 3000, points(weights)[-1]
-    stored, zo = spread(weights, n, residual), ZO(eps=2e-3, probe="codes", **KINDS[kind])
+    n, end = 1000, points(weights)[-1]
+    stored, zo = spread(weights, n, residual), ZO(eps=1e-3, probe="codes", **KINDS[kind])
     reads, weight = pair({"w": stored}, zo).read("w"), stored.dequantise().double()
     codes = [read.double() / scales_of(stored, weights).double() for read in (reads[0], weight, reads[1])]
     up, down = (codes[0] - codes[1]).round(), (codes[1] - codes[2]).round()
@@ -396,7 +392,7 @@ def test_no_step_at_lr_0_changes_a_bit_of_any_format(weights, residual):
     before, generator = copied(store), torch.get_rng_state()
     for kind in ("grid", "4 bits"):
         for probe in ("float", "codes"):
-            for step in range(50):
+            for step in range(25):
                 done = zo_step(store, lambda view: toy_loss(view) + 3 * view.read("vector").sum(1), Key(0, step),
                                ZO(0.01, 2, probe=probe, **KINDS[kind]), 0.0)  # fmt: skip
                 assert done.counts.tolist() == [0, 0] and done.projected_grads.any()
@@ -409,7 +405,7 @@ def test_no_step_at_lr_0_changes_a_bit_of_a_model(weights, zo):
     lm = small(weights)
     for dtype in (torch.float32, torch.bfloat16):
         lm.dtype, before = dtype, weights_sha256(lm.weights)
-        for step in range(20):
+        for step in range(5):
             done = zo_step(lm.weights, batch_loss(lm, n=2), Key(0, step), replace(zo, dtype=dtype), 0.0)
             assert done.projected_grads.all() and not done.counts.any()
         assert weights_sha256(lm.weights) == before
@@ -426,14 +422,14 @@ def mean_estimate(store: dict[str, Store], loss_fn, zo: ZO) -> dict[str, Tensor]
     return {name: -stored.value for name, stored in zeros.items()}
 
 
-@pytest.mark.parametrize("weights, bits", [("fp32", None), ("int8", 2), pytest.param("int8", 4, marks=pytest.mark.full)])
+@pytest.mark.parametrize("weights, bits", [("fp32", None), ("int8", 2)])
 def test_the_mean_estimate_is_the_gradient(weights, bits):
     """Each coordinate and the projection on the gradient, sign included, where the weights are as dequantised.
 
     The variance of (g . u1) u2_i is V^2 (|g|^2 - g_i^2) + (M - 1) g_i^2, with V = E[Q^2] and M = E[u1^2 u2^2].  The
     bias is of order eps^2 = 1e-6.  One rounding, not two, would make the mean V g: 3.19 g at 2 bits.
     """
-    store, n = toy(weights), 1500
+    store, n = toy(weights), 1000
     w = store["w"].dequantise().double().requires_grad_()
     (g,) = torch.autograd.grad(smooth(w), w)
     got = mean_estimate(store, toy_loss, ZO(queries=n, bits=bits, dtype=torch.float64))["w"].double()
@@ -491,11 +487,11 @@ def test_the_mean_estimate_on_the_grid_is_the_gradient(weights, eps):
     plus, minus = probe_losses(
         store, lambda view: torch.stack([(w @ A).square().sum() + (w * B).sum() for w in view.read("w")]), KEY, zo
     )
-    u = torch.stack([drawn("w", store["w"], weights, zo, KEY._replace(query=q), U1).double() / eps for q in range(n)])
-    slopes, squares = (plus - minus) / (2 * eps), g.square().sum() ** 2
-    K = (spacing(store["w"], weights).double().clamp(min=eps) / eps) ** 2
+    gap, key = spacing(store["w"], weights), KEY._replace(tensor=tensor_id("w"))
+    u = torch.stack([grid_direction(key._replace(query=q), torch.arange(6), gap, 5, eps, 1 / eps) for q in range(n)])
+    slopes, squares, K = (plus - minus) / (2 * eps), g.square().sum() ** 2, (gap.double().clamp(min=eps) / eps) ** 2
     variance = g.square().sum() + (K - 2) * g**2
-    assert ((torch.einsum("q,qij->ij", slopes, u) / n - g).abs() < 5 * (variance / n).sqrt()).all()
+    assert ((torch.einsum("q,qij->ij", slopes, u.double()) / n - g).abs() < 5 * (variance / n).sqrt()).all()
     on_g = (slopes * (g * u).sum((1, 2))).mean() / g.square().sum()
     assert abs(on_g - 1) < 5 * (((K * g**4).sum() + 2 * squares - 3 * (g**4).sum()) / squares / n).sqrt()
     assert weights == "fp32" or K.max() > 4
@@ -503,7 +499,7 @@ def test_the_mean_estimate_on_the_grid_is_the_gradient(weights, eps):
 
 def test_the_control_turns_projected_gradients_over_by_coin():
     """The same losses and sizes, fair and keyed signs, so that no step has a direction: E[coin * g] = 0."""
-    n, runs = 600, [zo_step(toy("fp32"), toy_loss, KEY, ZO(queries=600, estimator=name), 1e-9)
+    n, runs = 300, [zo_step(toy("fp32"), toy_loss, KEY, ZO(queries=300, estimator=name), 1e-9)
                     for name in ("q-rge2", "random", "random")]  # fmt: skip
     true, coined = (run.projected_grads for run in runs[:2])
     assert torch.equal(runs[0].plus, runs[1].plus) and torch.equal(coined, runs[2].projected_grads)
@@ -516,22 +512,18 @@ def test_the_control_turns_projected_gradients_over_by_coin():
         assert set(others.tolist()) == {1, -1} and abs((coins * others).mean()) < 5 / n**0.5
 
 
-def test_mezo_goes_down():
-    """Over random directions a small step changes the loss by -lr |g|^2 on average: -lr slope^2 each, of std sqrt 2.
+def test_a_small_step_goes_down():
+    """Over random directions it changes the loss by -lr |g|^2 on average: -lr slope^2 each, of std sqrt 2.
 
-    lr is such that a step's second-order term stays below a tenth of that.
+    lr is such that a step's second-order term stays below a tenth of that; float64 would see it all.
     """
-    lm, n, lr = small("fp32"), 100, 1e-4
-    loss, g = batch_loss(lm), gradient(lm, batch_loss(lm))
-    start = {name: stored.value.clone() for name, stored in lm.weights.items()}
-    with torch.no_grad():
-        before, changes = loss(lm.stored_view()), []
-        for seed in range(n):
-            for name, stored in lm.weights.items():
-                stored.value.copy_(start[name])
-            zo_step(lm.weights, loss, Key(seed, 0), ZO(), lr)
-            changes.append((loss(lm.stored_view()) - before).item())
-    assert abs(sum(changes) / n / (-lr * float(g @ g)) - 1) < 5 * (2 / n) ** 0.5 + 0.1
+    n, lr, w = 400, 1e-4, gaussian(6, 5)
+    g, changes = torch.func.grad(smooth)(w), []
+    for seed in range(n):
+        store = {"w": encode(w, "fp32")}
+        zo_step(store, toy_loss, Key(seed, 0), ZO(), lr)
+        changes.append(smooth(store["w"].value.double()) - smooth(w.double()))
+    assert abs(torch.stack(changes).mean() / (-lr * g.square().sum()) - 1) < 5 * (2 / n) ** 0.5 + 0.1
 
 
 # ---------------------------------------------------------------- where steps land
@@ -563,19 +555,20 @@ CENTRE = {"int8": [-50, -3, 0, 1, 7, 90], "int4": [-4, -3, -1, 0, 2, 5], "bf16":
 SCALE, N = 2.0**-5, 2000  # the spacing too; of fp8, in the middle of a binade, it is an eighth
 
 
-def landed(weights: str, zo: ZO, projected_grads: list[float], lr: float, step: int = 0) -> tuple[Tensor, Tensor]:
-    """Land one update in N equal rows: what landing added, got - wanted, and its variance given the directions."""
+def landed(weights: str, zo: ZO, projected_grads: list[float], lr: float, step: int = 0) -> tuple[Tensor, ...]:
+    """Land one update in N equal rows: what landing added, got - wanted, its variance given the directions, and the
+    step's signs."""
     stored = store_of(torch.tensor(CENTRE[weights], dtype=torch.float64).repeat(N, 1), weights)
     if weights != "bf16":
         stored.scale.fill_(SCALE)
-    before, wanted = stored.dequantise().clone(), stored.dequantise().double()
+    before, wanted = stored.dequantise().double(), stored.dequantise().double()
     for q, g in enumerate(projected_grads):
         length = -lr * g / len(projected_grads) / (zo.eps if zo.grid else 1)
         wanted += (drawn("w", stored, weights, zo, Key(0, step, q), U2) * length).double()
     _, variance, inside = around(stored, weights, wanted)
-    assert inside.all() and torch.equal(stored.dequantise(), before)
+    assert inside.all()
     update({"w": stored}, torch.tensor(projected_grads, dtype=torch.float64), Key(0, step), zo, lr)
-    return stored.dequantise().double() - wanted, variance
+    return stored.dequantise().double() - wanted, variance, (wanted - before).sign()
 
 
 @pytest.mark.parametrize("weights", CENTRE)
@@ -588,8 +581,9 @@ def test_landing_a_grid_step_acts_as_if_the_spacing_were_eps(weights):
     s, p = SCALE / 8 if weights == "fp8" else SCALE, 0.3
     eps, squares, variances = s / 16, {}, {}
     for kind in THREE:
-        excess, variance = landed(weights, ZO(eps=eps, **KINDS[kind]), [-1.0], p * eps)
-        assert abs(excess.mean()) < 5 * variance.sum().sqrt() / excess.numel()
+        excess, variance, sign = landed(weights, ZO(eps=eps, **KINDS[kind]), [-1.0], p * eps)
+        for ahead in (excess, excess * sign):  # to round down, or to nearest, would lose about |step| each time
+            assert abs(ahead.mean()) < 5 * variance.sum().sqrt() / excess.numel()
         squares[kind], variances[kind] = excess.square().mean(), variance.mean()
         assert abs(squares[kind] - variances[kind]) < 5 * ((excess**4).mean() / excess.numel()) ** 0.5
     fourth = (eps / s) ** 2 * s**4 * (p * (1 - p) ** 4 + (1 - p) * p**4)
@@ -607,7 +601,7 @@ def test_a_step_of_a_whole_spacing_is_not_rounded(weights):
     coarse = spacing(encode(gaussian(6, 150), weights), weights) >= eps
     assert coarse.sum() > 500
     for sign in (1, -1):
-        excess, variance = landed(weights, ZO(eps=eps, grid=True), [sign], eps)
+        excess, variance, _ = landed(weights, ZO(eps=eps, grid=True), [sign], eps)
         assert not excess.any() and not variance.any()
         stores = [{"w": encode(gaussian(6, 150), weights)} for _ in range(2)]
         for nearest_, store in zip((False, True), stores, strict=True):
@@ -622,12 +616,12 @@ def test_one_landing_for_all_queries_adds_no_more_noise_than_one_for_each(weight
     Measured against both: it is the sum's, below that of four landings, which is measured too.
     """
     zo, grads, lr = ZO(bits=4), [1.0, -2.0, 0.5, 1.5], 0.02
-    excess, variance = landed(weights, zo, grads, lr)
+    excess, variance, _ = landed(weights, zo, grads, lr)
     n, together = excess.numel(), excess.square().mean()
     assert (excess.mean(0).abs() < 5 * variance.sum(0).sqrt() / N).all()
     assert abs(together - variance.mean()) < 5 * (excess**4).mean().sqrt() / n**0.5
     each = [landed(weights, zo, [g], lr / 4, step=1 + q) for q, g in enumerate(grads)]
-    apart, variance = (sum(column) for column in zip(*each, strict=True))
+    apart, variance, _ = (sum(column) for column in zip(*each, strict=True))
     assert abs(apart.square().mean() - variance.mean()) < 5 * (apart**4).mean().sqrt() / n**0.5
     assert together < apart.square().mean()
 
@@ -640,38 +634,28 @@ def test_a_run_is_its_seed_and_its_projected_gradients_redo_it(weights, zo):
     """Two queries a step, a new batch a step.  Afterwards `update` alone, with no loss, comes to the same bits."""
     zo, runs, hashes = replace(zo, queries=2), [], []
     for seed in (1, 1, 2):
-        lm = tiny(weights)
+        lm = small(weights)
         runs.append([
             zo_step(lm.weights, batch_loss(lm, seed=step), Key(seed, step), zo, 1e-3).projected_grads.tolist()
-            for step in range(4)
+            for step in range(3)
         ])  # fmt: skip
         hashes.append(weights_sha256(lm.weights))
     assert runs[0] == runs[1] != runs[2] and hashes[0] == hashes[1] != hashes[2]
-    redone = tiny(weights)
+    redone = small(weights)
     for step, projected_grads in enumerate(runs[0]):
         update(redone.weights, torch.tensor(projected_grads, dtype=torch.float64), Key(1, step), zo, 1e-3)
-    assert weights_sha256(redone.weights) == hashes[0] != weights_sha256(tiny(weights).weights)
+    assert weights_sha256(redone.weights) == hashes[0] != weights_sha256(small(weights).weights)
 
 
 @by_method
 def test_splitting_the_batch_changes_rounding_only(weights, zo):
-    """Losses near 0.7, each a mean of 7 examples in another order and padding: a few units of 2^-24.  Every forward
-    reads the same perturbed weights, bit for bit."""
-    lm, seen = tiny(weights), []
-
-    class Spy(BatchLoss):
-        def __call__(self, view: PerturbedWeights) -> Tensor:
-            seen.append({name: view.read(name) for name in ("model.norm.weight", lm.embedding)})
-            return super().__call__(view)
-
-    runs = []
+    """Losses near 0.7, each a mean of 7 examples in another order and padding: a few units of 2^-24."""
+    lm, runs = small(weights), []
     for micro in (7, 4, 3, 1):
-        loss_fn = Spy(lm, batch_loss(lm, 7, micro_batch_size=micro).batches)
+        loss_fn = batch_loss(lm, 7, micro_batch_size=micro)
         assert len(loss_fn.batches) == -(-7 // micro)
         runs.append(torch.stack(probe_losses(lm.weights, loss_fn, KEY, replace(zo, queries=2))))
-    for i, split in enumerate(runs[1:], 1):
-        assert (split - runs[0]).abs().max() < 1e-6
-        assert all(torch.equal(seen[q][name], seen[2 * i + q][name]) for q in range(2) for name in seen[0])
+        assert (runs[-1] - runs[0]).abs().max() < 1e-6
     assert abs(runs[0][0, 0] - runs[0][0, 1]) > 1e-5, "the two queries must differ by more than that"
 
 
