@@ -167,7 +167,7 @@ class FakeQuantised(Store):
         return (self.value[rows] / self.fine_step(rows) - self.half).round()
 
     def tensors(self) -> dict[str, Tensor]:
-        """As Integers would save them."""
+        """Packed codes and scales, the tensors that Integers saves."""
         packed = Integers.empty(self.shape, self.bits, self.residual_bits, self.group_scale)
         packed.write(slice(None), self.fine())
         return packed.tensors()
@@ -483,7 +483,7 @@ def check_format(weights: str, residual_bits: int = 0, oracle: bool = False) -> 
 
 
 def tensor_specs(shape: torch.Size, weights: str, residual_bits: int = 0) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    """What encode(...).tensors() will hold for a tensor of this shape: dtype and shape by suffix."""
+    """The dtype and shape of each of encode(...).tensors() for a tensor of this shape, by suffix."""
     if len(shape) < 2 or weights in FLOATS:
         return {"": (torch.bfloat16 if weights == "bf16" and len(shape) >= 2 else torch.float32, shape)}
     R, C = matrix_shape(shape)

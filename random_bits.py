@@ -25,7 +25,7 @@ BLOCKS_IN_CACHE = 2**14  # counter blocks at a time: Philox's dozen temporaries 
 
 
 class Purpose(enum.IntEnum):
-    """What a draw is for.  Each purpose is a stream of its own, so no two of them share bits."""
+    """Each purpose of drawing is a stream of its own, so no two of them share bits."""
 
     DIRECTION = 0  # u
     PROBE_ROUNDING = 1  # Q1(u): the direction that is probed

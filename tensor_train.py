@@ -182,7 +182,7 @@ class TensorTrain(nn.Module):
 
 @dataclass(frozen=True)
 class Spec:
-    """What is put around a model.
+    """The kind, the places and the sizes of a model's adapters.
 
     kind adp: LoRETTA_adp, AdaZeta: h <- h + up(relu(down(h))) with tensor-train down and up, biases too.
     kind rep: LoRETTA_rep: W0 x + alpha / bottleneck * (up(down(x)) - what that was at the start).
@@ -462,7 +462,7 @@ def _read_spec(path: Path, model_type: str) -> Spec:
 
 
 def _shapes(lm: LanguageModel, spec: Spec) -> dict[str, torch.Size]:
-    """Of every tensor that such adapters have."""
+    """The shape of every tensor of such adapters, by name."""
     if lm.adapters is not None:
         return {name: place.shape for name, place in lm.adapters.places.items()}
     modules = install(copy.deepcopy(lm.block), targets_of(lm.raw_config["model_type"], spec), spec)

@@ -173,7 +173,8 @@ def prepare(c: Config) -> tuple[Problem, Splits]:
 
 
 def multiple_of(c: Config, longest: int) -> int:
-    """On a GPU eight lengths share a graph, where the model takes so many tokens; also with --no-graphs."""
+    """On a GPU lengths are rounded up to a multiple of 8, where the model's longest sequence allows: eight lengths then
+    share a graph.  --no-graphs rounds too, so that it gives the same bits."""
     return 8 if c.device.startswith("cuda") and c.optimizer == "zo" and longest % 8 == 0 else 1
 
 

@@ -82,7 +82,7 @@ class Encoder:
         return encoded
 
     def _room(self, others: int) -> int:
-        """How many tokens of the text fit beside so many others."""
+        """The number of the text's tokens that fit beside `others` more."""
         if self.max_length <= others:
             raise ValueError(f"{self.max_length} tokens leave no room for the text beside {others} others")
         return self.max_length - others
@@ -122,7 +122,7 @@ class Branched(NamedTuple):
 
 
 def branches_of(e: Encoded) -> Branched:
-    """What all options begin with once, then what each goes on with; an option's last token is only predicted."""
+    """The options' common beginning once, then the rest of each; an option's last token is only predicted."""
     sequences = e.sequences
     if len(sequences) == 1 and len(e.answers) > 1:
         sequences = [sequences[0] + answer for answer in e.answers]
@@ -209,7 +209,7 @@ class BatchLoss:
         return [tensor for batch in self.batches for tensor in vars(batch).values()]
 
     def with_tensors(self, tensors: list[Tensor | None]) -> BatchLoss:
-        """The same loss of other tensors() of the same shapes."""
+        """This loss with other tensors() of the same shapes."""
         n = len(tensors) // len(self.batches)
         return BatchLoss(self.lm, [Batch(*tensors[i : i + n]) for i in range(0, len(tensors), n)])
 

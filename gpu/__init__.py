@@ -29,7 +29,7 @@ def install(lm: LanguageModel) -> None:
 
 
 def estimator(zo: ZO, device: str, graphs: bool = False) -> ZO:
-    """The same estimator made of kernels, and with `graphs` of recorded launches, for weights on a GPU."""
+    """zo made of kernels, and with `graphs` of recorded launches, where the weights are on a GPU."""
     if not device.startswith("cuda") or not has_triton():
         return zo
     from gpu.graphs import CudaGraphed

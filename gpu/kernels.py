@@ -543,7 +543,7 @@ WORD_OF_8 = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 
 
 def _arguments(stored: Store, key: Key) -> tuple[Tensor, Tensor, int, int, list[int | Tensor]]:
-    """What both kernels need: numbers, scales (unused for floats), how many, groups a row, the key in 32-bit words."""
+    """Both kernels' arguments: numbers, scales (unused for floats), their count, groups a row, the key in words."""
     R, C = stored.matrix_shape
     words = as_int32(key.step, key.tensor, key.query, key.seed & LOW, key.seed >> 32 & LOW)
     if isinstance(stored, Float):
@@ -555,7 +555,7 @@ def _arguments(stored: Store, key: Key) -> tuple[Tensor, Tensor, int, int, list[
 
 @cache
 def _magic(divisor: int) -> tuple[int, int]:
-    """What _row needs: n // divisor = n * magic >> shift for all n in [0, 2^31), magic in 32 bits.
+    """The two numbers of _row: n // divisor = n * magic >> shift for all n in [0, 2^31), magic in 32 bits.
 
     magic is 2^shift / divisor rounded up, by less than 1: n of that are less than 2^31, which is 2^shift / divisor at
     most, so the quotient grows by less than the 1 / divisor that it may lack to the next whole number.
@@ -647,7 +647,7 @@ def step_(stored: Store, key: Key, factors: Tensor, zo: ZO, counts: Tensor) -> N
 
 @dataclass(frozen=True)
 class FusedZO(ZO):
-    """The same estimator with one kernel a tensor, where it fits."""
+    """Gives the bits of ZO with one kernel a tensor, where one fits."""
 
     def perturbed(
         self, store: Store, key: Key, signs: list[int], dtype: torch.dtype, rows: Tensor | None = None
@@ -668,7 +668,7 @@ class FusedZO(ZO):
 
 @dataclass(frozen=True)
 class GraphedZO(FusedZO):
-    """The same estimator, whose forwards and whose update are replayed.
+    """Gives the bits of FusedZO by replaying the recorded launches of its forwards and of its update.
 
     Its loss_fn has tensors() and with_tensors(...) (data.scoring.BatchLoss): the batch goes into static buffers.
     """
@@ -689,7 +689,7 @@ class GraphedZO(FusedZO):
 
 
 class FusedStoredWeights(StoredWeights):
-    """The same view with one kernel a tensor of codes; floats are there already, and may want a gradient."""
+    """Reads codes by one kernel a tensor; floats are there already, and may want a gradient."""
 
     def read(self, name: str, rows: Tensor | None = None, as_codes: bool = False) -> Tensor:
         stored = self.weights[name]

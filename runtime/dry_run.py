@@ -1,4 +1,4 @@
-"""What a run will hold in memory, from shapes alone: nothing is loaded.
+"""Predicts the memory of a run from shapes alone: nothing is loaded.
 
 A zeroth-order step holds the stored weights, one block's weights as both perturbed copies have them, and one forward's
 activations; graphs of it hold the last two once more, in reserve.  A first-order step holds weights and two moments,
@@ -32,7 +32,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}  # of activations too: around fp8 produ
 
 
 def predict(c: Config, raw: dict, tokens: int) -> dict:
-    """Parameters, and bytes by part, of a run on a model with this config.json and sequences of so many tokens.
+    """Parameters, and bytes by part, of a run on a model with this config.json and sequences of this many tokens.
 
     Raises ValueError for a config that model.py does not support.
     """
@@ -45,15 +45,15 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
     parts = stored(shapes, c) | ({} if spec is None else {"adapters": 4 * (trainable["adapters"] + fixed)})
     if c.optimizer == "adamw":
         trained = masters(shapes, c) if spec is None else 4 * sum(trainable.values())
-        a_token = kept(config, c, raw["model_type"], spec)
+        a_token = saved_for_backward(config, c, raw["model_type"], spec)
         activations = N * config.num_hidden_layers * a_token + copies(shapes, c)
         parts |= {"moments": 2 * trained, "gradients": trained, "activations": activations}
         at_once = sum(parts.values()) - min(parts["gradients"], parts["activations"])
     else:
         probes = 2 * most_queries(c)
         P = min(probes_per_forward(c) or probes, probes)
-        scratch = pair(config, c) * P // 2 if spec is None else pair(config, c) // 2 + P * 4 * sum(trainable.values())
-        parts |= {"scratch": scratch, "activations": N * P * passing(config, c)}
+        scratch = perturbed_block(config, c) * P // 2 if spec is None else perturbed_block(config, c) // 2 + P * 4 * sum(trainable.values())
+        parts |= {"scratch": scratch, "activations": N * P * widest_activations(config, c)}
         at_once = sum(parts.values())
     recorded = parts["scratch"] + parts["activations"] if c.graphs else 0
     return {
@@ -66,8 +66,8 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
 
 
 def most_queries(c: Config) -> int:
-    """Of any step; AdaZeta's are most in the last epoch, or its cap where the flags do not say how many examples there
-    are."""
+    """The most queries of any step.  AdaZeta asks most in the last epoch; its cap counts where the flags do not say how
+    many examples there are."""
     if c.queries or c.num_train is None:
         return c.queries or c.max_queries
     return adazeta_queries(epoch_of(c.steps - 1, c.num_train, c.batch_size), c.alpha, c.beta, c.max_queries)
@@ -86,7 +86,7 @@ def adapters(config, model_type: str, spec: Spec, shapes: dict[str, torch.Size])
 
 
 def stored(shapes: dict[str, torch.Size], c: Config) -> dict[str, int]:
-    """Bytes of the weights as they are kept while training: a master in fo-ste, whose scales stay beside it."""
+    """Bytes of the stored weights while training; fo-ste has float masters, and their scales beside them."""
     names = {"": "weights", ".scale": "scales", ".residual": "residuals"}
     parts = dict.fromkeys(names.values(), 0)
     for shape in shapes.values():
@@ -108,7 +108,7 @@ def block_of(config) -> torch.nn.Module:
     return llama_parts(config)[0] if isinstance(config, LlamaConfig) else roberta_parts(config)[1]
 
 
-def pair(config, c: Config) -> int:
+def perturbed_block(config, c: Config) -> int:
     """Bytes of one block's weights as both perturbed copies have them."""
     size = 1 if c.compute == "fp8" else BYTES[c.compute]
     return 2 * sum(p.numel() * (size if p.ndim == 2 else 4) for p in block_of(config).parameters())
@@ -122,7 +122,7 @@ def copies(shapes: dict[str, torch.Size], c: Config) -> int:
     return sum(math.prod(s) for s in blocks) * BYTES[c.compute]
 
 
-def passing(config, c: Config) -> int:
+def widest_activations(config, c: Config) -> int:
     """Bytes a token and a probe, of a forward that keeps nothing, at its widest: a block's inputs, the float32 stream
     and LLaMA's sum to come, beside its norm in float32, attention's q, k and v with heads repeated, or the
     feed-forward's wide tensors."""
@@ -134,20 +134,20 @@ def passing(config, c: Config) -> int:
     return given + max(b * D + 8 * D, 7 * b * D, b * D + wide)
 
 
-def kept(config, c: Config, model_type: str, spec: Spec | None) -> int:
+def saved_for_backward(config, c: Config, model_type: str, spec: Spec | None) -> int:
     """Bytes a token and a layer that a forward keeps for its backward: each norm's float32 input and, where norms are
     trained, normalised input, attention's q, k, v and output, the activation function's two sides; and every linear
     layer's input, or where those are frozen what their adapters keep."""
     b, D, F = BYTES[c.compute], config.hidden_size, config.intermediate_size
     norms = 16 if spec is None or spec.norms else 8
     if spec is not None:
-        inputs = kept_by_adapters(D, b, model_type, spec)
+        inputs = saved_by_adapters(D, b, model_type, spec)
     else:  # rounded, each layer has an input of its own
         inputs = b * (4 * D + 2 * F if c.activations != "none" else 3 * D + F)
     return norms * D + b * (4 * D + (3 if isinstance(config, LlamaConfig) else 1) * F) + inputs
 
 
-def kept_by_adapters(D: int, b: int, model_type: str, spec: Spec) -> int:
+def saved_by_adapters(D: int, b: int, model_type: str, spec: Spec) -> int:
     """Each one's float32 input, which in an fp32 model is one for all that read the same, and its narrow middle."""
     places = list(targets_of(model_type, spec).values())
     after = places.count("output")

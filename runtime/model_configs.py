@@ -1,4 +1,4 @@
-"""What config.json says of a model: frozen configs of LLaMA and RoBERTa, read strictly and from nothing else.
+"""Frozen configs of LLaMA and RoBERTa, read strictly from config.json and from nothing else.
 
 Imports nothing of ours.
 """

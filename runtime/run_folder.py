@@ -28,11 +28,11 @@ import torch
 from runtime.curve import curve_svg
 from zo_optim import Step
 
-FORMAT = 2  # of the folder; 1 called projected gradients slopes
+FORMAT = 2  # of the folder; in format 1 projected gradients were called slopes
 
 
 class RecordedRun(NamedTuple):
-    """What a run folder says of its run."""
+    """The record of a run, read back from its folder."""
 
     config: dict  # config.json
     projected_grads: list[list[float]]  # of each whole step

@@ -144,10 +144,10 @@ def loss_of(lm: LanguageModel, step: int) -> BatchLoss:
     (20, LLAMA, "int8", 0, "4 bits", "float", "q-rge2", 1),
     (5, ROBERTA, "int4", 4, "grid", "codes", "q-rge1", 2),
     pytest.param(100, LLAMA, "int8", 0, "4 bits", "float", "q-rge2", 1, marks=full),
-    pytest.param(100, LLAMA, "int8", 4, "full", "codes", "q-rge2", 1, marks=full),
+    pytest.param(50, LLAMA, "int8", 4, "full", "codes", "q-rge2", 1, marks=full),
     pytest.param(50, LLAMA, "int4", 4, "grid", "codes", "q-rge1", 3, marks=full),
-    pytest.param(100, ROBERTA, "int4", 0, "4 bits", "codes", "q-rge2", 1, marks=full),
-    pytest.param(100, ROBERTA, "int8", 4, "grid", "float", "q-rge1", 1, marks=full),
+    pytest.param(50, ROBERTA, "int4", 0, "4 bits", "codes", "q-rge2", 1, marks=full),
+    pytest.param(50, ROBERTA, "int8", 4, "grid", "float", "q-rge1", 1, marks=full),
 ])  # fmt: skip
 def test_steps_of_a_model(steps, raw, weights, residual, direction, probe, estimator, queries):
     """The same losses, counts and hash of every stored bit.  Codes move, and some are held back.
