@@ -131,13 +131,15 @@ class FakeQuantised(Store):
         self.describe(self.value, self.value.shape)
 
     @classmethod
-    def encode(cls, matrix: Tensor, bits: int, residual_bits: int = 0) -> FakeQuantised:
+    def encode(cls, tensor: Tensor, bits: int, residual_bits: int = 0) -> FakeQuantised:
+        matrix = tensor.flatten(1)
         group = matrix.shape[1] if bits == 8 else GROUP_SIZE
         largest = torch.stack([columns.abs().amax(1) for columns in matrix.float().split(group, 1)], 1)
         scales = positive_scales(largest, 2 ** (bits - 1) - 1)
         scale = scales.repeat_interleave(group, 1)[:, : matrix.shape[1]]
         store = cls(matrix, scale, bits, residual_bits, scales)
         store.value = store.weight(nearest_fine(matrix.float() / store.fine_step(), store.max_fine, residual_bits))
+        store.describe(store.value, tensor.shape)
         return store
 
     @classmethod
@@ -146,6 +148,7 @@ class FakeQuantised(Store):
         scale = stored.spacing(every).expand(stored.matrix_shape)
         store = cls(scale, scale, stored.bits, stored.residual_bits, stored.scale)
         store.value = store.weight(stored.fine(every))
+        store.describe(store.value, stored.shape)
         return store
 
     @property
@@ -462,9 +465,9 @@ def encode(
     """
     check_format(weights, residual_bits, oracle)
     if tensor.ndim < 2 or weights == "fp32":
-        return Float(tensor.to(torch.float32, copy=True))
+        return Float(tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format))
     if weights == "bf16":
-        return Float(tensor.to(torch.bfloat16, copy=True))
+        return Float(tensor.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format))
     if weights == "fp8":
         return Fp8.encode(tensor, scale)
     if oracle:

@@ -67,7 +67,7 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
                 loss, forwards = sum(losses.sum(1).tolist()) / losses.numel(), losses.numel()
             else:
                 loss, forwards, done = adamw_step(adamw, loss_fn.parts(lm.stored_view()), lr), 1, None
-                check_finite(loss, step, c)
+                check_finite(loss, step)
 
             # record
             recorder.take(step + 1, loss, done, {"lr": lr, "tokens": sum(e.width for e in examples)})
@@ -95,14 +95,11 @@ def batch_indices(seed: int, step: int, batch_size: int, n: int) -> list[int]:
 def estimator(c: Config, lm: LanguageModel) -> ZO:
     """The estimator that the flags name; AdaZeta's number of queries changes from epoch to epoch."""
     bits = int(c.direction_bits) if c.direction_bits.isdigit() else None
-    zo = ZO(
+    return ZO(
         eps=c.eps, queries=c.queries or 1, bits=bits, grid=c.direction_bits == "grid", stride=c.stride or 1,
         estimator=c.estimator or "q-rge2", probe=c.probe, nearest=c.rounding == "nearest", dtype=lm.dtype,
         probes_per_forward=probes_per_forward(c),
     )  # fmt: skip
-    if zo.grid:
-        check_grid(lm.weights, zo.min_spacing)
-    return zo
 
 
 @dataclass
@@ -120,16 +117,16 @@ class Progress:
 def evaluate_and_keep_best(c: Config, problem: Problem, folder: RunFolder, progress: Progress) -> None:
     """Save before logging, so that the log never names weights that are not on disk."""
     dev = problem.quality(problem.dev)
-    check_finite(dev.loss, progress.steps - 1, c)
+    check_finite(dev.loss, progress.steps - 1)
     if progress.best is None or dev.loss < progress.best.loss:
         progress.best, progress.best_step, progress.best_forwards = dev, progress.steps, progress.forwards
         save(problem.lm, folder.model)
     folder.dev(progress.steps, progress.forwards, dev.accuracy, dev.loss, peak_memory(c.device))
 
 
-def check_finite(loss: float, step: int, c: Config) -> None:
+def check_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
-        raise ValueError(f"the loss is not finite at step {step + 1}: try a smaller --lr than {c.lr}")
+        raise ValueError(f"the loss is not finite at step {step + 1}: try a smaller --lr")
 
 
 def save(lm: LanguageModel, directory: Path) -> None:
@@ -246,6 +243,8 @@ def run(c: Config) -> dict:
     if c.device.startswith("cuda:"):
         torch.cuda.set_device(c.device)  # kernels and memory figures go by the current device
     problem, splits = prepare(c)
+    if c.direction_bits == "grid":
+        check_grid(problem.lm.weights, estimator(c, problem.lm).min_spacing)
     sha256 = weights_sha256(problem.lm.weights)
     if past is not None:
         check_same(past, "base_weights_sha256", sha256)

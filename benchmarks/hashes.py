@@ -89,7 +89,8 @@ def train(tree: Path, flags: str, threads: int) -> dict:
     with TemporaryDirectory() as directory:
         out = Path(directory) / "run"
         command = [sys.executable, "train.py", *flags.split(), "--out", str(out)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        # passive: on a busy machine, threads that spin while they wait keep one another from running
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
         if done.returncode:
             return {"error": (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]}

@@ -68,13 +68,13 @@ class Config:
                                                               "growing number")  # fmt: skip
     alpha: float | None = flag("zeroth-order estimate", None, "adazeta asks min(max(floor(alpha * epoch^beta), 1), "
                                                               "max-queries) directions a step")  # fmt: skip
-    beta: float | None = flag("zeroth-order estimate", None, "see alpha; the released command comes to 0.622 and 15 "
+    beta: float | None = flag("zeroth-order estimate", None, "see --alpha; the released command comes to 0.622 and 15 "
                                                              "queries")  # fmt: skip
-    max_queries: int | None = flag("zeroth-order estimate", None, "see alpha")
+    max_queries: int | None = flag("zeroth-order estimate", None, "the most directions a step; see --alpha")
     probes_per_forward: int | None = flag("zeroth-order estimate", None, "of the two a direction, to bound memory (2; "
                                           "all of them where only adapters are trained, on a GPU)")  # fmt: skip
 
-    steps: int | None = flag("steps", None, "updates")
+    steps: int | None = flag("steps", None, "number of updates")
     lr: float | None = flag("steps", None, "learning rate")
     lr_schedule: str | None = flag("steps", None, "constant, or linear down to 0", ("constant", "linear"))
     warmup: int = flag("steps", 0, "first steps, in which the learning rate rises from 0")
@@ -83,14 +83,14 @@ class Config:
     micro_batch_size: int | None = flag("steps", None, "examples a forward, to bound memory (batch-size); the losses "
                                                        "change by rounding only")  # fmt: skip
     eval_every: int | None = flag("steps", None, "steps between dev evaluations")
-    seed: int = flag("steps", 0, "of directions, roundings and data order")
+    seed: int = flag("steps", 0, "decides directions, roundings, the order of the data and the adapters' start")
 
     placement: str | None = flag("adapters", None, "where tensor-train adapters are: around gate, up, down, or after "
                                  "attention and feed-forward (mlp on llama, sublayers on roberta)",
                                  ("mlp", "sublayers"))  # fmt: skip
     bottleneck: int | None = flag("adapters", None, "width between a tensor-train adapter's two layers")
-    tt_rank: int | None = flag("adapters", None, "of all bonds between cores")
-    lora_rank: int | None = flag("adapters", None, "of LoRA")
+    tt_rank: int | None = flag("adapters", None, "rank of all bonds between a tensor train's cores")
+    lora_rank: int | None = flag("adapters", None, "rank of LoRA's two matrices")
     lora_alpha: float | None = flag("adapters", None, "lora and loretta-rep scale their branch by this over rank or "
                                                       "bottleneck")  # fmt: skip
     norms: bool | None = flag("adapters", None, "train the model's norms beside the adapters")
@@ -174,7 +174,8 @@ FILE_DEFAULTS = {  # of tasks that are read from files: which few-shot split, or
 
 
 DESCRIPTION = """Fine-tune a language model with forward passes only, and by back-propagation to compare.  A flag that
-is not given takes its method's default, named in brackets; in round ones that of the embedded model."""
+is not given takes the default in square brackets, by method where methods differ; after "tiny" stands that of the
+embedded model."""
 ABLATIONS = "These take one idea away to show what it is for; the papers' methods and ours need none of them."
 
 
@@ -185,7 +186,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse(argv: list[str]) -> Config:
     """Raises ValueError for unknown flags and values."""
-    parser = OneLineParser(prog="train.py", description=DESCRIPTION, allow_abbrev=False)
+    parser = OneLineParser("train.py", "train.py [flags]", DESCRIPTION, allow_abbrev=False)
     kinds, groups = {"int": int, "float": float, "str": str}, {}
     for f in dataclasses.fields(Config):
         title = f.metadata["group"]
@@ -206,10 +207,10 @@ def default_text(f: dataclasses.Field) -> str:
     name = f.name
     if f.default is not None:
         return f" [{f.default}]"
-    tiny = {case: f" ({table[name]})" for case, table in TINY_DEFAULTS.items() if name in table}
+    tiny = {case: f", tiny {table[name]}" for case, table in TINY_DEFAULTS.items() if name in table}
     tables = DEFAULTS | ADAPTER_DEFAULTS | GRID_DEFAULTS | FILE_DEFAULTS
     defaults = [f"{case} {table[name]}{tiny.get(case, '')}" for case, table in tables.items() if name in table]
-    return f" [{', '.join(defaults)}]" if defaults else ""
+    return f" [{'; '.join(defaults)}]" if defaults else ""
 
 
 def resolve_defaults(c: Config) -> Config:

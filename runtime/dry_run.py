@@ -52,7 +52,8 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
     else:
         probes = 2 * most_queries(c)
         P = min(probes_per_forward(c) or probes, probes)
-        scratch = perturbed_block(config, c) * P // 2 if spec is None else perturbed_block(config, c) // 2 + P * 4 * sum(trainable.values())
+        block = perturbed_block(config, c)
+        scratch = block * P // 2 if spec is None else block // 2 + P * 4 * sum(trainable.values())
         parts |= {"scratch": scratch, "activations": N * P * widest_activations(config, c)}
         at_once = sum(parts.values())
     recorded = parts["scratch"] + parts["activations"] if c.graphs else 0

@@ -133,7 +133,7 @@ class StepRecorder:
             changed, clipped = (n / self.size for n in counts.tolist())
             row |= {"plus": step.plus.tolist(), "minus": step.minus.tolist(), "queries": len(step.plus)}
             row |= {"changed": changed, "clipped": clipped}
-        self.folder.trajectory.write(" ".join(map(repr, projected_grads)) + "\n")  # first: read_run relies on it
+        self.folder.trajectory.write(" ".join(map(repr, projected_grads)) + "\n")
         self.folder.losses.append((number, loss))
         self.folder.metrics.write(json.dumps(row | metrics) + "\n")
 
