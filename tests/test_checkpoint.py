@@ -89,8 +89,11 @@ def cut(name: str, kept: int):
 
 
 def config_without(field: str):
-    return lambda d: write("config.json", json.dumps(
-        {name: value for name, value in json.loads((d / "config.json").read_text()).items() if name != field}))(d)  # fmt: skip
+    def change(d: Path) -> None:
+        raw = json.loads((d / "config.json").read_text())
+        (d / "config.json").write_text(json.dumps({name: value for name, value in raw.items() if name != field}))
+
+    return change
 
 
 def tensors(added: dict | None = None, drop: str = "", file: str = "model.safetensors"):
@@ -465,6 +468,16 @@ def test_saving_never_deletes_what_is_not_a_model(where, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="it is a file"):
         LLAMA.save(tmp_path / "file")
+
+
+def test_saving_over_links_leaves_what_they_lead_to(directory, tmp_path):
+    """As in the hub's cache, whose directories hold links."""
+    (tmp_path / "blobs").mkdir()
+    for path in list(directory.iterdir()):
+        path.symlink_to(path.rename(tmp_path / "blobs" / path.name))
+    create(tiny_llama(), seed=1).save(directory)
+    assert sha256(tmp_path / "blobs") == weights_sha256(LLAMA.weights) != sha256(directory)
+    assert not [path for path in directory.iterdir() if path.is_symlink()]
 
 
 @pytest.mark.parametrize("form, weights", [("dense", "fp32"), ("dense", "int8"), ("bf16", "bf16"), ("int8", "int8")])

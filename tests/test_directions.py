@@ -18,8 +18,9 @@ from oracles import CLIP, levels, moments, normal_numbers
 from torch import Tensor
 
 import zo_optim
+from quant import encode
 from random_bits import Key, Purpose
-from zo_optim import direction, grid_direction, normal_table
+from zo_optim import check_grid, direction, grid_direction, normal_table
 
 TABLE = normal_table(torch.device("cpu")).to(torch.int64)
 KEY = Key(seed=11, step=5, query=2, tensor=0x12345678)
@@ -245,6 +246,14 @@ def test_each_weight_has_its_own_size_and_chance():
     assert ((u.square().mean(0) - 1).abs() < 5 * ((t**2 - 1) / N).sqrt() + 3 * t**2 / N + 2**-21).all()
     by_row = torch.linspace(0, 0.01, N)[:, None]
     assert torch.equal(steps(by_row), steps(by_row.expand(N, 8)))
+
+
+def test_a_grid_too_coarse_for_its_bits_is_refused():
+    """The widest spacing of all tensors counts; the message names it and its tensor."""
+    store = {"a": encode(torch.full((1, 8), 127.0), "int8"), "b": encode(torch.eye(8), "int8")}
+    check_grid(store, 1 / 4096)
+    with pytest.raises(ValueError, match="0.000244, is under a 4096th of the grid's widest spacing, 1 in a"):
+        check_grid(store, 0.999 / 4096)
 
 
 # ---------------------------------------------------------------- keys

@@ -378,8 +378,11 @@ def test_saving_takes_the_tokenizer_along(tmp_path):
 
 
 def test_the_digest_sees_one_bit_of_any_tensor():
+    """And its name."""
     weights = create(tiny_llama(num_hidden_layers=1)).weights
-    digests = {weights_sha256(weights)}
+    digest = weights_sha256(weights)
+    assert weights_sha256({f"x{name}": stored for name, stored in weights.items()}) != digest
+    digests = {digest}
     for stored in weights.values():
         stored.value.view(torch.int32).view(-1)[-1] ^= 1
         digests.add(weights_sha256(weights))

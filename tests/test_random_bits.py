@@ -19,10 +19,6 @@ from oracles import KEY, WORD, patterns, signed, words_like
 from quant import Integers
 from random_bits import Key, Purpose, bits16, bits32, permutation, philox, philox_blocks, second_uniform
 
-settings.register_profile("keyed", deadline=None, derandomize=True)  # a busy machine is not a failure
-settings.load_profile("keyed")
-
-
 # ---------------------------------------------------------------- random bits
 
 

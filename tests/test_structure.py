@@ -165,21 +165,36 @@ def test_the_readmes_code_is_the_source():
     assert block("loop") in inspect.getsource(train.train)
 
 
+def commands(text: str) -> list[str]:
+    """The flags of `python train.py` that stand on lines of their own."""
+    found = re.findall(r"^python train\.py(.*)$", text, re.MULTILINE)
+    return [flags.partition("#")[0] for flags in found if not re.search("--(help|resume|replay)", flags)]
+
+
 def test_commands_of_the_documents_parse():
-    found = 0
+    assert len(commands(README)) >= 5
     for path, text in DOCUMENTS.items():
-        for flags in re.findall(r"^python train\.py(.*)$", text, re.MULTILINE):
-            if not re.search("--(help|resume|replay)", flags):
-                given = config.parse(flags.partition("#")[0].replace("--model DIR", "--model .").split())
-                config.validate(given)
-                found += 1
+        for flags in commands(text):
+            config.validate(config.parse(flags.replace("--model DIR", "--model .").split()))
         for name in re.findall(r"python -m (benchmarks\.\w+|data\.tiny\.\w+)", text):
             assert name in MODULES, (path, name)
         for name in re.findall(r"python (\w[\w/]*\.py)", text):
             assert (ROOT / name).is_file(), (path, name)
-    assert found >= 7
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"(?:^|`)make ([\w-]+)", README, re.MULTILINE)) <= set(targets)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("model", ["zollama-28m", "zoroberta-26m"])
+def test_commands_of_the_readme_run_on_a_real_model(model, real_model, real_data, tmp_path, monkeypatch):
+    """One step each, on a few examples."""
+    load_splits, directory = train.load_splits, real_model(model)
+    short = ["--steps", "1", "--batch-size", "4", "--data-dir", str(real_data("k-shot").parent), "--device", "cpu"]
+    monkeypatch.setattr(train, "load_splits", lambda *args: load_splits(*args)._replace(dev=load_splits(*args).dev[:8]))
+    for at, flags in enumerate(flags for flags in commands(README) if "--model DIR" in flags):
+        given = [*flags.replace("DIR", str(directory)).split(), *short, "--num-eval", "8"]
+        assert train.main([*given, "--out", str(tmp_path / str(at))]) == 0, flags
+    assert at >= 2
 
 
 def test_links_and_files_that_documents_name_are_there():
@@ -245,5 +260,5 @@ def test_every_flag_is_a_field_and_every_default_has_one_home(capsys):
     assert flags == {name.replace("_", "-") for name in names}
     assert not [name for name in SOURCE - {"runtime.config"} if "argparse" in MODULES[name].read_text()]
     used = "\n".join([*DOCUMENTS.values(), *(MODULES[name].read_text() for name in TESTS | SCRIPTS)])
-    assert not [name for name in names if not re.search(rf"--(no-)?{name.replace('_', '-')}\b|\b{name}\b", used)]
+    assert not [name for name in names if not re.search(rf"--(no-)?{name.replace('_', '-')}\b|\b{name}=", used)]
     assert "auto" not in vars(config.parse([])).values()
