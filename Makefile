@@ -10,11 +10,15 @@ BIN := .venv/bin
 demo: .venv/demo
 	$(BIN)/python train.py
 
+# Two workers, each with files of its own; threads of one worker's processes would wait for the other's
+test test-full: export OMP_NUM_THREADS := 1
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
 test: .venv/dev
-	$(BIN)/python -m pytest -q -m "not full"
+	$(PYTEST) -m "not full"
 
 test-full: .venv/dev
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""LLaMA and RoBERTa as plain modules over weights that somebody else keeps.
+"""LLaMA and RoBERTa as plain modules without storage, which are handed their weights at each call.
 
 The model is a pure function and the weights are data.  A View says how the weights are read: as they are
 stored, or as the P perturbed copies of a zeroth-order step.  Each block is one weightless nn.Module, called with
@@ -259,21 +259,25 @@ class View(Protocol):
 
     probes: int  # P
 
-    def read(self, name: str, rows: Tensor | None = None) -> Tensor:
-        """[P, *shape]; matrices in the compute dtype, vectors in float32.  rows [n] int64: -> [P, n, C] float32."""
+    def read(self, name: str, rows: Tensor | None = None, as_codes: bool = False) -> Tensor:
+        """[P, *shape]: matrices in the compute dtype, vectors in float32; as_codes, an fp8 matrix's e4m3 codes.
+
+        rows [n] int64: those rows of a matrix, [P, n, C] float32.
+        """
 
 
 MAX_RECOMPILES = 24  # of a compiled block: torch's default is 8
 
 
 class LanguageModel:
-    """A config, named weights that somebody else keeps, and the functions that run them.
+    """A config, named stores of weights, and the functions that run them.
 
     Forward passes come in two pieces, so that a caller who wants a few tokens and a few words pays for no more:
     `hidden` runs the blocks, `score` turns hidden states into logits.  Calling the model does both for all of them.
     """
 
-    block: nn.Module  # without storage: one serves all layers
+    parts: tuple[nn.Module, ...]  # all modules, which have no storage
+    block: nn.Module  # the one that serves all layers
     layers: str  # the prefix of a block's tensor names, before its number
     embedding: str  # name of the word embedding
     decoder: str  # name of the output matrix, which is the embedding where they are tied
@@ -293,14 +297,10 @@ class LanguageModel:
     def round_inputs(self, rounding: Callable[[Tensor], Tensor]) -> None:
         """Round the input of every linear layer and of the output matrix, [..., C] -> the same shape."""
         self.round_input = rounding
-        for part in self.parts():
+        for part in self.parts:
             for module in part.modules():
                 if isinstance(module, Linear):
                     module.round_input = rounding
-
-    def parts(self) -> tuple[nn.Module, ...]:
-        """The weightless modules."""
-        raise NotImplementedError
 
     def stored_view(self) -> View:
         """The weights as they are stored: P = 1."""
@@ -380,10 +380,7 @@ class Llama(LanguageModel):
     def __init__(self, config: LlamaConfig, *rest):
         super().__init__(config, *rest)
         self.decoder = self.embedding if config.tie_word_embeddings else "lm_head.weight"
-        self.block, self.norm = llama_parts(config)
-
-    def parts(self) -> tuple[nn.Module, ...]:
-        return self.block, self.norm
+        self.block, self.norm = self.parts = llama_parts(config)
 
     def hidden(
         self, tokens: Tensor, mask: Tensor | None, view: View, wanted: TokenIndex | None = None,
@@ -412,7 +409,7 @@ class Llama(LanguageModel):
             last = i == self.config.num_hidden_layers - 1  # to all tokens of the others, the next block attends
             cached = () if cache is None else (cache, i)  # torch.compile would make a graph for every number
             context = (y, cos, sin, seen, wanted if last else None, *cached)
-            x, y = self.apply(self.block, f"model.layers.{i}.", view, x, *context)
+            x, y = self.apply(self.block, f"{self.layers}{i}.", view, x, *context)
         return self.apply(self.norm, "model.norm.", view, x + y)
 
     @torch.no_grad()
@@ -462,10 +459,7 @@ class Roberta(LanguageModel):
         tied = config.tie_word_embeddings
         self.decoder = self.embedding if tied else "lm_head.decoder.weight"
         self.bias = "lm_head.bias" if tied else "lm_head.decoder.bias"  # transformers never reads the other one
-        self.embed, self.block, self.head = roberta_parts(config)
-
-    def parts(self) -> tuple[nn.Module, ...]:
-        return self.embed, self.block, self.head
+        self.embed, self.block, self.head = self.parts = roberta_parts(config)
 
     def hidden(self, tokens: Tensor, mask: Tensor | None, view: View, wanted: TokenIndex | None = None) -> Tensor:
         mask = torch.ones_like(tokens) if mask is None else mask
@@ -481,8 +475,11 @@ class Roberta(LanguageModel):
         seen = (mask.bool() | ~mask.any(1, keepdim=True))[:, None, None].repeat(len(x), 1, 1, 1)  # [P * B, 1, 1, T]
         for i in range(self.config.num_hidden_layers):
             last = i == self.config.num_hidden_layers - 1  # to all tokens of the others, the next block attends
-            x = self.apply(self.block, f"roberta.encoder.layer.{i}.", view, x, seen, wanted if last else None)
+            x = self.apply(self.block, f"{self.layers}{i}.", view, x, seen, wanted if last else None)
         return self.apply(self.head, "lm_head.", view, x)
+
+
+MODELS = {LlamaConfig: Llama, RobertaConfig: Roberta}
 
 
 def llama_parts(c: LlamaConfig) -> tuple[nn.Module, ...]:
@@ -510,7 +507,7 @@ def expected_shapes(config: LlamaConfig | RobertaConfig) -> dict[str, torch.Size
         block, norm = llama_parts(config)
         shapes = {Llama.embedding: torch.Size((V, D))}
         for i in layers:
-            shapes |= named(f"model.layers.{i}.", block)
+            shapes |= named(f"{Llama.layers}{i}.", block)
         shapes |= named("model.norm.", norm)
         return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": torch.Size((V, D))}
     embed, block, head = roberta_parts(config)
@@ -518,7 +515,7 @@ def expected_shapes(config: LlamaConfig | RobertaConfig) -> dict[str, torch.Size
     shapes = {f"roberta.embeddings.{t}_embeddings.weight": torch.Size((n, D)) for t, n in tables.items()}
     shapes |= named("roberta.embeddings.", embed)
     for i in layers:
-        shapes |= named(f"roberta.encoder.layer.{i}.", block)
+        shapes |= named(f"{Roberta.layers}{i}.", block)
     shapes |= named("lm_head.", head)
     if config.tie_word_embeddings:
         return shapes | {"lm_head.bias": torch.Size((V,))}
@@ -553,8 +550,7 @@ def create(
         if is_matrix:
             tensor.normal_(0.0, 0.02, generator=generator)
         stores[name] = encode(tensor, weights, residual)
-    kind = Llama if isinstance(config, LlamaConfig) else Roberta
-    return kind(config, raw, stores, dtype, weights, residual)
+    return MODELS[type(config)](config, raw, stores, dtype, weights, residual)
 
 
 def load(
@@ -577,7 +573,6 @@ def load(
         weights, residual, oracle,
     )  # fmt: skip
     assert len({tensor_id(name) for name in stores}) == len(stores)  # or two tensors would share their directions
-    kind = Llama if isinstance(config, LlamaConfig) else Roberta
-    lm = kind(config, raw, stores, dtype, weights, residual)
+    lm = MODELS[type(config)](config, raw, stores, dtype, weights, residual)
     lm.other_files = checkpoints.companion_files(directory)
     return lm

@@ -95,7 +95,7 @@ E4M3 = Fp8Format(torch.float8_e4m3fn, 3, -6, 448.0)
 class Store:
     """How one tensor is kept, read and stepped.  `rows` picks rows of it as a matrix [R, C].
 
-    dequantise(rows)                                the weights that a forward sees, [r, C]
+    dequantise(rows)                                the weights that a forward sees, [r, C] float32 (floats: as stored)
     spacing(rows)                                   the distance between neighbouring grid points there, float32
     add_rounded(rows, delta, random_bits)           the grid point that w + delta becomes, [r, C] float32; no write
     add_rounded_(rows, delta, random_bits)          moves there, the only method that writes -> [2] int64: how many
@@ -242,6 +242,7 @@ class Integers(Store):
 
     @classmethod
     def empty(cls, shape: torch.Size, bits: int, residual_bits: int, scale: Tensor) -> Integers:
+        """Unwritten codes and residuals for a tensor of this shape, on the scales' device."""
         R, C = matrix_shape(shape)
         codes = torch.empty(R, -(-C * bits // 8), dtype=torch.int8 if bits == 8 else torch.uint8, device=scale.device)
         residual = None
@@ -464,6 +465,7 @@ def encode(
     scale: the scales of codes, where they are known already.
     """
     check_format(weights, residual_bits, oracle)
+    tensor = tensor.detach()  # a parameter's graph is not the store's
     if tensor.ndim < 2 or weights == "fp32":
         return Float(tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format))
     if weights == "bf16":

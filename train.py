@@ -238,7 +238,7 @@ def run(c: Config) -> dict:
     validate(c)
     if past is None:
         check_free(Path(c.out))
-    elif len(past.projected_grads) >= c.steps:
+    elif len(past.projected_grads) >= c.steps and (Path(c.out) / "result.json").is_file():
         raise ValueError(f"{c.out} is complete: all {c.steps} steps were done")
     if c.device.startswith("cuda:"):
         torch.cuda.set_device(c.device)  # kernels and memory figures go by the current device
@@ -262,7 +262,7 @@ def run(c: Config) -> dict:
     if past is not None:
         catch_up(c, problem.lm, past.projected_grads)
         progress = progress_of(past)
-        due = progress.steps > 0 and progress.steps % c.eval_every == 0
+        due = progress.steps > 0 and (progress.steps % c.eval_every == 0 or progress.steps == c.steps)
         if due and progress.steps not in [dev.step for dev in folder.devs]:  # the run was killed before that
             evaluate_and_keep_best(c, problem, folder, progress)
     train(c, problem, folder, stop, progress)
@@ -388,7 +388,7 @@ def main(argv: list[str]) -> int:
             raise
         code, message = 1, f"out of memory; try a smaller --micro-batch-size or fewer bits: {error}"
     except KeyboardInterrupt:
-        code, message = 130, "interrupted twice: stopped at once"
+        code, message = 130, "interrupted: stopped at once"
     if message:
         print(f"train.py: {' '.join(message.split())}", file=sys.stderr)
     return code

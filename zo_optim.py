@@ -39,8 +39,9 @@ class Step(NamedTuple):
 def zo_step(weights: dict[str, Store], loss_fn: LossFn, key: Key, zo: ZO, lr: float) -> Step:
     """One step of MeZO or QuZO (algorithm 1 of either).
 
-    weights: the stores to train, by name (quant.encode makes one of any tensor).  loss_fn: a view of P perturbed copies
-    of them -> [P] losses.  key: (seed, step).  Raises ValueError where the loss is not finite; nothing is written then.
+    weights: the stores to train, by name (quant.encode makes one of any tensor), written in place.  loss_fn: a view of
+    P perturbed copies -> [P] losses.  key: (seed, step).  Raises ValueError for losses that are not finite or not one
+    a copy; nothing is written then.
     """
     plus, minus = probe_losses(weights, loss_fn, key, zo)  # L(w + eps u1), L(w - eps u1): nothing is written
     projected_grads = (plus - minus) / (2 * zo.eps)
@@ -56,14 +57,16 @@ def zo_step(weights: dict[str, Store], loss_fn: LossFn, key: Key, zo: ZO, lr: fl
 def probe_losses(weights: dict[str, Store], loss_fn: LossFn, key: Key, zo: ZO) -> tuple[Tensor, Tensor]:
     """The losses at w + eps u1 and at w - eps u1: [Q] float64 each, on the CPU, all at the same weights w."""
     losses = zo.losses(weights, loss_fn, key).cpu()  # the only place where a step waits for a GPU
+    if losses.shape != (2 * zo.queries,):
+        raise ValueError(f"loss_fn must return one loss for each copy of a view, got {list(losses.shape)} in all")
     return losses.double().view(-1, 2).unbind(1)
 
 
 @torch.no_grad()
 def update(weights: dict[str, Store], projected_grads: Tensor, key: Key, zo: ZO, lr: float) -> Tensor:
-    """w <- round(w - lr / Q * sum of g_q u2_q): the mean of the Q queries lands on the weight's grid at once.
+    """w <- round(w - lr / Q * sum of g_q u2_q): the mean of the Q queries is rounded onto the weight's grid at once.
 
-    (Algorithm 1 of QuZO lands each query's step by itself: the same mean with more rounding.)  It needs no forward
+    (Algorithm 1 of QuZO rounds each query's step by itself: the same mean with more rounding.)  It needs no forward
     pass: key, projected_grads [Q] float64 and lr redo it, which is what --replay and --resume do.
     Returns Step's counts.
     """
@@ -96,8 +99,13 @@ class ZO:
     probe: str = "float"  # ablation "codes": w + eps u1 is rounded stochastically onto the weight's grid
     nearest: bool = False  # ablation: steps land by rounding to nearest, which loses nearly all of them
     dtype: torch.dtype = torch.float32  # of perturbed matrices: what a forward multiplies in
-    probes_per_forward: int | None = 2  # perturbed copies at a time, to bound memory (None: all); losses change by
-    # rounding only
+    probes_per_forward: int | None = 2  # perturbed copies at a time, which bounds memory; None: all of them
+
+    def __post_init__(self):
+        """Raises ValueError for what no estimator is."""
+        fits = self.bits in (None, *range(2, 9)) and not (self.grid and self.bits) and self.eps > 0 and self.queries > 0
+        if not fits or self.estimator not in ("q-rge2", "q-rge1", "random") or self.probe not in ("float", "codes"):
+            raise ValueError(f"no usable estimator: {self}")
 
     @property
     def min_spacing(self) -> float:
@@ -109,7 +117,7 @@ class ZO:
         probes = [(query, sign) for query in range(self.queries) for sign in (1, -1)]
         n = self.probes_per_forward or len(probes)
         at_once = [probes[i : i + n] for i in range(0, len(probes), n)]
-        return torch.cat([loss_fn(PerturbedWeights(weights, key, self, some, len(some))) for some in at_once])
+        return torch.cat([torch.atleast_1d(loss_fn(PerturbedWeights(weights, key, self, p, len(p)))) for p in at_once])
 
     def perturbed(
         self, store: Store, key: Key, signs: list[int], dtype: torch.dtype, rows: Tensor | None = None
@@ -124,12 +132,12 @@ class ZO:
             index = torch.arange(chunk.start, chunk.stop, device=store.device) if rows is None else rows
             factor = self.stride if self.grid else self.eps  # grid directions are drawn as eps / stride * u
             eps_u1 = self.scaled_direction(factor, store, key, chunk, index, Purpose.PROBE_ROUNDING)
-            landed, bits = dtype == E4M3.dtype or self.probe == "codes", None
+            rounded, bits = dtype == E4M3.dtype or self.probe == "codes", None
             if self.probe == "codes" and store.rounds:  # the same for both signs, so that codes move symmetrically
                 bits = bits32(key, Purpose.PROBE_LANDING, index, C)
-            w = None if landed else store.dequantise(chunk)
+            w = None if rounded else store.dequantise(chunk)
             for copy, sign in zip(copies if rows is not None else copies[:, chunk], signs, strict=True):
-                if not landed:
+                if not rounded:
                     copy.copy_(torch.add(w, eps_u1, alpha=sign))
                 elif dtype == E4M3.dtype:
                     copy.copy_(store.rounded_code(chunk, sign * eps_u1, bits)[0])
@@ -141,7 +149,7 @@ class ZO:
         """w <- round(w + sum of factor_q * direction_q): all that ever writes.  factors [Q] float32 -> counts."""
         counts = torch.zeros(2, dtype=torch.int64, device=factors.device)
         rounding = Purpose.PROBE_ROUNDING if self.estimator == "q-rge1" else Purpose.UPDATE_ROUNDING  # u1, or u2
-        landing = Purpose.DIRECTION if self.grid else Purpose.WEIGHT_ROUNDING
+        purpose = Purpose.DIRECTION if self.grid else Purpose.WEIGHT_ROUNDING
         for name, store in weights.items():
             key = key._replace(tensor=tensor_id(name))
             for rows in row_chunks(store.matrix_shape, store.device):
@@ -152,7 +160,7 @@ class ZO:
                 ))  # fmt: skip
                 bits = None
                 if store.rounds and not self.nearest:
-                    bits = bits32(key, landing, index, delta.shape[1])
+                    bits = bits32(key, purpose, index, delta.shape[1])
                     if self.grid:  # given whether query 0's bits hit, the rest of them is uniform, also for the sum
                         bits = second_uniform(bits)
                 counts += store.add_rounded_(rows, delta, bits)
@@ -282,8 +290,10 @@ def check_grid(weights: dict[str, Store], min_spacing: float) -> None:
 
 
 def learning_rate(step: int, lr: float, schedule: str, steps: int, warmup: int = 0) -> float:
-    """constant: lr.  linear: from lr down to 0 over the run (the released QuZO scripts' schedule).  Either after
-    `warmup` steps that rise to it in equal parts (LoRETTA's GLUE script has 500 before a constant rate)."""
+    """schedule "constant": lr; "linear": from lr down to 0 over the run (the released QuZO scripts' schedule).
+
+    Either comes after `warmup` steps that rise to it in equal parts (LoRETTA's GLUE script has 500 before a constant
+    rate)."""
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)
     return lr if schedule == "constant" else lr * (1 - (step - warmup) / (steps - warmup))

@@ -185,7 +185,7 @@ class BatchLoss:
 
     @classmethod
     def of(cls, lm, examples: list[Encoded], pad: int, micro_batch_size: int, multiple: int = 1) -> BatchLoss:
-        """In batches of one length, a multiple of `multiple` tokens."""
+        """micro_batch_size examples a batch.  multiple > 1: all have one length, a multiple of that many tokens."""
         T = -(-max(e.width for e in examples) // multiple) * multiple if multiple > 1 else 0
         starts = range(0, len(examples), micro_batch_size)
         return cls(lm, [collate(examples[i : i + micro_batch_size], pad, lm.device, T) for i in starts])

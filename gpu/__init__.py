@@ -1,7 +1,8 @@
-"""Fast twins of the definitions, for CUDA, put in from outside: nothing on the face imports this folder.
+"""Fast twins of the definitions, for CUDA, put in from outside: of the face only train.py imports this folder.
 
-kernels.py: one Triton kernel a tensor; graphs.py: a step's launches recorded once; fp8_matmul.py: codes times codes.
-Each gives the bits of its definition (tests/test_gpu.py).  Without Triton or a GPU these functions change nothing.
+kernels.py: one Triton kernel a tensor; graphs.py: a step's launches recorded once.  These give the bits of their
+definitions (tests/test_gpu.py).  fp8_matmul.py multiplies codes by codes, to the accuracy of its sums.  Without Triton
+or a GPU, `install` and `estimator` change nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def install(lm: LanguageModel) -> None:
 
 
 def estimator(zo: ZO, device: str, graphs: bool = False) -> ZO:
-    """zo made of kernels, and with `graphs` of recorded launches, where the weights are on a GPU."""
+    """The same estimator by kernels, and with `graphs` by recorded launches too, where the weights are on a GPU."""
     if not device.startswith("cuda") or not has_triton():
         return zo
     from gpu.graphs import CudaGraphed

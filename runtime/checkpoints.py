@@ -230,11 +230,9 @@ def save_stored(
 ) -> None:
     """Write the weights as they are stored, codes and scales, for `load` with the same `weights` and `residual`."""
     tensors = ((name + suffix, t) for name, stored in weights.items() for suffix, t in stored.tensors().items())
-    config = _plain_config(raw_config, format)
-    if format in FLOATS:
-        return write_directory(directory, config, files, tensors)
-    config |= {CODES: {"weights": format, "residual": residual}}
-    return write_directory(directory, config, files, tensors, CODES)
+    coded = format not in FLOATS
+    config = _plain_config(raw_config, format) | ({CODES: {"weights": format, "residual": residual}} if coded else {})
+    write_directory(directory, config, files, tensors, CODES if coded else "model")
 
 
 def _plain_config(raw_config: dict, format: str) -> dict:
@@ -248,7 +246,7 @@ def weights_sha256(weights: dict[str, Store]) -> str:
     for name in sorted(weights):
         for suffix, tensor in weights[name].tensors().items():
             digest.update(f"{name}{suffix} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

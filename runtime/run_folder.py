@@ -54,6 +54,7 @@ class RunFolder:
         if past is None:
             check_free(path)
             path.mkdir(parents=True, exist_ok=True)
+        (path / "result.json").unlink(missing_ok=True)  # an interrupted run's, which goes on
         self.path, self.model, self.title = path, path / "model", title
         self.zero_shot: float | None = None  # test accuracy before the first step
         rows, projected_grads = (past.rows, past.projected_grads) if past else ([], [])

@@ -219,7 +219,7 @@ def test_steps_to_nearest_and_the_oracle_have_no_kernel(weights, residual):
 
 @every_way
 @every_format
-def test_fused_pair_equals_plain_pair(weights, residual, zo):
+def test_a_pair_is_the_same_on_every_path(weights, residual, zo):
     for i, shape in enumerate(SHAPES):
         pairs, dtype = [], (torch.float32, torch.bfloat16)[i % 2]
         for path in PATHS:
@@ -232,16 +232,17 @@ def test_fused_pair_equals_plain_pair(weights, residual, zo):
 @every_way
 @every_format
 def test_rows_are_rows_of_read(weights, residual, zo, dtype):
-    """The embedding's way, beside whole matrices and the definition; and one sign alone is its half."""
-    rows, index = [], torch.tensor([64, 3, 3, 0]).cuda()
-    for path in PATHS[1:]:
+    """The embedding's way; one sign alone is its half of the pair; and an fp8 pair's codes."""
+    reads = []
+    for path in PATHS:
         with on(path, replace(zo, dtype=dtype)) as way:
-            store = stored(path, matrix(), weights, residual)
+            store, index = stored(path, matrix(), weights, residual), torch.tensor([64, 3, 3, 0])
             view, half = pair(store, way), PerturbedWeights(store, Key(5, 6), way, [(7, -1)], 1)
-            rows.append(view.read("w", index))
-            assert torch.equal(rows[-1].to(dtype), view.read("w")[:, index])
-            assert torch.equal(half.read("w"), view.read("w")[1:])
-    assert all_equal(rows)
+            rows, both = view.read("w", index.to(store["w"].device)), view.read("w")
+            assert torch.equal(rows.cpu().to(dtype), both.cpu()[:, index]) and torch.equal(half.read("w"), both[1:])
+            codes = [view.read("w", as_codes=True).view(torch.uint8)] if weights == "fp8" else []
+            reads.append([tensor.cpu() for tensor in (rows, both, *codes)])
+    assert all(all_equal(of_paths) for of_paths in zip(*reads, strict=True))
 
 
 def test_minus_zero():
@@ -265,15 +266,6 @@ def test_lr_zero_changes_no_bit(weights, residual, zo):
             assert done.counts.tolist() == [0, 0]
             assert update(store, torch.full_like(done.projected_grads, 1e3), Key(0, step), way, 0.0).tolist() == [0, 0]
     assert same(store["w"], before["w"])
-
-
-@every_way
-def test_fp8_codes_of_a_pair(zo):
-    codes = []
-    for path in PATHS:
-        with on(path, zo) as way:
-            codes.append(pair(stored(path, matrix(), "fp8"), way).read("w", as_codes=True).view(torch.uint8).cpu())
-    assert all_equal(codes)
 
 
 # ---------------------------------------------------------------- whole models
