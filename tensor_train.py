@@ -386,23 +386,23 @@ def initial(module: nn.Module, spec: Spec, key: Callable[[str], int]) -> dict[st
     start is taken away from it (`first_`); the papers' code does neither.
     """
     values = {}
-    for path, train in module.named_modules():
-        if not isinstance(train, TensorTrain):
+    for path, layer in module.named_modules():
+        if not isinstance(layer, TensorTrain):
             continue
-        d, path = len(train.factors), f"{path}."
-        deviation = (1 / (train.inputs + train.outputs)) ** (1 / (2 * d))
-        for i, core in enumerate(train.cores):
+        d, path = len(layer.factors), f"{path}."
+        deviation = (1 / (layer.inputs + layer.outputs)) ** (1 / (2 * d))
+        for i, core in enumerate(layer.cores):
             value = torch.empty(core.shape, device="cpu")
             generator = torch.Generator("cpu").manual_seed(key(f"{path.removeprefix('first_')}cores.{i}"))
             if spec.kind == "lora":
-                value.uniform_(-(train.inputs**-0.5), train.inputs**-0.5, generator=generator)
+                value.uniform_(-(layer.inputs**-0.5), layer.inputs**-0.5, generator=generator)
             else:
                 value.normal_(0.0, deviation / math.sqrt(core.shape[2]), generator=generator)
             silent = spec.kind == "lora" or (spec.kind == "adp" and spec.identity and path == "up.")
             values[f"{path}cores.{i}"] = value.zero_() if silent and i == d - 1 else value
-        if train.bias is not None:
-            bound, generator = train.outputs**-0.5, torch.Generator("cpu").manual_seed(key(f"{path}bias"))
-            value = torch.empty(train.outputs, device="cpu").uniform_(-bound, bound, generator=generator)
+        if layer.bias is not None:
+            bound, generator = layer.outputs**-0.5, torch.Generator("cpu").manual_seed(key(f"{path}bias"))
+            value = torch.empty(layer.outputs, device="cpu").uniform_(-bound, bound, generator=generator)
             values[f"{path}bias"] = value.zero_() if spec.identity and path == "up." else value
     return values
 

@@ -39,9 +39,8 @@ class Step(NamedTuple):
 def zo_step(weights: dict[str, Store], loss_fn: LossFn, key: Key, zo: ZO, lr: float) -> Step:
     """One step of MeZO or QuZO (algorithm 1 of either).
 
-    weights: the stores to train, by name (quant.encode makes one of any tensor), written in place.  loss_fn: a view of
-    P perturbed copies -> [P] losses.  key: (seed, step).  Raises ValueError for losses that are not finite or not one
-    a copy; nothing is written then.
+    weights: stores by name (quant.encode makes one of any tensor), written in place.  loss_fn: a view of P perturbed
+    copies -> [P] losses.  key: (seed, step).  Raises ValueError, writing nothing, unless losses are finite, one a copy.
     """
     plus, minus = probe_losses(weights, loss_fn, key, zo)  # L(w + eps u1), L(w - eps u1): nothing is written
     projected_grads = (plus - minus) / (2 * zo.eps)

@@ -59,7 +59,7 @@ NORMAL_TABLE = torch.tensor(HALF + [-u for u in HALF])
 def direction(shape, step, name, purpose):
     """Eq. 7: u1 (PROBE_ROUNDING) or u2 (UPDATE_ROUNDING), one Gaussian u rounded twice: [R, C] float32, in sigma.
 
-    Given u, both have mean u and are independent, so E[u2 u1^T] = E[u u^T] = I, and the slope along u1 times u2 is the
+    Given u, both have mean u and are independent, so E[u2 u1^T] = E[u u^T] = I, and projected_grad times u2 is the
     gradient on average.  Trap: one seed for both (as in the authors' code) makes u1 = u2, and I + rounding's variance.
     """
     u = NORMAL_TABLE[random_bits(shape, step, name, DIRECTION)]
@@ -141,7 +141,7 @@ def main():
         batch = shuffled[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
         plus = loss(partial(read_weight, store, step, 1), config, answers, batch)
         minus = loss(partial(read_weight, store, step, -1), config, answers, batch)
-        projected_grad = (plus - minus) / (2 * EPS)  # the slope along u1: one number is all that a step learns
+        projected_grad = (plus - minus) / (2 * EPS)  # one number is all that a step learns
         projected_grads.append(projected_grad)
         lr, changed = LR * (1 - step / STEPS), []
         for name, (numbers, scale) in store.items():  # w <- w - lr * projected_grad * u2, eq. 8 to 10

@@ -7,8 +7,7 @@ tests/test_gpu.py demands equal codes and equal floats (hence no fused multiply-
 Each program takes BLOCK groups of 8 neighbouring elements, which share a Philox block a draw.
 A group is in one row and under one scale, so what belongs to those is computed once for the 8, and a thread keeps all
 of them: tensors are [BLOCK], [BLOCK, 1] or [BLOCK, 8], and nothing moves between threads.  Where all of a program is in
-one row (ONE_ROW), what belongs to it is computed once, [1, 1].  (The first version had [8 * BLOCK] elements with a row,
-a column and a scale each: twice the instructions, half of them integer divisions and copies through shared memory.)
+one row (ONE_ROW), what belongs to it is computed once, [1, 1].
 Imports zo_optim, quant, random_bits and gpu's graphs.
 """
 
@@ -42,7 +41,7 @@ M0_, M1_, W0_, W1_ = tl.constexpr(M0), tl.constexpr(M1), tl.constexpr(W0), tl.co
 
 @triton.jit
 def _number(x):
-    """A number, whether it is given or where it is."""
+    """A number, given by value or by its address."""
     if x.dtype.is_ptr():
         x = tl.load(x)
     return x
@@ -576,7 +575,7 @@ def _by_hand(device: torch.device) -> bool:
 
 
 def _tail(n: int, block: int) -> str:
-    """_place's."""
+    """_place's TAIL for n elements."""
     return "elements" if n % 8 else "groups" if n % (8 * block) else ""
 
 
@@ -589,16 +588,6 @@ def _programs(n: int, block: int) -> tuple[int]:
     return (triton.cdiv(n, 8 * block),)
 
 
-def perturbed(
-    stored: Store, key: Key, zo: ZO, dtype: torch.dtype, signs: list[int], rows: Tensor | None = None
-) -> Tensor:
-    """ZO.perturbed in one kernel."""
-    factor = zo.stride if zo.grid else zo.eps
-    return _materialise(stored, key, dtype, rows, len(signs), normal_knots(stored.device), float(factor),
-                        zo.min_spacing, LEVELS=_levels(zo), CODES=zo.probe == "codes", PLUS=1 in signs,
-                        MINUS=-1 in signs)  # fmt: skip
-
-
 def dequantised(stored: Store, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
     """The weights as they are: [1, R, C] in dtype, or [1, n, C].  The definition is quant.StoredWeights."""
     return _materialise(stored, Key(0, 0), dtype, rows, 1, None, 0.0, 0.0,
@@ -609,7 +598,8 @@ def _materialise(
     stored: Store, key: Key, dtype: torch.dtype, rows: Tensor | None, P: int, knots: Tensor | None, factor: float,
     min_spacing: float, **options,
 ) -> Tensor:  # fmt: skip
-    value, scale, n, per_row, words = _arguments(stored, key)
+    """[P, R, C] in dtype, or of rows [n] int64 alone [P, n, C]: P perturbed copies, or the weights as they are."""
+    value, scale, _, per_row, words = _arguments(stored, key)
     kind, largest = _kind(stored)
     R, C = stored.matrix_shape
     pair = torch.empty(P, R if rows is None else len(rows), C, dtype=dtype, device=value.device)
@@ -654,7 +644,11 @@ class FusedZO(ZO):
     ) -> Tensor:
         if not fits(store):
             return super().perturbed(store, key, signs, dtype, rows)
-        return perturbed(store, key, self, dtype, signs, rows)
+        return _materialise(
+            store, key, dtype, rows, len(signs), normal_knots(store.device),
+            float(self.stride if self.grid else self.eps), self.min_spacing, LEVELS=_levels(self),
+            CODES=self.probe == "codes", PLUS=1 in signs, MINUS=-1 in signs,
+        )  # fmt: skip
 
     def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
         counts = torch.zeros(SHARDS, 2, dtype=torch.int64, device=factors.device)

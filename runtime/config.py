@@ -237,7 +237,7 @@ def resolve_defaults(c: Config) -> Config:
     table["device"] = best_device() if c.device == "auto" else c.device
     table["out"] = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{table['task']}-{Path(c.model).name}-{c.method}"
     c = dataclasses.replace(c, **{n: v for n, v in table.items() if getattr(c, n) in (None, "auto")})
-    zo = optimizer == "zo" and c.device.startswith("cuda") and has_triton()
+    zo = optimizer == "zo" and c.device.startswith("cuda") and expects_triton()
     return dataclasses.replace(
         c,
         compute=default_compute(c) if c.compute == "auto" else c.compute,
@@ -247,8 +247,8 @@ def resolve_defaults(c: Config) -> Config:
     )
 
 
-def has_triton() -> bool:
-    """It comes with CUDA builds of torch for Linux.  Where no GPU is, another machine is asked about."""
+def expects_triton() -> bool:
+    """Whether a run on cuda has Triton.  Where no GPU is here, the run is for another machine, which is taken to."""
     return not torch.cuda.is_available() or importlib.util.find_spec("triton") is not None
 
 
@@ -397,7 +397,7 @@ def check_products(c: Config) -> None:
     if c.compute == "fp8" and not suits_codes(c):
         raise ValueError("--compute fp8 multiplies codes by codes: --weights fp8 --activations fp8, trained by zo, and "
                          "by quzo with --direction-bits grid or --probe codes")  # fmt: skip
-    if (c.graphs or c.compile) and c.device.startswith("cuda") and not has_triton():
+    if (c.graphs or c.compile) and c.device.startswith("cuda") and not expects_triton():
         raise ValueError("--graphs and --compile need Triton on cuda, and it is not installed")
     if c.graphs and (c.optimizer != "zo" or not c.device.startswith("cuda")):
         raise ValueError("--graphs are for zo on cuda")

@@ -23,18 +23,18 @@ class Master(Store):
     """A float matrix [R, C], fp32 or bf16, read as its nearest point on a fixed grid of codes."""
 
     value: Tensor
-    weights: str  # the codes' format
+    format: str  # of the codes
     scale: Tensor  # as that format has it
 
     def __post_init__(self):
         self.describe(self.value, self.value.shape)
 
     @classmethod
-    def of(cls, value: Tensor, weights: str, dtype: torch.dtype) -> Master:
-        return cls(value.to(dtype), weights, encode(value, weights).tensors()[".scale"])
+    def of(cls, value: Tensor, format: str, dtype: torch.dtype) -> Master:
+        return cls(value.to(dtype), format, encode(value, format).tensors()[".scale"])
 
     def codes(self, rows: slice | Tensor = slice(None)) -> Store:
-        return encode(self.value.detach()[rows], self.weights, scale=self.scale[rows])
+        return encode(self.value.detach()[rows], self.format, scale=self.scale[rows])
 
     def tensors(self) -> dict[str, Tensor]:
         """The codes are saved and hashed."""
@@ -45,28 +45,28 @@ class Master(Store):
         return straight_through(self.value[rows], self.codes(rows).dequantise())
 
 
-def make_trainable(store: dict[str, Float], weights: str | None, master: torch.dtype) -> dict[str, Float | Master]:
-    """The store to train: the floats themselves, or with `weights` a format of codes, masters of its matrices.
+def make_trainable(weights: dict[str, Float], format: str | None, master: torch.dtype) -> dict[str, Float | Master]:
+    """The stores to train: the floats themselves, or with `format` one of codes, masters of the matrices.
 
-    Empties the given store on the way, so that a large model is not held twice.
+    Empties the given dictionary on the way, so that a large model is not held twice.
     """
     trainable = {}
-    for name in list(store):
-        stored = store.pop(name)
-        if weights is not None and stored.value.ndim == 2:
-            stored = Master.of(stored.value, weights, master)
+    for name in list(weights):
+        stored = weights.pop(name)
+        if format is not None and stored.value.ndim == 2:
+            stored = Master.of(stored.value, format, master)
         stored.value.requires_grad_()
         trainable[name] = stored
     return trainable
 
 
-def optimizer(store: dict[str, Float | Master], lr: float, weight_decay: float) -> torch.optim.AdamW:
+def optimizer(weights: dict[str, Float | Master], lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW; its decay, where there is any, is for matrices only."""
     groups = [
-        {"params": [s.value for s in store.values() if len(s.shape) == 2], "weight_decay": weight_decay},
-        {"params": [s.value for s in store.values() if len(s.shape) == 1], "weight_decay": 0.0},
+        {"params": [s.value for s in weights.values() if len(s.shape) == 2], "weight_decay": weight_decay},
+        {"params": [s.value for s in weights.values() if len(s.shape) == 1], "weight_decay": 0.0},
     ]
-    on_gpu = next(iter(store.values())).device.type == "cuda"
+    on_gpu = next(iter(weights.values())).device.type == "cuda"
     return torch.optim.AdamW(groups, lr=lr, fused=on_gpu)  # the other ways keep copies of all parameters
 
 

@@ -449,7 +449,7 @@ def test_a_gpu_without_triton_gets_no_graphs(monkeypatch):
     cuda = ["--model", "roberta-base", "--device", "cuda"]
     with pytest.raises(ValueError, match="--graphs are for zo on cuda"):
         check_products(parse([*cuda, "--graphs", "--method", "fo"]))
-    monkeypatch.setattr("runtime.config.has_triton", lambda: False)
+    monkeypatch.setattr("runtime.config.expects_triton", lambda: False)
     c = parse(cuda)
     assert (c.graphs, c.compile, c.compute) == (False, False, "bf16")
     check_products(c)

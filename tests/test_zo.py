@@ -447,7 +447,7 @@ def gradient(lm: LanguageModel, loss_fn) -> Tensor:
 def test_the_mean_estimate_of_a_language_model(method):
     """Its projection on the gradient is 1, and what is left over is the noise of n estimates.
 
-    |mean - g|^2 is the mean of slope^2 |u2|^2 over n, V^2 d |g|^2 / n, where slope^2 alone varies: by sqrt(2) of it.
+    |mean - g|^2 is the mean of p^2 |u2|^2 over n, V^2 d |g|^2 / n (p: a projected gradient), where p^2 alone varies: by sqrt(2) of it.
     """
     (weights, zo), n = METHODS[method], 100
     lm = tiny(weights)
@@ -461,7 +461,7 @@ def test_the_mean_estimate_of_a_language_model(method):
 
 @pytest.mark.parametrize("weights, eps", [("fp32", 0.1), ("bf16", 1e-3), ("int8", 5e-3), ("int4", 0.1), ("fp8", 0.03)])
 def test_the_mean_estimate_on_the_grid_is_the_gradient(weights, eps):
-    """Of a quadratic, whose two-point slope is g . u however far the probes are apart.  Sign included.
+    """Of a quadratic, whose projected gradient is g . u however far the probes are apart.  Sign included.
 
     u_i is 0 or +-t_i / eps, so E[u_i^4] = (t_i / eps)^2 = K_i: the variance of (g . u) u_i is |g|^2 + (K_i - 2) g_i^2,
     and that of (g . u)^2 is the sum of K_i g_i^4, plus 3 (|g|^4 - sum of g_i^4), less |g|^4.
@@ -474,10 +474,10 @@ def test_the_mean_estimate_on_the_grid_is_the_gradient(weights, eps):
     )
     gap, key = spacing(store["w"], weights), KEY._replace(tensor=tensor_id("w"))
     u = torch.stack([grid_direction(key._replace(query=q), torch.arange(6), gap, 5, eps, 1 / eps) for q in range(n)])
-    slopes, squares, K = (plus - minus) / (2 * eps), g.square().sum() ** 2, (gap.double().clamp(min=eps) / eps) ** 2
+    projected_grads, squares, K = (plus - minus) / (2 * eps), g.square().sum() ** 2, (gap.double().clamp(min=eps) / eps) ** 2
     variance = g.square().sum() + (K - 2) * g**2
-    assert ((torch.einsum("q,qij->ij", slopes, u.double()) / n - g).abs() < 5 * (variance / n).sqrt()).all()
-    on_g = (slopes * (g * u).sum((1, 2))).mean() / g.square().sum()
+    assert ((torch.einsum("q,qij->ij", projected_grads, u.double()) / n - g).abs() < 5 * (variance / n).sqrt()).all()
+    on_g = (projected_grads * (g * u).sum((1, 2))).mean() / g.square().sum()
     assert abs(on_g - 1) < 5 * (((K * g**4).sum() + 2 * squares - 3 * (g**4).sum()) / squares / n).sqrt()
     assert weights == "fp32" or K.max() > 4
 
@@ -498,7 +498,7 @@ def test_the_control_turns_projected_gradients_over_by_coin():
 
 
 def test_a_small_step_goes_down():
-    """Over random directions it changes the loss by -lr |g|^2 on average: -lr slope^2 each, of std sqrt 2.
+    """Over random directions it changes the loss by -lr |g|^2 on average: -lr times the projected gradient squared each, of std sqrt 2.
 
     lr is such that a step's second-order term stays below a tenth of that; float64 would see it all.
     """
