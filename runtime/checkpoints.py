@@ -298,8 +298,8 @@ OURS = re.compile(
 
 def _refuse_foreign(path: Path) -> None:
     """Raises ValueError for a place that holds more than a saved model: replacing it would delete that."""
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"cannot save to {path}: it is a file")
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ValueError(f"cannot save to {path}: it is a {'link' if path.is_symlink() else 'file'}")
     inside = path.iterdir() if path.exists() else ()
     foreign = sorted(p.name for p in inside if p.is_dir() or not OURS.fullmatch(p.name))
     if foreign:

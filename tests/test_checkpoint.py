@@ -468,6 +468,11 @@ def test_saving_never_deletes_what_is_not_a_model(where, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="it is a file"):
         LLAMA.save(tmp_path / "file")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="it is a link"):
+        LLAMA.save(tmp_path / "link")
+    assert not any((tmp_path / "elsewhere").iterdir())
 
 
 def test_saving_over_links_leaves_what_they_lead_to(directory, tmp_path):

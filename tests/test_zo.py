@@ -447,7 +447,8 @@ def gradient(lm: LanguageModel, loss_fn) -> Tensor:
 def test_the_mean_estimate_of_a_language_model(method):
     """Its projection on the gradient is 1, and what is left over is the noise of n estimates.
 
-    |mean - g|^2 is the mean of p^2 |u2|^2 over n, V^2 d |g|^2 / n (p: a projected gradient), where p^2 alone varies: by sqrt(2) of it.
+    |mean - g|^2 is the mean of p^2 |u2|^2 over n, V^2 d |g|^2 / n (p: a projected gradient), where p^2 alone varies:
+    by sqrt(2) of it.
     """
     (weights, zo), n = METHODS[method], 100
     lm = tiny(weights)
@@ -474,7 +475,8 @@ def test_the_mean_estimate_on_the_grid_is_the_gradient(weights, eps):
     )
     gap, key = spacing(store["w"], weights), KEY._replace(tensor=tensor_id("w"))
     u = torch.stack([grid_direction(key._replace(query=q), torch.arange(6), gap, 5, eps, 1 / eps) for q in range(n)])
-    projected_grads, squares, K = (plus - minus) / (2 * eps), g.square().sum() ** 2, (gap.double().clamp(min=eps) / eps) ** 2
+    projected_grads = (plus - minus) / (2 * eps)
+    squares, K = g.square().sum() ** 2, (gap.double().clamp(min=eps) / eps) ** 2
     variance = g.square().sum() + (K - 2) * g**2
     assert ((torch.einsum("q,qij->ij", projected_grads, u.double()) / n - g).abs() < 5 * (variance / n).sqrt()).all()
     on_g = (projected_grads * (g * u).sum((1, 2))).mean() / g.square().sum()
@@ -498,7 +500,8 @@ def test_the_control_turns_projected_gradients_over_by_coin():
 
 
 def test_a_small_step_goes_down():
-    """Over random directions it changes the loss by -lr |g|^2 on average: -lr times the projected gradient squared each, of std sqrt 2.
+    """Over random directions it changes the loss by -lr |g|^2 on average: by -lr p^2 each, of std sqrt 2 (p: the
+    projected gradient).
 
     lr is such that a step's second-order term stays below a tenth of that; float64 would see it all.
     """
