@@ -55,16 +55,17 @@ def phase_of(name: str) -> str | None:
 def phase_times(events: list[dict]) -> Counter:
     """A trace's events -> microseconds by phase, which add up to the profiled range.
 
-    An event that begins during another one that has a phase belongs to that one.
+    Where events overlap, the later one counts from the earlier one's end: nested ones belong to the outer.
     """
     span = next(e for e in events if e["name"] == PROFILED and e["cat"] == "user_annotation")
     on_gpu, us, end = any(e["cat"] in ON_DEVICE for e in events), Counter(), span["ts"]
     for event in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
         counts = event["cat"] in (ON_DEVICE if on_gpu else ("cpu_op", "user_annotation"))
         phase = phase_of(event["name"]) or ("rest of the forward" if on_gpu else None)
-        if counts and phase and end <= event["ts"] < span["ts"] + span["dur"]:
-            us[phase] += event["dur"]
-            end = event["ts"] + event["dur"]
+        stop = event["ts"] + event["dur"]
+        if counts and phase and stop > end and span["ts"] <= event["ts"] < span["ts"] + span["dur"]:
+            us[phase] += stop - max(end, event["ts"])  # graphs' kernels begin a little before the last one's end
+            end = stop
     us["idle" if on_gpu else "rest"] = span["dur"] - us.total()
     return us
 
