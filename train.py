@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -47,6 +48,7 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
     lm, n, weights = problem.lm, len(problem.train), trained(problem.lm)
     zo = gpu.estimator(estimator(c, lm), c.device, c.graphs) if c.optimizer == "zo" else None
     adamw = optimizer(weights, c.lr, c.weight_decay or 0.0) if c.optimizer == "adamw" else None
+    rate = rate_of(c)
     bar = tqdm(range(progress.steps, c.steps), unit="step", file=sys.stderr, dynamic_ncols=True)
     with StepRecorder(folder, size=parameters(weights)) as recorder:
         for step in bar:
@@ -55,7 +57,7 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
             # the batch
             examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, n)]
             loss_fn = BatchLoss.of(lm, examples, problem.pad, c.micro_batch_size, problem.multiple)
-            lr = learning_rate(step, c.lr, c.lr_schedule, c.steps, c.warmup)
+            lr = rate(step)
 
             # two forward passes a query and an update; or, of the baselines, one forward and one backward pass
             if zo is not None:
@@ -90,6 +92,11 @@ def batch_indices(seed: int, step: int, batch_size: int, n: int) -> list[int]:
     """Examples of step `step` (from 0): one endless stream of keyed permutations, cut every batch_size."""
     positions = range(step * batch_size, (step + 1) * batch_size)
     return [int(_order(seed, p // n, n)[p % n]) for p in positions]
+
+
+def rate_of(c: Config) -> Callable[[int], float]:
+    """Learning rate by step; training and --replay share it so that they cannot disagree."""
+    return partial(learning_rate, lr=c.lr, schedule=c.lr_schedule, steps=c.steps, warmup=c.warmup)
 
 
 def estimator(c: Config, lm: LanguageModel) -> ZO:
@@ -302,11 +309,10 @@ def progress_of(past: RecordedRun) -> Progress:
 
 def catch_up(c: Config, lm: LanguageModel, steps: list[list[float]]) -> None:
     """Redo the first steps of a recorded run from their projected gradients, without a forward pass."""
-    zo, weights = gpu.estimator(estimator(c, lm), c.device), trained(lm)
+    zo, weights, rate = gpu.estimator(estimator(c, lm), c.device), trained(lm), rate_of(c)
     for step, projected_grads in enumerate(steps):
         of_step = torch.tensor(projected_grads, dtype=torch.float64)
-        lr = learning_rate(step, c.lr, c.lr_schedule, c.steps, c.warmup)
-        update(weights, of_step, Key(c.seed, step), zo, lr)
+        update(weights, of_step, Key(c.seed, step), zo, rate(step))
 
 
 def check_same(past: RecordedRun, name: str, value: object) -> None:
