@@ -5,7 +5,8 @@ stored, or as the P perturbed copies of a zeroth-order step.  Each block is one 
 a layer's weights through torch.func.functional_call, so only one layer is ever materialised.
 
 LLaMA: Touvron et al. 2023; RMSNorm, rotary embedding in split halves (as in Hugging Face files), SwiGLU,
-grouped-query attention.  RoBERTa: Liu et al. 2019; post-norm, learned positions, masked-LM head.
+grouped-query attention; Mistral and Qwen2 have its blocks.  RoBERTa: Liu et al. 2019; post-norm, learned positions,
+masked-LM head.
 
 Shape key: P perturbed copies, B batch, T tokens, S cached + new tokens, M wanted tokens, D hidden, H heads, K
 key-value heads, d head width, V vocabulary.  Imports quant and random_bits, and of runtime model_configs and
@@ -14,8 +15,10 @@ checkpoints, to load and save.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -81,14 +84,45 @@ class LayerNorm(nn.LayerNorm):
 
 @cache
 def rope_frequencies(rope: Rope, d: int, device: torch.device) -> Tensor:
-    """[d / 2] radians per position.  llama3 slows long waves by `factor` and blends the ones in between."""
+    """[d / 2] radians per position.
+
+    linear slows all waves by `factor`.  llama3 and yarn slow long waves alone and blend the ones in between: by the
+    turns that a wave makes over the original context, or by its place among waves of given turns.
+    """
     frequency = rope.theta ** -(torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
-    if rope.factor == 1.0:
+    if rope.factor == 1.0 or rope.kind == "dynamic":
         return frequency
-    turns = rope.original_max_position_embeddings * frequency / (2 * math.pi)  # over the original context
-    span = rope.high_freq_factor - rope.low_freq_factor
-    keep = ((turns - rope.low_freq_factor) / span).clamp(0, 1)
+    keep = torch.zeros_like(frequency)
+    if rope.kind == "llama3":
+        turns = rope.original_max_position_embeddings * frequency / (2 * math.pi)  # over the original context
+        span = rope.high_freq_factor - rope.low_freq_factor
+        keep = ((turns - rope.low_freq_factor) / span).clamp(0, 1)
+    if rope.kind == "yarn":
+        context = rope.original_max_position_embeddings / (2 * math.pi)
+        first, last = (
+            d * math.log(context / turns) / (2 * math.log(rope.theta)) for turns in (rope.beta_fast, rope.beta_slow)
+        )
+        if rope.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, d - 1)
+        places = torch.arange(d // 2, device=device, dtype=torch.float32)
+        keep = 1 - ((places - first) / ((last - first) or 0.001)).clamp(0, 1)  # or 0.001: as transformers
     return frequency * (keep + (1 - keep) / rope.factor)
+
+
+def rope_waves(rope: Rope, d: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, T, d] of positions [B, T], float32.
+
+    dynamic: beyond the original context, the longest sequence decides by how much the base grows (NTK).
+    """
+    frequency = rope_frequencies(rope, d, positions.device)
+    if rope.kind == "dynamic":
+        original = rope.original_max_position_embeddings
+        growth = rope.factor * (positions.max() + 1).clamp(min=original) / original - (rope.factor - 1)
+        frequency = frequency * growth ** -(torch.arange(0, d, 2, device=positions.device) / (d - 2))
+    angles = positions[..., None] * frequency
+    angles = torch.cat((angles, angles), -1)
+    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
 
 
 def rotate(x_BTHd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
@@ -136,7 +170,7 @@ class LlamaAttention(nn.Module):
         self.q_proj = Linear(c.hidden_size, self.heads * self.d, bias=c.attention_bias)
         self.k_proj = Linear(c.hidden_size, self.kv_heads * self.d, bias=c.attention_bias)
         self.v_proj = Linear(c.hidden_size, self.kv_heads * self.d, bias=c.attention_bias)
-        self.o_proj = Linear(self.heads * self.d, c.hidden_size, bias=c.attention_bias)
+        self.o_proj = Linear(self.heads * self.d, c.hidden_size, bias=c.output_bias)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, wanted: TokenIndex | None,
@@ -370,16 +404,23 @@ class LanguageModel:
         """
         if self.adapters is not None:
             raise ValueError("a plain checkpoint has no adapters: merge them first, or save them alone")
-        checkpoints.save_dense(Path(directory), self.raw_config, self.format, self.weights, self.other_files)
+        weights = self.weights
+        if self.bias is not None and "lm_head.bias" not in weights:  # transformers would miss it, but never read it
+            weights = weights | {"lm_head.bias": copy.deepcopy(weights[self.bias])}
+        checkpoints.save_dense(Path(directory), self.raw_config, self.format, weights, self.other_files)
 
 
 class Llama(LanguageModel):
+    """LLaMA, Mistral and Qwen2."""
+
     layers = "model.layers."
     embedding = "model.embed_tokens.weight"
+    decoder = "lm_head.weight"
 
     def __init__(self, config: LlamaConfig, *rest):
         super().__init__(config, *rest)
-        self.decoder = self.embedding if config.tie_word_embeddings else "lm_head.weight"
+        if config.tie_word_embeddings:
+            self.decoder = self.embedding
         self.block, self.norm = self.parts = llama_parts(config)
 
     def hidden(
@@ -402,9 +443,10 @@ class Llama(LanguageModel):
             seen = causal(torch.ones_like(tokens) if mask is None else mask, tokens.shape[1], branch)
             positions = seen.sum(-1)[:, 0] - 1  # as many as a token sees before itself
             seen = seen.repeat(len(x), 1, 1, 1)
-        angles = positions[..., None] * rope_frequencies(self.config.rope, self.config.head_dim, tokens.device)
-        angles = torch.cat((angles, angles), -1)
-        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        window, S = self.config.sliding_window, (tokens if mask is None else mask).shape[1]
+        if window is not None and window < S and positions.max() >= window:  # the latter makes a host wait for a GPU
+            raise ValueError(f"{int(positions.max()) + 1} tokens exceed the sliding window of {window}")
+        cos, sin = (x.to(self.dtype) for x in rope_waves(self.config.rope, self.config.head_dim, positions))
         for i in range(self.config.num_hidden_layers):
             last = i == self.config.num_hidden_layers - 1  # to all tokens of the others, the next block attends
             cached = () if cache is None else (cache, i)  # torch.compile would make a graph for every number
@@ -453,12 +495,12 @@ def causal(mask: Tensor, T: int, branch: Tensor | None = None) -> Tensor:
 class Roberta(LanguageModel):
     layers = "roberta.encoder.layer."
     embedding = "roberta.embeddings.word_embeddings.weight"
+    decoder, bias = "lm_head.decoder.weight", "lm_head.decoder.bias"  # untied, transformers never reads lm_head.bias
 
     def __init__(self, config: RobertaConfig, *rest):
         super().__init__(config, *rest)
-        tied = config.tie_word_embeddings
-        self.decoder = self.embedding if tied else "lm_head.decoder.weight"
-        self.bias = "lm_head.bias" if tied else "lm_head.decoder.bias"  # transformers never reads the other one
+        if config.tie_word_embeddings:
+            self.decoder, self.bias = self.embedding, "lm_head.bias"
         self.embed, self.block, self.head = self.parts = roberta_parts(config)
 
     def hidden(self, tokens: Tensor, mask: Tensor | None, view: View, wanted: TokenIndex | None = None) -> Tensor:
@@ -509,7 +551,7 @@ def expected_shapes(config: LlamaConfig | RobertaConfig) -> dict[str, torch.Size
         for i in layers:
             shapes |= named(f"{Llama.layers}{i}.", block)
         shapes |= named("model.norm.", norm)
-        return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": torch.Size((V, D))}
+        return shapes if config.tie_word_embeddings else shapes | {Llama.decoder: torch.Size((V, D))}
     embed, block, head = roberta_parts(config)
     tables = {"word": V, "position": config.max_position_embeddings, "token_type": config.type_vocab_size}
     shapes = {f"roberta.embeddings.{t}_embeddings.weight": torch.Size((n, D)) for t, n in tables.items()}
@@ -519,7 +561,7 @@ def expected_shapes(config: LlamaConfig | RobertaConfig) -> dict[str, torch.Size
     shapes |= named("lm_head.", head)
     if config.tie_word_embeddings:
         return shapes | {"lm_head.bias": torch.Size((V,))}
-    return shapes | {"lm_head.decoder.weight": torch.Size((V, D)), "lm_head.decoder.bias": torch.Size((V,))}
+    return shapes | {Roberta.decoder: torch.Size((V, D)), Roberta.bias: torch.Size((V,))}
 
 
 def ignorable(name: str, config: LlamaConfig | RobertaConfig) -> bool:
@@ -533,10 +575,30 @@ def ignorable(name: str, config: LlamaConfig | RobertaConfig) -> bool:
     return config.tie_word_embeddings and name in ("lm_head.weight", "lm_head.decoder.weight")
 
 
+def stored_ties(directory: Path, config: LlamaConfig | RobertaConfig) -> tuple[bool, dict[str, str]]:
+    """How a checkpoint whose config ties the output matrix to the embedding holds them, read as transformers reads it:
+    -> whether they are the same, and the names in the files of tensors that have another name there.
+
+    One matrix may have either name; two that differ are both used, whatever the config says.
+    """
+    files = checkpoints.find_tensors(directory, ignorable=lambda name: ignorable(name, config))
+    kind, stored_as, tied = MODELS[type(config)], {}, True
+    if kind.decoder in files and kind.embedding in files:
+        shape = torch.Size((config.vocab_size, config.hidden_size))
+        both = checkpoints.read_tensors(files, dict.fromkeys((kind.embedding, kind.decoder), shape))
+        first, second = (tensor for _, tensor in both)
+        tied = torch.equal(first.double(), second.double()) if first.dtype != second.dtype else first.equal(second)
+    elif kind.decoder in files:
+        stored_as[kind.embedding] = kind.decoder
+    if kind.bias is not None:  # transformers uses the decoder's, where that is there
+        stored_as["lm_head.bias" if tied else kind.bias] = kind.bias if kind.bias in files else "lm_head.bias"
+    return tied, stored_as
+
+
 def create(
     raw: dict, seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32, weights: str = "fp32",
     residual: int = 0,
-) -> LanguageModel:
+) -> LanguageModel:  # fmt: skip
     """A model with random weights from a config.json's contents: matrices N(0, 0.02^2), norms 1, biases 0.
 
     For pre-training, benchmarks and tests.  The numbers depend on the kind of device.
@@ -567,10 +629,13 @@ def load(
     as fake-quantised fp32 (quant.FakeQuantised); dtype is what matrices are multiplied in.  Raises ValueError for
     anything missing, unexpected, wrongly shaped, not finite, corrupt, or of an unknown architecture.
     """
-    directory, (config, raw) = Path(directory), read_config(directory)
+    directory, (config, raw), stored_as = Path(directory), read_config(directory), {}
+    if config.tie_word_embeddings and not checkpoints.holds_codes(directory):
+        tied, stored_as = stored_ties(directory, config)
+        config, raw = replace(config, tie_word_embeddings=tied), raw | {"tie_word_embeddings": tied}
     stores = checkpoints.load_weights(
         directory, raw, expected_shapes(config), lambda name: ignorable(name, config), torch.device(device),
-        weights, residual, oracle,
+        weights, residual, oracle, stored_as,
     )  # fmt: skip
     assert len({tensor_id(name) for name in stores}) == len(stores)  # or two tensors would share their directions
     lm = MODELS[type(config)](config, raw, stores, dtype, weights, residual)

@@ -81,6 +81,11 @@ class Fp8Format(NamedTuple):
         return step.clamp_(min=2.0 ** (self.min_exponent - self.mantissa_bits))
 
 
+def outward(away_from_zero: Tensor) -> Tensor:
+    """Random bits [..] int32 that are none: a cut by them goes away from zero where it is told to, else towards it."""
+    return -away_from_zero.to(torch.int32)
+
+
 def power_below(x: Tensor) -> Tensor:
     """The largest power of two that is at most |x|, float32: the exponent bits alone (0 for subnormal numbers)."""
     return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
@@ -91,13 +96,18 @@ E4M3 = Fp8Format(torch.float8_e4m3fn, 3, -6, 448.0)
 
 # ---------------------------------------------------------------- the definition: fake quantisation
 
+Places = tuple[Tensor, Tensor]  # single elements of a matrix: row and column of each, [K] int64
+
 
 class Store:
-    """How one tensor is kept, read and stepped.  `rows` picks rows of it as a matrix [R, C].
+    """How one tensor is kept, read and stepped.  `rows` picks rows of it as a matrix [R, C], by a slice or by their
+    numbers; or, as a pair (row, column) [K] int64 each, single elements, and [r, C] is then [K].
 
     dequantise(rows)                                the weights that a forward sees, [r, C] float32 (floats: as stored)
     spacing(rows)                                   the distance between neighbouring grid points there, float32
     add_rounded(rows, delta, random_bits)           the grid point that w + delta becomes, [r, C] float32; no write
+    bracket(places, t)                              of elements: the grid points nearest to w that are at least t
+                                                    below and above it, [K] float32 each, in units [K] of their own
     add_rounded_(rows, delta, random_bits)          moves there, the only method that writes -> [2] int64: how many
                                                     elements changed, how many the edge of the grid held back
     tensors()                                       what is saved and hashed, by suffix of the tensor's name
@@ -110,6 +120,15 @@ class Store:
 
     def describe(self, tensor: Tensor, shape: torch.Size) -> None:
         self.shape, self.matrix_shape, self.device = shape, matrix_shape(shape), tensor.device
+
+    def bracket(self, places: Places, t: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Of integer codes: code - m, code + m and the scale, m the least whole number of spacings that reaches t.
+
+        It may lie outside of the range: a probe reads numbers, and only a step is held inside.
+        """
+        code, step = self.code(places).float(), self.spacing(places)
+        m = (torch.full_like(step, t) / step).ceil_()
+        return code - m, code + m, step
 
 
 @dataclass
@@ -160,13 +179,13 @@ class FakeQuantised(Store):
         """How far a fine point is from the multiples of the fine step."""
         return 0.5 if self.residual_bits else 0.0
 
-    def weight(self, fine: Tensor, rows: slice | Tensor = slice(None)) -> Tensor:
+    def weight(self, fine: Tensor, rows: slice | Tensor | Places = slice(None)) -> Tensor:
         return (fine + self.half) * self.fine_step(rows)
 
-    def fine_step(self, rows: slice | Tensor = slice(None)) -> Tensor:
+    def fine_step(self, rows: slice | Tensor | Places = slice(None)) -> Tensor:
         return self.scale[rows] / 2**self.residual_bits
 
-    def fine(self, rows: slice | Tensor = slice(None)) -> Tensor:
+    def fine(self, rows: slice | Tensor | Places = slice(None)) -> Tensor:
         return (self.value[rows] / self.fine_step(rows) - self.half).round()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -175,18 +194,21 @@ class FakeQuantised(Store):
         packed.write(slice(None), self.fine())
         return packed.tensors()
 
-    def spacing(self, rows: slice | Tensor) -> Tensor:
+    def spacing(self, rows: slice | Tensor | Places) -> Tensor:
         return self.scale[rows]
 
+    def code(self, rows: slice | Tensor | Places) -> Tensor:
+        return (self.value[rows] / self.scale[rows]).round()
+
     def dequantise(self, rows: slice | Tensor = slice(None)) -> Tensor:
-        return (self.value[rows] / self.scale[rows]).round() * self.scale[rows]
+        return self.code(rows) * self.scale[rows]
 
     def add_rounded(self, rows: slice | Tensor, delta: Tensor, random_bits: Tensor | None) -> Tensor:
         max_code = 2 ** (self.bits - 1) - 1
-        code = (self.value[rows] / self.scale[rows]).round() + stochastic_round(delta / self.scale[rows], random_bits)
+        code = self.code(rows) + stochastic_round(delta / self.scale[rows], random_bits)
         return code.clamp(-max_code, max_code) * self.scale[rows]
 
-    def add_rounded_(self, rows: slice, delta: Tensor, random_bits: Tensor | None) -> Tensor:
+    def add_rounded_(self, rows: slice | Places, delta: Tensor, random_bits: Tensor | None) -> Tensor:
         old = self.fine(rows)
         wanted = old + stochastic_round(delta / self.fine_step(rows), random_bits)
         new = wanted.clamp(-self.max_fine - 2 * self.half, self.max_fine)
@@ -254,29 +276,34 @@ class Integers(Store):
         tensors = {"": self.codes, ".scale": self.scale}
         return tensors if self.residual is None else tensors | {".residual": self.residual}
 
-    def code(self, rows: slice | Tensor) -> Tensor:
+    def code(self, rows: slice | Tensor | Places) -> Tensor:
         """[r, C], int8 or int32."""
-        return self.codes[rows] if self.bits == 8 else unpack_bits(self.codes[rows], self.bits, self.matrix_shape[1])
+        return self.codes[rows] if self.bits == 8 else read_packed(self.codes, rows, self.bits, self.matrix_shape[1])
 
-    def fine(self, rows: slice | Tensor) -> Tensor:
+    def fine(self, rows: slice | Tensor | Places) -> Tensor:
         """The whole stored number, code * 2^b + residual, [r, C] float32 (below 2^16: exact)."""
         code = self.code(rows).float()
         if self.residual is None:
             return code
-        residual = unpack_bits(self.residual[rows], self.residual_bits, self.matrix_shape[1])
+        residual = read_packed(self.residual, rows, self.residual_bits, self.matrix_shape[1])
         return code.mul_(2**self.residual_bits).add_(residual)
 
-    def write(self, rows: slice, fine: Tensor) -> None:
+    def write(self, rows: slice | Places, fine: Tensor) -> None:
         """Store whole numbers [r, C] float32."""
         code = fine
         if self.residual is not None:
             unit = 2**self.residual_bits
             code = ((fine + unit // 2) / unit).floor_()  # the nearest code; exact, a power of two
-            self.residual[rows] = pack_bits(fine - code * unit, self.residual_bits)
-        self.codes[rows] = code.to(torch.int8) if self.bits == 8 else pack_bits(code, self.bits)
+            write_packed(self.residual, rows, self.residual_bits, fine - code * unit)
+        if self.bits == 8:
+            self.codes[rows] = code.to(torch.int8)
+        else:
+            write_packed(self.codes, rows, self.bits, code)
 
-    def spacing(self, rows: slice | Tensor) -> Tensor:
+    def spacing(self, rows: slice | Tensor | Places) -> Tensor:
         """The scale of each element, [r, 1] or [r, C]."""
+        if isinstance(rows, tuple):
+            return self.scale[rows[0], rows[1] // (self.matrix_shape[1] if self.bits == 8 else GROUP_SIZE)]
         scale = self.scale[rows]
         return scale if scale.shape[1] == 1 else scale.repeat_interleave(GROUP_SIZE, 1)[:, : self.matrix_shape[1]]
 
@@ -290,7 +317,7 @@ class Integers(Store):
         code = stochastic_round(delta / step, random_bits).add_(self.code(rows))
         return code.clamp_(-self.max_code, self.max_code).mul_(step)
 
-    def add_rounded_(self, rows: slice, delta: Tensor, random_bits: Tensor | None) -> Tensor:
+    def add_rounded_(self, rows: slice | Places, delta: Tensor, random_bits: Tensor | None) -> Tensor:
         """fine += SR(delta / fine step), held inside the range (QuZO's Algorithm 1).  delta [r, C] float32."""
         old = self.code(rows).float() if self.residual is None else self.fine(rows)
         fine_step = self.spacing(rows) * 2.0**-self.residual_bits
@@ -346,6 +373,26 @@ def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
     return ((fields ^ half) - half).flatten(1)[:, :columns]
 
 
+def read_packed(packed: Tensor, rows: slice | Tensor | Places, bits: int, columns: int) -> Tensor:
+    """Packed numbers of chosen rows, int32 [r, columns], or of single elements [K]."""
+    if not isinstance(rows, tuple):
+        return unpack_bits(packed[rows], bits, columns)
+    row, column = rows
+    field, half = packed[row, column * bits // 8].to(torch.int32) >> column * bits % 8 & (1 << bits) - 1, 1 << bits - 1
+    return (field ^ half) - half
+
+
+def write_packed(packed: Tensor, rows: slice | Places, bits: int, numbers: Tensor) -> None:
+    """The inverse of read_packed, in place.  No two of the elements may share a byte: one would undo the other."""
+    if not isinstance(rows, tuple):
+        packed[rows] = pack_bits(numbers, bits)
+        return
+    row, column = rows
+    shift, mask = column * bits % 8, (1 << bits) - 1
+    others = packed[row, column * bits // 8].to(torch.int64) & ~(mask << shift)
+    packed[row, column * bits // 8] = (others | (numbers.to(torch.int64) & mask) << shift).to(torch.uint8)
+
+
 # ---------------------------------------------------------------- fp8 codes, and plain floats
 
 
@@ -379,34 +426,45 @@ class Fp8(Store):
     def tensors(self) -> dict[str, Tensor]:
         return {"": self.codes, ".scale": self.scale}
 
-    def code(self, rows: slice | Tensor) -> Tensor:
+    def code(self, rows: slice | Tensor | Places) -> Tensor:
         """[r, C] float32.  Through bytes, because torch does not index fp8 by a tensor on every device."""
         return self.codes.view(torch.uint8)[rows].view(self.codes.dtype).float()
 
-    def dequantise(self, rows: slice | Tensor = slice(None)) -> Tensor:
+    def unit(self, rows: slice | Tensor | Places) -> Tensor:
+        """The scales, [r, 1] or [K]."""
+        return self.scale[rows[0], 0] if isinstance(rows, tuple) else self.scale[rows]
+
+    def dequantise(self, rows: slice | Tensor | Places = slice(None)) -> Tensor:
         """Rows [r, C] as float32."""
-        return self.code(rows).mul_(self.scale[rows])
+        return self.code(rows).mul_(self.unit(rows))
 
-    def spacing(self, rows: slice | Tensor) -> Tensor:
+    def spacing(self, rows: slice | Tensor | Places) -> Tensor:
         """[r, C]: the distance to the next weight away from zero; towards zero it is this or half of it."""
-        return E4M3.spacing(self.code(rows)).mul_(self.scale[rows])
+        return E4M3.spacing(self.code(rows)).mul_(self.unit(rows))
 
-    def rounded_code(self, rows: slice, delta: Tensor, random_bits: Tensor | None) -> tuple[Tensor, Tensor]:
+    def bracket(self, places: Places, t: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Of an uneven grid: what lies around code - t / scale and code + t / scale, away from the code."""
+        code, unit = self.code(places), self.unit(places)
+        far = torch.full_like(unit, t) / unit
+        below, above = code - far, code + far
+        return E4M3.round(below, outward(below < 0)).float(), E4M3.round(above, outward(above > 0)).float(), unit
+
+    def rounded_code(self, rows: slice | Places, delta: Tensor, random_bits: Tensor | None) -> tuple[Tensor, Tensor]:
         """The code that w + delta becomes, [r, C] fp8, and whether the edge of the grid held it back, bool.
 
         delta [r, C] float32.
         """
-        wanted = (delta / self.scale[rows]).add_(self.code(rows))
+        wanted = (delta / self.unit(rows)).add_(self.code(rows))
         return E4M3.round(wanted, random_bits), wanted.abs() > E4M3.max_value
 
     def add_rounded(self, rows: slice | Tensor, delta: Tensor, random_bits: Tensor | None) -> Tensor:
-        return self.rounded_code(rows, delta, random_bits)[0].float().mul_(self.scale[rows])
+        return self.rounded_code(rows, delta, random_bits)[0].float().mul_(self.unit(rows))
 
-    def add_rounded_(self, rows: slice, delta: Tensor, random_bits: Tensor | None) -> Tensor:
+    def add_rounded_(self, rows: slice | Places, delta: Tensor, random_bits: Tensor | None) -> Tensor:
         """w += delta, rounded onto the uneven grid.  delta [r, C] float32."""
         old = self.code(rows)
         new, held = self.rounded_code(rows, delta, random_bits)
-        self.codes[rows] = new
+        self.codes.view(torch.uint8)[rows] = new.view(torch.uint8)
         return torch.stack(((new.float() != old).sum(), held.sum()))
 
 
@@ -423,11 +481,20 @@ class Float(Store):
     def tensors(self) -> dict[str, Tensor]:
         return {"": self.value.detach()}
 
-    def dequantise(self, rows: slice | Tensor = slice(None)) -> Tensor:
+    def dequantise(self, rows: slice | Tensor | Places = slice(None)) -> Tensor:
         """Rows [r, C] in the stored dtype, sharing memory where rows is a slice."""
         return self.value.view(self.matrix_shape)[rows]
 
-    def spacing(self, rows: slice | Tensor) -> Tensor:
+    def bracket(self, places: Places, t: float) -> tuple[Tensor, Tensor, Tensor]:
+        """In fp32 w - t and w + t; in bf16 what lies around them, away from w."""
+        w = self.dequantise(places).float()
+        below, above = w - t, w + t
+        if self.rounds:
+            below = round_to_bfloat16(below, outward(below < 0)).float()
+            above = round_to_bfloat16(above, outward(above > 0)).float()
+        return below, above, torch.ones_like(w)
+
+    def spacing(self, rows: slice | Tensor | Places) -> Tensor:
         """[r, C] float32: the distance between neighbouring numbers.  fp32's counts as 0: it is below any step."""
         value = self.dequantise(rows).float()
         return power_below(value).mul_(2.0**-7) if self.rounds else torch.zeros_like(value)
@@ -437,12 +504,12 @@ class Float(Store):
         new = self.dequantise(rows) + delta  # in float32
         return round_to_bfloat16(new, random_bits).float() if self.rounds else new
 
-    def add_rounded_(self, rows: slice, delta: Tensor, random_bits: Tensor | None) -> Tensor:
+    def add_rounded_(self, rows: slice | Places, delta: Tensor, random_bits: Tensor | None) -> Tensor:
         """w += delta [r, C] float32."""
         old = self.dequantise(rows)
         new = round_to_bfloat16(old + delta, random_bits) if self.rounds else old + delta
         changed = (new != old).sum()
-        old.copy_(new)  # in place: old is a view
+        self.value.view(self.matrix_shape)[rows] = new
         return torch.stack((changed, torch.zeros_like(changed)))
 
 

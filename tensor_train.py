@@ -18,21 +18,25 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import re
+import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from model import LanguageModel, View
 from quant import Float, Store
 from random_bits import tensor_id
-from runtime.checkpoints import check_names, find_tensors, read_tensors, write_directory
+from runtime.checkpoints import check_names, find_tensors, first_names, read_tensors, weights_sha256, write_directory
 
 # ---------------------------------------------------------------- factorisations
 
@@ -190,7 +194,7 @@ class Spec:
     """
 
     kind: str
-    placement: str  # mlp, sublayers; qv
+    placement: str  # mlp, sublayers; qv; of lora also any of a block's LINEARS, between spaces
     bottleneck: int  # not of lora
     rank: int
     alpha: float = 16.0  # not of adp
@@ -216,6 +220,12 @@ TARGETS = {  # model type, placement: which linear layers of a block, and what t
     ("roberta", "sublayers"): {"attention.output.dense": "output", "output.dense": "output"},
     ("roberta", "qv"): {"attention.self.query": "beside", "attention.self.value": "beside"},
 }
+LINEARS = {  # every linear layer of a block
+    "llama": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+              "mlp.up_proj", "mlp.down_proj"),
+    "roberta": ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+                "intermediate.dense", "output.dense"),
+}  # fmt: skip
 
 
 class Bottleneck(nn.Module):
@@ -281,6 +291,8 @@ class Adapters:
 
     spec: Spec
     places: dict[str, Place]
+    base: str | None = field(default=None, compare=False)  # the frozen model's directory or name, to be saved along
+    base_sha256: str | None = field(default=None, compare=False)  # base_sha256's result
 
     def named(self, weights: dict[str, Store]) -> dict[str, Tensor]:
         """Each tensor by its name, sharing the vectors' memory."""
@@ -351,10 +363,19 @@ def is_norm(name: str) -> bool:
 
 
 def targets_of(model_type: str, spec: Spec) -> dict[str, str]:
-    fitting = [p for t, p in TARGETS if t == model_type and (p == "qv") == (spec.kind != "adp")]
-    if spec.placement not in fitting:
-        raise ValueError(f"placement must be one of {', '.join(fitting)} for {spec.kind}, got {spec.placement!r}")
-    return TARGETS[model_type, spec.placement]
+    """Which linear layers of a block get an adapter, and where it is.  Raises ValueError for an unknown placement."""
+    family, paths = family_of(model_type), spec.placement.split()
+    fitting = [p for t, p in TARGETS if t == family and (p == "qv") == (spec.kind != "adp")]
+    if spec.placement in fitting:
+        return TARGETS[family, spec.placement]
+    if spec.kind == "lora" and paths and set(paths) <= set(LINEARS[family]):
+        return dict.fromkeys(paths, "beside")
+    raise ValueError(f"placement must be one of {', '.join(fitting)} for {spec.kind}, got {spec.placement!r}")
+
+
+def family_of(model_type: str) -> str:
+    """Whose blocks a model has: all but RoBERTa have LLaMA's."""
+    return "roberta" if model_type == "roberta" else "llama"
 
 
 def install(block: nn.Module, targets: dict[str, str], spec: Spec) -> dict[str, nn.Module]:
@@ -416,62 +437,226 @@ def trained(lm: LanguageModel) -> dict[str, Store]:
 
 
 STEM = "adapters"
+PEFT_CONFIG, PEFT_STEM, PEFT_BASE = "adapter_config.json", "adapter_model", "base.json"  # the last is ours alone
 
 
 def save(lm: LanguageModel, directory: str | Path) -> None:
-    """Write the adapters alone: adapters.safetensors, each tensor by its name, and config.json with their Spec.
+    """Write the adapters alone, and which base they were trained around: its directory, its format and its hash.
 
-    Raises ValueError for a model without adapters.
+    LoRA becomes a folder that PEFT loads (and transformers itself, without norms): adapter_config.json,
+    adapter_model.safetensors, and base.json with the base's format and hash.  Others become adapters.safetensors, each
+    tensor by its name, and config.json with their Spec and the base.  What was in the directory stays until all is
+    written, and is then exchanged.  Raises ValueError for a model without adapters, and for a directory that holds
+    anything else.
     """
     if lm.adapters is None:
         raise ValueError("the model has no adapters to save: attach them first")
-    config = {"model_type": lm.raw_config["model_type"], "adapters": asdict(lm.adapters.spec)}
-    write_directory(Path(directory), config, [], lm.adapters.named(lm.weights).items(), STEM)
+    directory, spec, tensors = Path(directory), lm.adapters.spec, lm.adapters.named(lm.weights)
+    base = {"base_weights": lm.format, "base_sha256": base_sha256(lm, spec)}
+    if spec.kind != "lora":
+        config = {"model_type": lm.raw_config["model_type"], "adapters": asdict(spec), "base": lm.adapters.base}
+        write_directory(directory, config | base, [], tensors.items(), STEM)
+        return
+    # not by write_directory: its config.json would make transformers take the folder for a whole model
+    partial, old = (directory.with_name(directory.name + suffix) for suffix in (".partial", ".old"))
+    for path in (directory, partial, old):
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise ValueError(f"cannot save to {path}: it is a {'link' if path.is_symlink() else 'file'}")
+        files = {PEFT_CONFIG, PEFT_BASE, f"{PEFT_STEM}.safetensors"}
+        others = sorted({p.name for p in path.iterdir()} - files) if path.exists() else []
+        if others:
+            raise ValueError(f"saving would delete {first_names(others)} in {path}; give a new directory")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, contents in ((PEFT_CONFIG, _peft_config(lm)), (PEFT_BASE, base)):
+        (partial / name).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    values = {name: tensor.cpu().contiguous() for name, tensor in _peft_views(tensors).items()}
+    save_file(values, partial / f"{PEFT_STEM}.safetensors", {"format": "pt"})
+    for file in partial.iterdir():  # save_file lets only their owner read its files
+        file.chmod((partial / PEFT_CONFIG).stat().st_mode)
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)  # from a process killed before it could
+        os.replace(directory, old)
+    os.replace(partial, directory)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def load(lm: LanguageModel, directory: str | Path) -> None:
-    """Put saved adapters around a model that has none, or in place of those that it has.
+def load(lm: LanguageModel, directory: str | Path, any_base: bool = False) -> None:
+    """Put saved adapters, ours or a LoRA of PEFT's, around a model that has none, or in place of those that it has.
 
-    Raises ValueError for anything missing, unexpected, wrongly shaped, not finite, or made for another kind of model;
-    the model is then as it was.
+    Raises ValueError for anything missing, unexpected, wrongly shaped, not finite, made for another kind of model, or
+    trained around another base than this one as it is stored, which any_base allows; the model is then as it was.
+    PEFT's own folders do not say what their base was: of them shapes alone are checked.
     """
     directory = Path(directory)
-    spec = _read_spec(directory / "config.json", lm.raw_config["model_type"])
+    is_peft = (directory / PEFT_CONFIG).is_file()
+    spec, base = _read_peft(directory, lm) if is_peft else _read_config(directory / "config.json", lm)
     if lm.adapters is not None and lm.adapters.spec != spec:
         raise ValueError(f"{directory} holds {spec}, the model has {lm.adapters.spec}")
-    files, shapes = find_tensors(directory, STEM), _shapes(lm, spec)
-    check_names(directory, set(files), set(shapes), lambda name: False)
-    tensors = dict(read_tensors(files, shapes))
+    files, wanted = find_tensors(directory, PEFT_STEM if is_peft else STEM), _blank(lm, spec)
+    wanted = _peft_views(wanted) if is_peft else wanted
+    check_names(directory, set(files), set(wanted), lambda name: False)
+    tensors = dict(read_tensors(files, {name: tensor.shape for name, tensor in wanted.items()}))
+    dtypes = (torch.float32, torch.bfloat16, torch.float16) if is_peft else (torch.float32,)
     for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32 or not tensor.isfinite().all():
-            raise ValueError(f"{files[name]}: {name} must hold finite float32 numbers")
+        if tensor.dtype not in dtypes or not tensor.isfinite().all():
+            kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ValueError(f"{files[name]}: {name} must hold finite {kinds} numbers")
+    sha256 = base_sha256(lm, spec) if base.get("base_sha256") and not any_base else None
+    if sha256 is not None and sha256 != base["base_sha256"]:
+        raise ValueError(
+            f"{directory} was trained around {base.get('base_weights')} weights {base['base_sha256']}, the model has "
+            f"{lm.format} weights {sha256}: load that base, or give any_base=True"
+        )
     if lm.adapters is None:
         attach(lm, spec, seed=0)
-    for name, tensor in lm.adapters.named(lm.weights).items():
+        lm.adapters.base_sha256 = sha256
+    held = lm.adapters.named(lm.weights)
+    for name, tensor in (_peft_views(held) if is_peft else held).items():
         tensor.copy_(tensors[name])
 
 
-def _read_spec(path: Path, model_type: str) -> Spec:
+def base_sha256(lm: LanguageModel, spec: Spec) -> str:
+    """Hash of the stores that such adapters leave as they are: all, but for norms that are trained beside them.
+
+    It is made once: of billions of weights it takes seconds, and they are frozen.
+    """
+    if lm.adapters is not None and lm.adapters.base_sha256 is not None:
+        return lm.adapters.base_sha256
+    replaced = {name for name in lm.weights if spec.norms and is_norm(name)} | {TRAINED_VECTOR, INITIAL_VECTOR}
+    sha256 = weights_sha256({name: stored for name, stored in lm.weights.items() if name not in replaced})
+    if lm.adapters is not None:
+        lm.adapters.base_sha256 = sha256
+    return sha256
+
+
+def check_base(directory: Path) -> None:
+    """Raises ValueError for a directory of adapters, ours or PEFT's, that is given as a model but holds none."""
+    found = [name for name in (PEFT_CONFIG, f"{STEM}.safetensors") if (directory / name).is_file()]
+    if not found or any(any(directory.glob(f"{stem}*.safetensors*")) for stem in ("model", "codes")):
+        return
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads((directory / (PEFT_CONFIG if PEFT_CONFIG in found else "config.json")).read_text("utf-8"))
+        base = raw.get("base_model_name_or_path") or raw.get("base")
+    except (OSError, AttributeError, ValueError, RecursionError):
+        base = None  # load says what is wrong with it
+    raise ValueError(
+        f"{directory} holds adapters and no model: give {base or 'the model that they were trained around'} as --model "
+        f"and {directory} as --adapters"
+    )
+
+
+def _read_config(path: Path, lm: LanguageModel) -> tuple[Spec, dict]:
+    """Our config.json -> the Spec, and what it says of the base (older ones: nothing)."""
+    try:
+        raw, model_type = json.loads(path.read_text("utf-8")), lm.raw_config["model_type"]
         if raw["model_type"] != model_type:
             raise ValueError(f"the adapters are of a {raw['model_type']}, the model is a {model_type}")
-        return Spec(**raw["adapters"])
+        return Spec(**raw["adapters"]), raw
     except (OSError, TypeError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} does not describe adapters for this model: {error}") from None
 
 
-def _shapes(lm: LanguageModel, spec: Spec) -> dict[str, torch.Size]:
-    """The shape of every tensor of such adapters, by name."""
+def _blank(lm: LanguageModel, spec: Spec) -> dict[str, Tensor]:
+    """A tensor without storage for every tensor of such adapters, by name."""
     if lm.adapters is not None:
-        return {name: place.shape for name, place in lm.adapters.places.items()}
+        return {name: torch.empty(place.shape, device="meta") for name, place in lm.adapters.places.items()}
     modules = install(copy.deepcopy(lm.block), targets_of(lm.raw_config["model_type"], spec), spec)
-    shapes = {
-        f"{lm.layers}{i}.{path}.adapter.{name}": p.shape
+    blank = {
+        f"{lm.layers}{i}.{path}.adapter.{name}": p.detach()
         for i in range(lm.config.num_hidden_layers) for path, module in modules.items()
         for name, p in module.named_parameters()
     }  # fmt: skip
-    return shapes | {name: stored.shape for name, stored in lm.weights.items() if spec.norms and is_norm(name)}
+    norms = {name: stored.shape for name, stored in lm.weights.items() if spec.norms and is_norm(name)}
+    return blank | {name: torch.empty(shape, device="meta") for name, shape in norms.items()}
+
+
+# PEFT's LoRA: https://huggingface.co/docs/peft, package_reference/lora and developer_guides/checkpoint
+
+PEFT_READ = (  # adapter_config.json's fields that are read, or that say nothing of the forward pass
+    "peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "modules_to_save", "init_lora_weights",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "task_type",
+)  # fmt: skip
+
+
+def _peft_views(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """LoRA's tensors as PEFT names and shapes them, A [r, I] and B [O, r], sharing the memory of the cores [1, I, r]
+    and [r, O, 1]; norms [D] beside them keep their shape."""
+    views = {}
+    for name, tensor in tensors.items():
+        path, _, core = name.partition(".adapter.low.cores.")
+        if core == "0":
+            views[f"base_model.model.{path}.lora_A.weight"] = tensor[0].T
+        elif core == "1":
+            views[f"base_model.model.{path}.lora_B.weight"] = tensor[..., 0].T
+        else:
+            views[f"base_model.model.{name}"] = tensor
+    return views
+
+
+def _peft_config(lm: LanguageModel) -> dict:
+    """adapter_config.json's contents."""
+    spec, model_type = lm.adapters.spec, lm.raw_config["model_type"]
+    targets, layers = list(targets_of(model_type, spec)), range(lm.config.num_hidden_layers)
+    others = set(LINEARS[family_of(model_type)]) - set(targets)
+    if any(other.endswith(f".{target}") for other in others for target in targets):
+        targets = [f"{lm.layers}{i}.{target}" for i in layers for target in targets]  # PEFT goes by the names' ends
+    norms = sorted({name.split(".")[-2] for name in lm.adapters.places if ".adapter." not in name})
+    return {
+        "peft_type": "LORA", "task_type": None if lm.config.masked else "CAUSAL_LM",
+        "base_model_name_or_path": lm.adapters.base, "r": spec.rank,
+        "lora_alpha": int(spec.alpha) if spec.alpha.is_integer() else spec.alpha, "use_rslora": False,
+        "target_modules": targets, "modules_to_save": norms or None, "lora_dropout": 0.0, "bias": "none",
+        "fan_in_fan_out": False, "init_lora_weights": True, "inference_mode": True,
+    }  # fmt: skip
+
+
+def _read_peft(directory: Path, lm: LanguageModel) -> tuple[Spec, dict]:
+    """A PEFT folder -> a Spec of kind lora, and what base.json says of the base (PEFT's own have none).
+
+    Raises ValueError with the name of anything that is not supported, and for pickles.
+    """
+    family, layers = family_of(lm.raw_config["model_type"]), range(lm.config.num_hidden_layers)
+
+    def is_target(layer: str) -> bool:
+        if isinstance(targets, str):
+            return re.fullmatch(targets, layer) is not None
+        return any(layer == target or layer.endswith(f".{target}") for target in targets)
+
+    try:
+        raw, record = json.loads((directory / PEFT_CONFIG).read_text("utf-8")), directory / PEFT_BASE
+        base = dict(json.loads(record.read_text("utf-8"))) if record.is_file() else {}
+        targets, norms = raw["target_modules"], raw.get("modules_to_save") or []
+        supported = {
+            "peft_type": raw["peft_type"] == "LORA",
+            "target_modules": isinstance(targets, (str, list)),
+            "modules_to_save": all("norm" in str(name).lower() for name in norms),
+            "init_lora_weights": raw.get("init_lora_weights", True) in (True, False, "gaussian"),  # others change W0
+        }
+        off = {name: value in (None, False, "none", [], {}) for name, value in raw.items() if name not in PEFT_READ}
+        wrong = [f"{name} {raw[name]!r}" for name, fits in (supported | off).items() if not fits]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} is not supported")
+        paths = [path for path in LINEARS[family] if any(is_target(f"{lm.layers}{i}.{path}") for i in layers)]
+        if not paths:
+            raise ValueError(f"target_modules {targets!r} names none of {', '.join(LINEARS[family])}")
+        placement = "qv" if set(paths) == set(TARGETS[family, "qv"]) else " ".join(paths)
+        alpha = raw["lora_alpha"] * (raw["r"] ** 0.5 if raw.get("use_rslora") else 1.0)  # rsLoRA: alpha / sqrt(r)
+        spec = Spec("lora", placement, 0, raw["r"], alpha, norms=bool(norms))
+    except (OSError, TypeError, KeyError, ValueError, ArithmeticError, AttributeError, RecursionError, re.error) as e:
+        raise ValueError(f"{directory / PEFT_CONFIG} does not describe adapters for this model: {e}") from None
+    if lm.adapters is not None:  # what says nothing of a trained LoRA is taken to be alike
+        own, model_type = lm.adapters.spec, lm.raw_config["model_type"]
+        same = targets_of(model_type, own) == targets_of(model_type, spec)
+        placement = own.placement if same else spec.placement
+        spec = replace(spec, placement=placement, bottleneck=own.bottleneck, identity=own.identity)
+    if (directory / f"{PEFT_STEM}.bin").is_file() and not any(directory.glob(f"{PEFT_STEM}*.safetensors*")):
+        raise ValueError(
+            f"{directory} has only {PEFT_STEM}.bin: pickles can run code and are never loaded; convert it once, "
+            "somewhere you trust it, with peft: PeftModel.from_pretrained(BASE, DIR).save_pretrained(NEW)"
+        )
+    return spec, base
 
 
 @torch.no_grad()

@@ -34,11 +34,11 @@ from runtime.checkpoints import save_stored, weights_sha256
 from runtime.config import FIRST_ORDER, Config, parse, probes_per_forward, recorded, spec_of, validate
 from runtime.dry_run import longest_sequence, predict, table
 from runtime.first_order import adamw_step, make_trainable, optimizer
-from runtime.hub import raw_config, resolve
+from runtime.hub import PRESETS, raw_config, resolve
 from runtime.model_configs import config_of, read_config
 from runtime.run_folder import RecordedRun, RunFolder, StepRecorder, check_free, hashed, read_run
 from tensor_train import trained
-from zo_optim import ZO, adazeta_queries, check_grid, epoch_of, learning_rate, update, zo_step
+from zo_optim import ZO, SparseZO, adazeta_queries, check_grid, epoch_of, learning_rate, update, zo_step
 
 # ---------------------------------------------------------------- the loop
 
@@ -101,6 +101,9 @@ def rate_of(c: Config) -> Callable[[int], float]:
 
 def estimator(c: Config, lm: LanguageModel) -> ZO:
     """The estimator that the flags name; AdaZeta's number of queries changes from epoch to epoch."""
+    if c.direction_bits == "sparse":
+        return SparseZO(c.eps, c.queries or 1, estimator=c.estimator or "q-rge2", dtype=lm.dtype,
+                        probes_per_forward=probes_per_forward(c), cell=c.cell)  # fmt: skip
     bits = int(c.direction_bits) if c.direction_bits.isdigit() else None
     return ZO(
         eps=c.eps, queries=c.queries or 1, bits=bits, grid=c.direction_bits == "grid", stride=c.stride or 1,
@@ -192,6 +195,10 @@ def load_base(c: Config, directory: Path) -> LanguageModel:
         spec = spec_of(c, lm.raw_config["model_type"])
         if spec is not None:
             tensor_train.attach(lm, spec, c.seed)
+            preset = PRESETS.get(c.model)
+            lm.adapters.base = preset if isinstance(preset, str) else str(directory.absolute())
+            if c.adapters is not None:
+                tensor_train.load(lm, c.adapters)
             lm.weights[tensor_train.TRAINED_VECTOR].value.requires_grad_(c.optimizer == "adamw")
         return lm
     lm = load(directory, c.device, DTYPES[c.compute], c.master or c.weights)
@@ -292,7 +299,8 @@ def run(c: Config) -> dict:
 
 def method_text(c: Config) -> str:
     """The method, and whether its directions are the paper's or ours."""
-    directions = {None: "", "grid": ", grid directions (ours)", "full": ", Gaussian directions"}
+    directions = {None: "", "full": ", Gaussian directions"}
+    directions |= {name: f", {name} directions (ours)" for name in ("grid", "sparse")}
     rounded = f", {c.direction_bits}-bit directions (the paper's)"
     return f"{c.method} on {c.weights} weights{directions.get(c.direction_bits, rounded)}"
 

@@ -13,6 +13,7 @@ Shape key: Q queries, P perturbed copies, R rows, C columns, r some of the rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, reduce
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quant import E4M3, Store, row_chunks
+from quant import E4M3, Places, Store, row_chunks
 from random_bits import Key, Purpose, bits16, bits32, philox_blocks, second_uniform, tensor_id
 
 # ---------------------------------------------------------------- one step
@@ -73,7 +74,7 @@ def update(weights: dict[str, Store], projected_grads: Tensor, key: Key, zo: ZO,
     device = next(iter(weights.values())).device
     if not lengths.any():  # adding +0.0 would turn a stored -0.0 into +0.0
         return torch.zeros(2, dtype=torch.int64, device=device)
-    factors = (lengths / zo.min_spacing if zo.grid else lengths).float()  # grid directions are drawn as min_spacing * u
+    factors = (lengths / zo.unit).float()
     factors = factors.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else factors
     return zo.add_directions_(weights, factors, key)
 
@@ -110,6 +111,11 @@ class ZO:
     def min_spacing(self) -> float:
         """The spacing h that the grid acts as if it had (grid_direction)."""
         return self.eps / self.stride
+
+    @property
+    def unit(self) -> float:
+        """What directions are drawn in multiples of: grid ones are drawn as min_spacing * u."""
+        return self.min_spacing if self.grid else 1.0
 
     def losses(self, weights: dict[str, Store], loss_fn: LossFn, key: Key) -> Tensor:
         """L(w + eps u1) and L(w - eps u1) of each query in turn: [2Q] float32 on the weights' device."""
@@ -173,6 +179,103 @@ class ZO:
         if self.grid:
             return grid_direction(key, index, store.spacing(rows), columns, self.min_spacing, factor)
         return direction(key, index, columns, self.bits, rounding).mul_(factor)
+
+
+class Hits(NamedTuple):
+    """The elements of one tensor that a sparse direction moves, [K] each."""
+
+    owner: Tensor  # int64: which of the rows that were asked for
+    places: Places  # row and column
+    below: Tensor  # float32, in units of `unit`: the points on either side of w that probes read
+    above: Tensor
+    unit: Tensor
+    up: Tensor  # bool: u's sign
+    random_bits: Tensor  # int32, to land by
+
+    def move(self) -> Tensor:
+        """eps u in weight units, float32."""
+        half = (self.above - self.below) * 0.5 * self.unit
+        return torch.where(self.up, half, -half)
+
+
+@dataclass(frozen=True)
+class SparseZO(ZO):
+    """Sparse directions on the weights' own grid (ours, docs/directions.md): short lists, whatever the format.
+
+    A tensor is cut into cells of `cell` neighbouring elements.  A direction picks one element of each, at random, and
+    moves it by M or -M, with probability (t / M)^2, where t = eps sqrt(cell) and M >= t is half the distance between
+    the grid points that are at least t below and above the element.  So E[(eps u_i)^2] = 1 / cell (t / M)^2 M^2 =
+    eps^2, E[u u^T] = I whatever the spacings are, and a probe is a network on the grid.
+    A step adds -lr g u at the same elements, which is lr |g| M / eps long there; it is rounded stochastically, with a
+    variance of (spacing / M)^2 / 4 eps^2 at most, averaged over a cell: M of many spacings leaves next to no noise.
+    """
+
+    cell: int = 1024  # a power of two, 8 or more: 1 / cell is the density
+
+    def __post_init__(self):
+        """Raises ValueError for what no sparse estimator is."""
+        super().__post_init__()
+        if self.bits or self.grid or self.probe != "float" or self.cell < 8 or self.cell & self.cell - 1:
+            raise ValueError(f"no usable sparse estimator: {self}")
+
+    @property
+    def unit(self) -> float:
+        return self.eps
+
+    def perturbed(
+        self, store: Store, key: Key, signs: list[int], dtype: torch.dtype, rows: Tensor | None = None
+    ) -> Tensor:
+        R, C = store.matrix_shape
+        copies = torch.empty(len(signs), R if rows is None else len(rows), C, dtype=dtype, device=store.device)
+        as_codes = dtype == E4M3.dtype
+        for chunk in row_chunks(store.matrix_shape, store.device) if rows is None else [rows]:
+            w = store.codes[chunk] if as_codes else store.dequantise(chunk)
+            copies[:, chunk if rows is None else slice(None)] = w
+        hits = self.hits(store, key, rows)
+        for copy, sign in zip(copies, signs, strict=True):
+            w = torch.where(hits.up == (sign > 0), hits.above, hits.below)
+            if as_codes:  # torch does not index fp8 by a tensor on every device
+                copy.view(torch.uint8)[hits.owner, hits.places[1]] = w.to(dtype).view(torch.uint8)
+            else:
+                copy[hits.owner, hits.places[1]] = (w * hits.unit).to(dtype)
+        return copies
+
+    def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
+        """One query after the other, as in QuZO's algorithm 1: two seldom meet in one element."""
+        counts = torch.zeros(2, dtype=torch.int64, device=factors.device)
+        for name, store in weights.items():
+            key = key._replace(tensor=tensor_id(name))
+            for query, factor in enumerate(factors):
+                hits = self.hits(store, key._replace(query=query))
+                counts += store.add_rounded_(hits.places, hits.move() * factor, hits.random_bits)
+        return counts
+
+    def hits(self, store: Store, key: Key, rows: Tensor | None = None) -> Hits:
+        """One tensor's direction, or that of chosen rows [n] int64.
+
+        One Philox block a cell says where, whether, which way, and how a step is rounded there.
+        """
+        R, C = store.matrix_shape
+        width = -(-C // 8) * 8  # a row is padded, so that no byte of packed codes belongs to two cells
+        if rows is None:
+            cells = torch.arange(-(-R * width // self.cell), device=store.device)[None]
+        else:  # the first and the last of a row's cells may have other rows' elements too
+            cells = rows[:, None] * width // self.cell + torch.arange((width - 1) // self.cell + 2, device=store.device)
+        words = philox_blocks(key, Purpose.DIRECTION, cells.flatten(), 8)[:, 0].view(*cells.shape, 4)
+        at = cells * self.cell + (words[..., 0] & self.cell - 1)
+        row, column = at // width, at % width
+        owner = row if rows is None else torch.arange(len(rows), device=store.device)[:, None].expand_as(row)
+        real = (column < C) & (row < R if rows is None else row == rows[:, None])
+        owner, row, column, words = owner[real], row[real], column[real], words[real]
+
+        t = self.eps * math.sqrt(self.cell)
+        below, above, unit = store.bracket((row, column), t)
+        half = (above - below) * 0.5 * unit
+        chance = (torch.full_like(half, t) / half).clamp_(max=1).square_()  # CUDA divides a number with a rounding more
+        moves = (words[:, 1].to(torch.int64) & 0xFFFFFFFF) < (chance * 2.0**32).to(torch.int64)
+        found = (owner, row, column, below, above, unit, words[:, 2] < 0, words[:, 3])
+        owner, row, column, *rest = (x[moves] for x in found)
+        return Hits(owner, (row, column), *rest)
 
 
 @dataclass

@@ -61,7 +61,11 @@ class Encoder:
         """share=False scores every option in a sequence of its own, which tests compare with the shared way."""
         self.tokenizer, self.task, self.config = tokenizer, task, config
         self.max_length, self.share = min(max_length, config.longest), share
+        self.begin, self.end = tokenizer.begin, tokenizer.end  # its files go before config.json, which may be wrong
+        if self.begin is None or config.masked and not self.begin:  # a masked model always has both
+            self.begin = [] if config.bos_token_id is None else [config.bos_token_id]
         if config.masked:
+            self.end = self.end or [config.eos_token_id]
             self.mask_id = tokenizer.id_of(MASK)
             self.label_words = [self._one_token(option) for option in task.options]
 
@@ -90,22 +94,24 @@ class Encoder:
     def _cloze(self, example: Example) -> Encoded:
         """<s> sentence joint <mask> . </s>, or <s> <mask> : sentence </s>; a sentence too long loses its end."""
         sentence, joint, after = (self.tokenizer.encode(text) if text else [] for text in self.task.cloze(example))
+        special = len(self.begin) + 1 + len(self.end)
         if self.task.mask_first:
-            after = after[: self._room(3)]
+            after = after[: self._room(special)]
         else:
-            sentence = sentence[: self._room(len(joint) + len(after) + 3)]
-        before = [self.config.bos_token_id, *sentence, *joint]
-        sequence = [*before, self.mask_id, *after, self.config.eos_token_id]
+            sentence = sentence[: self._room(len(joint) + len(after) + special)]
+        before = [*self.begin, *sentence, *joint]
+        sequence = [*before, self.mask_id, *after, *self.end]
         return Encoded([sequence], [[word] for word in self.label_words], len(before), example.label)
 
     def _prompt(self, example: Example) -> Encoded:
-        """<s> prompt option.  A long prompt loses its beginning (MeZO), but never the begin token."""
+        """<s> prompt option, without <s> where the tokenizer has none.  A long prompt loses its beginning (MeZO), but
+        never the begin token.  An end token that the tokenizer would add has no place before an option."""
         prompt = self.tokenizer.encode(self.task.prompt(example))
         full = [self.tokenizer.encode(self.task.prompt(example) + option) for option in self.task.options]
         # an option's tokens are counted, not searched: a tokenizer may merge across the seam
         answers = [ids[len(prompt) :] or ids[-1:] for ids in full]
         shared = all(ids[:-1] == prompt and len(answer) == 1 for ids, answer in zip(full, answers, strict=True))
-        begin, room = [self.config.bos_token_id], self._room(1 + max(map(len, answers)))
+        begin, room = self.begin, self._room(len(self.begin) + max(map(len, answers)))
         if shared and self.share:
             sequence = begin + prompt[-room:]
             return Encoded([sequence], answers, len(sequence) - 1, example.label)

@@ -1,36 +1,75 @@
-"""One interface over the two tokenizer files that checkpoints come with.
-
-Special tokens are not the tokenizer's business: their ids come from config.json, and callers place them.
-"""
+"""One interface over the tokenizer files that checkpoints come with."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import sentencepiece
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"  # how git leaves a large file without git-lfs
 
 
 class Tokenizer:
-    """tokenizer.json through tokenizers, or tokenizer.model through sentencepiece, whichever is there.
+    """tokenizer.json through tokenizers, tokenizer.model through sentencepiece, or RoBERTa's vocab.json and merges.txt.
 
-    Where both are (Llama 2), tokenizer.json is taken: the same pieces, and the file that Llama 3 has too.
+    Where tokenizer.json is beside others (Llama 2), it is taken: the same pieces, and the file that Llama 3 has too.
+
+    begin, end: the ids that go before and after a text, by the rules of transformers 5.  tokenizer.json says it itself
+    (add_bos_token beside it has no effect); for tokenizer.model, add_bos_token and add_eos_token in
+    tokenizer_config.json do, and without that file sentencepiece's own id, as in LLaMA's code.  None where
+    tokenizer.json is silent and there is no tokenizer_config.json: then config.json is all there is to go by.
     """
 
+    begin: list[int] | None
+    end: list[int] | None
+
     def __init__(self, directory: str | Path):
-        fast, pieces = Path(directory) / "tokenizer.json", Path(directory) / "tokenizer.model"
-        path = fast if fast.is_file() else pieces
-        if not path.is_file():
-            raise ValueError(f"{directory} has neither tokenizer.json nor tokenizer.model")
+        """Raises ValueError for files that are missing, broken, a git-lfs pointer, or of a kind not known here."""
+        paths = [Path(directory) / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            raise ValueError(
+                f"{directory} has neither tokenizer.json nor tokenizer.model nor vocab.json and merges.txt"
+            )
+        if path.open("rb").read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` there")
+        settings = _settings(path.parent)
         try:
-            if path == fast:
+            if path.suffix == ".model":
+                self._tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            elif path.name == "vocab.json":
+                self._tokenizer = _roberta(path, settings or {})
+            else:
                 self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
                 self._tokenizer.no_truncation()  # a file can ask for either; lengths are handled in scoring.py
                 self._tokenizer.no_padding()
-            else:
-                self._tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception as error:  # tokenizers raises plain Exception, sentencepiece RuntimeError
             raise ValueError(f"{path} is not a readable tokenizer: {error}") from None
+        if path.suffix == ".model":
+            self.begin, self.end = self._ends_of_pieces(path, settings)
+        elif self._tokenizer.post_processor is None:
+            self.begin, self.end = (None, None) if settings is None else ([], [])
+        else:
+            encoded = self._tokenizer.encode("a")
+            text = [at for at, special in enumerate(encoded.special_tokens_mask) if not special] or [len(encoded.ids)]
+            self.begin, self.end = encoded.ids[: text[0]], encoded.ids[text[-1] + 1 :]
+
+    def _ends_of_pieces(self, path: Path, settings: dict | None) -> tuple[list[int], list[int]]:
+        """begin and end of tokenizer.model."""
+        if settings is None:
+            return [self._tokenizer.bos_id()] if self._tokenizer.bos_id() >= 0 else [], []
+        ends = []
+        for name, default in ("bos", "<s>"), ("eos", "</s>"):
+            token = _spelling(settings.get(f"{name}_token", default))
+            added = token is not None and settings.get(f"add_{name}_token")
+            if added and self._tokenizer.id_to_piece(self._tokenizer.piece_to_id(str(token))) != token:
+                where = path.with_name("tokenizer_config.json")
+                raise ValueError(f"{where}: {name}_token {token!r} is no piece of {path.name}, such as {default}")
+            ends.append([self.id_of(token)] if added else [])
+        return ends[0], ends[1]
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids, without special tokens."""
@@ -51,3 +90,49 @@ class Tokenizer:
         if found is None:
             raise ValueError(f"the tokenizer has no piece {piece!r}")
         return found
+
+
+def _settings(directory: Path) -> dict | None:
+    """tokenizer_config.json, with older files' special_tokens_map.json over it; None where there is neither."""
+    settings = None
+    for path in directory / "tokenizer_config.json", directory / "special_tokens_map.json":
+        if path.is_file() and "added_tokens_decoder" not in (settings or {}):
+            try:
+                settings = (settings or {}) | json.loads(path.read_text(encoding="utf-8"))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ValueError(f"{path} is not a JSON object in UTF-8: {error}") from None
+    return settings
+
+
+def _spelling(token: object) -> object:
+    """A token in tokenizer_config.json is its spelling, or an object that also says how it is found in a text."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _roberta(vocab: Path, settings: dict) -> tokenizers.Tokenizer:
+    """vocab.json and merges.txt beside it as RoBERTa's byte-level BPE, with its special tokens."""
+    if not vocab.with_name("merges.txt").is_file():
+        raise ValueError("merges.txt is missing beside it")
+    names = {"cls": "<s>", "sep": "</s>", "bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}
+    special = {name: settings.get(f"{name}_token") or default for name, default in names.items()}
+    later, path = settings.get("added_tokens_decoder") or {}, vocab.with_name("added_tokens.json")
+    if not later and path.is_file():
+        later = {at: token for token, at in json.loads(path.read_text(encoding="utf-8")).items()}
+    absent = {_spelling(token) for token in special.values()} - set(json.loads(vocab.read_text(encoding="utf-8")))
+    if absent:  # such as Qwen2, which also splits texts into words by another rule
+        raise ValueError(f"it is not RoBERTa's, without {min(absent)}; save a tokenizer.json with transformers instead")
+    built = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(vocab.with_name("merges.txt"))))
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.get("add_prefix_space", False))
+    built.decoder = decoders.ByteLevel()
+    found = {}
+    for token in (*special.values(), *(later[at] for at in sorted(later, key=int))):
+        flags = token if isinstance(token, dict) else {}
+        flags = {flag: flags[flag] for flag in ("lstrip", "rstrip", "single_word") if flag in flags}
+        found[_spelling(token)] = tokenizers.AddedToken(_spelling(token), **flags)
+    built.add_special_tokens(list(found.values()))
+    wrong = [token for at, token in later.items() if built.token_to_id(_spelling(token)) != int(at)]
+    if wrong:
+        raise ValueError(f"added token {_spelling(wrong[0])!r} does not follow the ids of {vocab.name}")
+    ends = ((_spelling(special[name]), built.token_to_id(_spelling(special[name]))) for name in ("sep", "cls"))
+    built.post_processor = processors.RobertaProcessing(*ends)
+    return built

@@ -1,8 +1,8 @@
 """Fast twins of the definitions, for CUDA, put in from outside: of the face only train.py imports this folder.
 
-kernels.py: one Triton kernel a tensor; graphs.py: a step's launches recorded once.  These give the bits of their
-definitions (tests/test_gpu.py).  fp8_matmul.py multiplies codes by codes, to the accuracy of its sums.  Without Triton
-or a GPU, `install` and `estimator` change nothing.
+kernels.py and sparse.py: one Triton kernel a tensor; graphs.py: a step's launches recorded once.  These give the bits
+of their definitions (tests/test_gpu.py).  fp8_matmul.py multiplies codes by codes, to the accuracy of its sums.
+Without Triton or a GPU, `install` and `estimator` change nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib.util
 
 import random_bits
 from model import LanguageModel
-from zo_optim import ZO
+from zo_optim import ZO, SparseZO
 
 
 def has_triton() -> bool:
@@ -35,6 +35,8 @@ def estimator(zo: ZO, device: str, graphs: bool = False) -> ZO:
         return zo
     from gpu.graphs import CudaGraphed
     from gpu.kernels import FusedZO, GraphedZO
+    from gpu.sparse import FusedSparseZO, GraphedSparseZO
 
-    fields = {f.name: getattr(zo, f.name) for f in dataclasses.fields(ZO)}
-    return GraphedZO(**fields, graphed=CudaGraphed(device)) if graphs else FusedZO(**fields)
+    fused, graphed = (FusedSparseZO, GraphedSparseZO) if isinstance(zo, SparseZO) else (FusedZO, GraphedZO)
+    fields = {f.name: getattr(zo, f.name) for f in dataclasses.fields(zo)}
+    return graphed(**fields, graphed=CudaGraphed(device)) if graphs else fused(**fields)

@@ -21,24 +21,29 @@ from torch import Tensor
 
 from quant import FLOATS, Store, check_format, encode, from_tensors, tensor_specs
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"  # how git leaves a large file without git-lfs
 
-def find_tensors(directory: Path, stem: str = "model") -> dict[str, Path]:
+
+def find_tensors(
+    directory: Path, stem: str = "model", ignorable: Callable[[str], bool] = lambda name: False
+) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it: stem.safetensors, or its index and shards.
 
     Raises ValueError for a directory without either, a broken file, an index that names a missing file or one
-    outside the directory, and shards that hold other tensors than the index says.
+    outside the directory, and shards that hold other tensors than the index says, but for ignorable ones.
     """
     single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if single.is_file():
         return dict.fromkeys(_names(single), single)
     if not index.is_file():
         raise ValueError(f"{directory} has no {single.name}{_pickle_advice(directory)}")
-    shards = _read_index(index)
+    shards = _read_index(index, ignorable)
     held = {(name, shard) for shard in set(shards.values()) for name in _names(directory / shard)}
-    wrong = sorted({name for name, _ in held ^ set(shards.items())})  # pairs, as two shards may hold one name
+    differing = {name for name, _ in held ^ set(shards.items())}  # pairs, as two shards may hold one name
+    wrong = sorted(name for name in differing if not ignorable(name))
     if wrong:
         raise ValueError(f"{index} and its shards disagree about {first_names(wrong)}")
-    return {name: directory / shard for name, shard in shards.items()}
+    return {name: directory / shard for name, shard in sorted(held)}
 
 
 def _pickle_advice(directory: Path) -> str:
@@ -51,10 +56,10 @@ def _pickle_advice(directory: Path) -> str:
     )
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    """Tensor name -> shard file name, each a plain name of a file beside the index."""
+def _read_index(index: Path, ignorable: Callable[[str], bool]) -> dict[str, str]:
+    """Tensor name -> shard file name, each a plain name of a file beside the index; ignorable ones may have none."""
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = {name: str(weight_map[name]) for name in weight_map}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is not a safetensors index: {error!r}") from None
@@ -62,7 +67,9 @@ def _read_index(index: Path) -> dict[str, str]:
         if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\\" in shard:
             raise ValueError(f"{index} names {shard!r}, which is not a plain file name in its own directory")
         if not (index.parent / shard).is_file():
-            raise ValueError(f"{index} names {shard}, which is not in {index.parent}")
+            if not all(ignorable(name) for name in shards if shards[name] == shard):
+                raise ValueError(f"{index} names {shard}, which is not in {index.parent}")
+            shards = {name: other for name, other in shards.items() if other != shard}
     return shards
 
 
@@ -75,6 +82,8 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        if path.is_file() and path.open("rb").read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` there") from None
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
 
 
@@ -146,23 +155,32 @@ CODES = "codes"  # a file name of their own, so that no other program takes code
 def load_weights(
     directory: Path, raw_config: dict, shapes: dict[str, torch.Size], ignorable: Callable[[str], bool],
     device: torch.device, weights: str, residual: int = 0, oracle: bool = False,
+    stored_as: dict[str, str] | None = None,
 ) -> dict[str, Store]:  # fmt: skip
     """The stores of a checkpoint's tensors, in the order of `shapes`; its codes, where it holds codes.
+
+    stored_as: a tensor's name in the files, where that is another one.
 
     Raises ValueError for anything missing, unexpected (and not ignorable), wrongly shaped, not finite or corrupt.
     """
     check_format(weights, residual, oracle)
     torch.empty(31 * 2**20, dtype=torch.uint8)  # freed at once: glibc then keeps the memory that forwards free (NOTES)
-    if any(directory.glob(f"{CODES}*.safetensors")):
+    if holds_codes(directory):
         _check_same_codes(directory, raw_config.get(CODES), weights, residual)
         return _load_codes(directory, shapes, device, weights, residual, oracle)
-    files, stores, finite = find_tensors(directory), {}, {}
-    check_names(directory, set(files), set(shapes), ignorable)
-    for name, tensor in read_tensors(files, shapes, device):
+    files, stores, finite = find_tensors(directory, ignorable=ignorable), {}, {}
+    names = {name: name for name in shapes} | (stored_as or {})
+    in_files = {names[name]: shape for name, shape in shapes.items()}
+    check_names(directory, set(files), set(in_files), ignorable)
+    for name, tensor in read_tensors(files, in_files, device):
         finite[name] = _is_finite(files[name], name, tensor)
         stores[name] = encode(tensor, weights, residual, oracle)
     _check_finite(files, finite)
-    return {name: stores[name] for name in shapes}
+    return {name: stores[names[name]] for name in shapes}
+
+
+def holds_codes(directory: Path) -> bool:
+    return any(directory.glob(f"{CODES}*.safetensors"))
 
 
 def _is_finite(file: Path, name: str, tensor: Tensor) -> Tensor:
@@ -236,7 +254,8 @@ def save_stored(
 
 
 def _plain_config(raw_config: dict, format: str) -> dict:
-    kept = {key: value for key, value in raw_config.items() if key not in ("torch_dtype", CODES)}
+    """A config without the dtype's older name, and without a quantisation of which nothing is left in the files."""
+    kept = {key: value for key, value in raw_config.items() if key not in ("torch_dtype", "quantization_config", CODES)}
     return kept | {"dtype": "bfloat16" if format == "bf16" else "float32"}
 
 
@@ -252,7 +271,8 @@ def weights_sha256(weights: dict[str, Store]) -> str:
 
 # Files that a saved model takes along from the directory that it was loaded from
 COMPANIONS = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "tekken.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
 
@@ -276,7 +296,7 @@ def write_directory(
         _refuse_foreign(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for file in other_files:
         shutil.copyfile(file, partial / file.name)
     _write_shards(partial, tensors, stem)
@@ -332,4 +352,4 @@ def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], stem: 
         os.replace(directory / f"{stem}-{i}.tmp", directory / file)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

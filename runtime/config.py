@@ -18,12 +18,12 @@ import torch
 from data.tasks import TASKS, get_task
 from quant import ACTIVATIONS, FLOATS, FORMATS, RESIDUALS, check_format
 from runtime.hub import PRESETS, check_known
-from tensor_train import Spec
+from tensor_train import Spec, check_base
 
 ADAPTERS = {"loretta-adp": "adp", "adazeta": "adp", "loretta-rep": "rep", "lora": "lora"}  # method: kind
 FIRST_ORDER = ("fo", "fo-ste")  # of all weights; adapters are trained by either optimizer
 METHODS = ("quzo", "mezo", *FIRST_ORDER, *ADAPTERS)
-DIRECTION_BITS = ("full", "grid", *map(str, range(2, 9)))
+DIRECTION_BITS = ("full", "grid", "sparse", *map(str, range(2, 9)))
 
 
 def flag(group: str, default, help: str, choices: tuple = ()):
@@ -58,12 +58,15 @@ class Config:
                                               "rounds steps to nearest, which loses small ones", FLOATS)  # fmt: skip
 
     direction_bits: str | None = flag("zeroth-order estimate", None, "bits of a direction's codes; full: Gaussian; "
-                                      "grid: drawn on the weights' own grid (ours, not the paper's), quzo's default on "
-                                      "int4 and fp8", DIRECTION_BITS)  # fmt: skip
+                                      "grid, sparse: drawn on the weights' own grid, in all weights or in one a cell "
+                                      "(ours, not the paper's); grid is quzo's default on int4 and fp8",
+                                      DIRECTION_BITS)  # fmt: skip
     eps: float | None = flag("zeroth-order estimate", None, "size of a probe, in weight units")
     stride: int | None = flag("zeroth-order estimate", None, "of directions on the grid: how many of its spacings a "
                               "probe moves a weight by; a step lands as on a grid of spacing eps over stride"
                               )  # fmt: skip
+    cell: int | None = flag("zeroth-order estimate", None, "of sparse directions: how many neighbouring weights share "
+                                                           "a hit, a power of two")  # fmt: skip
     queries: int | None = flag("zeroth-order estimate", None, "directions a step, averaged; of adazeta: instead of its "
                                                               "growing number")  # fmt: skip
     alpha: float | None = flag("zeroth-order estimate", None, "adazeta asks min(max(floor(alpha * epoch^beta), 1), "
@@ -96,6 +99,8 @@ class Config:
     norms: bool | None = flag("adapters", None, "train the model's norms beside the adapters")
     init: str | None = flag("adapters", None, "identity: training starts from the model as it is; released: as in the "
                                               "papers' code", ("identity", "released"))  # fmt: skip
+    adapters: str | None = flag("adapters", None, "a folder of adapters to train on, a run's model/ or LoRA of PEFT's, "
+                                                  "which the other flags must describe")  # fmt: skip
 
     estimator: str | None = flag("ablations", None, "q-rge2: probe and step round a direction apart, as in the paper; "
                                  "q-rge1: once; random: a control that turns projected gradients over by coin [q-rge2 "
@@ -225,7 +230,8 @@ def resolve_defaults(c: Config) -> Config:
     if bits == "grid":
         plain = c.activations == "none" or c.model == "tiny"
         table |= GRID_DEFAULTS["on the grid" if plain else "on the grid with rounded activations"]
-    table["estimator"] = "q-rge2" if bits not in (None, "full", "grid") else None
+    table |= {"cell": 1024} if bits == "sparse" else {}
+    table["estimator"] = "q-rge2" if bits not in (None, "full", "grid", "sparse") else None
     table |= TINY_DEFAULTS[c.method] if c.model == "tiny" else {}
     if c.method == "adazeta" and c.queries is not None:  # a fixed number instead of the schedule
         table = {name: value for name, value in table.items() if name not in ("alpha", "beta", "max_queries")}
@@ -272,11 +278,11 @@ def default_compute(c: Config) -> str:
 def suits_codes(c: Config) -> bool:
     """Whether blocks can multiply fp8 codes.  A probe's weights are then rounded to codes, which a step of eps in every
     weight does not survive."""
-    whole = c.method != "quzo" or c.direction_bits == "grid" or c.probe == "codes"
+    whole = c.method != "quzo" or c.direction_bits in ("grid", "sparse") or c.probe == "codes"
     return whole and (c.weights, c.activations, c.optimizer) == ("fp8", "fp8", "zo")
 
 
-MOVED = ("model", "data_dir", "device")  # what may be elsewhere when a run is taken up again
+MOVED = ("model", "adapters", "data_dir", "device")  # what may be elsewhere when a run is taken up again
 
 
 def recorded(c: Config, flags: dict) -> Config:
@@ -304,14 +310,16 @@ RANGES = {
     "num_dev": COUNT, "num_eval": COUNT, "k": COUNT, "max_length": COUNT, "queries": (1, 2**28 - 1),
     "probes_per_forward": COUNT, "max_queries": (1, 2**28 - 1), "alpha": (0, 1e6), "beta": (0, 10),
     "bottleneck": (1, 2**16), "tt_rank": (1, 2**16), "lora_rank": (1, 2**16), "lora_alpha": (1e-6, 1e6),
-    "lr": (0, 1e6), "eps": (1e-8, 1e3), "stride": (1, 4096), "weight_decay": (0, 1e3), "seed": (0, 2**64 - 1),
-    "data_seed": (0, 2**32 - 1), "warmup": (0, COUNT[1]),
+    "lr": (0, 1e6), "eps": (1e-8, 1e3), "stride": (1, 4096), "cell": (8, 2**30), "weight_decay": (0, 1e3),
+    "seed": (0, 2**64 - 1), "data_seed": (0, 2**32 - 1), "warmup": (0, COUNT[1]),
 }  # fmt: skip
 
 
 def validate(c: Config) -> None:
     """Raises ValueError for bad ranges and combinations; what files hold is checked where it is read."""
     check_known(c.model)
+    if c.model not in PRESETS:
+        check_base(Path(c.model))
     for name, (low, high) in RANGES.items():
         value = getattr(c, name)
         if value is not None and not low <= value <= high:  # NaN fails too
@@ -355,7 +363,7 @@ def meaningless_flags(c: Config) -> list[str]:
     """Flags that mean nothing beside the method."""
     zo, kind = c.optimizer == "zo", ADAPTERS.get(c.method)
     groups = {
-        ("direction_bits", "eps", "stride", "queries", "estimator", "probes_per_forward"): zo,
+        ("direction_bits", "eps", "stride", "cell", "queries", "estimator", "probes_per_forward"): zo,
         ("residual", "oracle", "probe", "rounding"): zo and not kind,  # adapters are floats
         ("weight_decay",): c.method in FIRST_ORDER,
         ("master",): c.method == "fo-ste",
@@ -364,7 +372,7 @@ def meaningless_flags(c: Config) -> list[str]:
         ("bottleneck", "tt_rank"): kind in ("adp", "rep"),
         ("lora_rank",): kind == "lora",
         ("lora_alpha",): kind in ("rep", "lora"),
-        ("init", "norms"): kind,
+        ("init", "norms", "adapters"): kind,
     }
     return [name for names, meant in groups.items() if not meant for name in names]
 
@@ -379,8 +387,8 @@ def check_method(c: Config) -> None:
         if getattr(c, name) != defaults[name]:
             beside = f"--method {c.method}" + (f" --optimizer {c.optimizer}" if c.method in ADAPTERS else "")
             raise ValueError(f"--{name.replace('_', '-')} means nothing beside {beside}")
-    if c.method in ADAPTERS and c.direction_bits == "grid":
-        raise ValueError("--direction-bits grid is for codes; adapters are floats: use full or 2 to 8")
+    if c.method in ADAPTERS and c.direction_bits in ("grid", "sparse"):
+        raise ValueError(f"--direction-bits {c.direction_bits} is for codes; adapters are floats: use full or 2 to 8")
     if c.method in ("mezo", "fo") and c.weights not in FLOATS:
         instead = "quzo" if c.method == "mezo" else "fo-ste"
         raise ValueError(f"--method {c.method} keeps weights in fp32 or bf16; use {instead} for {c.weights}")
@@ -407,12 +415,18 @@ def check_products(c: Config) -> None:
 
 def check_estimator(c: Config) -> None:
     """Raises ValueError for flags of the estimate that contradict one another."""
-    if c.estimator in ("q-rge1", "q-rge2") and c.direction_bits in ("full", "grid"):
+    if c.estimator in ("q-rge1", "q-rge2") and c.direction_bits in ("full", "grid", "sparse"):
         raise ValueError(f"--estimator {c.estimator} is about rounding directions, which --direction-bits "
                          f"{c.direction_bits} does not: use 2 to 8")  # fmt: skip
     if (c.stride or 1) > 1 and c.probe == "codes":
         raise ValueError(f"--probe codes would hold --stride {c.stride} back at the edge of the grid: use float")
     if c.stride is not None and c.direction_bits != "grid":
         raise ValueError(f"--stride is about directions on the grid; --direction-bits is {c.direction_bits}")
+    if (c.cell is not None) != (c.direction_bits == "sparse"):
+        raise ValueError(f"--cell is about sparse directions; --direction-bits is {c.direction_bits}")
+    if c.cell and c.cell & c.cell - 1:
+        raise ValueError(f"--cell must be a power of two, got {c.cell}")
+    if c.direction_bits == "sparse" and (c.probe == "codes" or c.rounding == "nearest"):
+        raise ValueError("--probe codes and --rounding nearest are not for --direction-bits sparse")
     if c.weights == "fp32" and (c.rounding == "nearest" or c.probe == "codes"):
         raise ValueError("--rounding nearest and --probe codes mean nothing beside --weights fp32: nothing is rounded")

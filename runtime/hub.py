@@ -43,7 +43,10 @@ SHAPES = {  # what config.json says about sizes, so that --dry-run needs no down
     "roberta-large": _roberta(1024, 4096, 24, 16),
 }
 # Configuration, tokenizer, safetensors: never a pickle, and not the `original/` copies of the Llama repositories
-FILES = ["config.json", "tokenizer.json", "tokenizer.model", "model.safetensors*", "model-*.safetensors"]
+FILES = [
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "model.safetensors*", "model-*.safetensors",
+]  # fmt: skip
 
 
 def check_known(model: str) -> None:
@@ -81,7 +84,7 @@ def raw_config(model: str) -> dict:
         return SHAPES[model]
     path = (PRESETS[model] if model in PRESETS else Path(model)) / "config.json"
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(raw, dict):

@@ -47,3 +47,12 @@ def real_model() -> Callable[[str], Path]:
 def real_data() -> Callable[[str], Path]:
     """real_data("SST-2") -> its directory under $QUZO_DATA; skips the test where there is none."""
     return _under("QUZO_DATA")
+
+
+@pytest.fixture(scope="session")
+def smollm2_directory() -> Path:
+    """What `python -m benchmarks.smollm2 $QUZO_SMOLLM2` made; skips the test where the variable is not set."""
+    directory = os.environ.get("QUZO_SMOLLM2")
+    if not directory:
+        pytest.skip("QUZO_SMOLLM2 is not set; it names the directory that benchmarks/smollm2.py makes")
+    return Path(directory)

@@ -41,6 +41,12 @@ LLAMA3 = {  # 16 positions of original context: of the four frequencies one is k
     "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 0.5, "high_freq_factor": 2.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+YARN = {  # of the four frequencies two are blended, one is slowed
+    "rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+YARN_OPTIONS = {"original_max_position_embeddings": 1024,  # of which the slowest wave makes more turns than beta_slow
+                "beta_fast": 8.0, "beta_slow": 0.5, "attention_factor": 1.5, "truncate": False}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
 LLAMAS = {
     "grouped heads": tiny_llama(),
     "one key-value head": tiny_llama(num_key_value_heads=1),
@@ -50,6 +56,10 @@ LLAMAS = {
     "heads wider than hidden / heads": tiny_llama(head_dim=16),
     "rope base": tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 100.0}),
     "llama3 rope": tiny_llama(rope_parameters=LLAMA3),
+    "linear rope": tiny_llama(rope_parameters={"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}),
+    "yarn rope": tiny_llama(rope_parameters=YARN),
+    "yarn rope, all set": tiny_llama(rope_parameters=YARN | YARN_OPTIONS),
+    "dynamic rope": tiny_llama(rope_parameters=DYNAMIC, max_position_embeddings=16),
 }
 ROBERTAS = {
     "roberta": tiny_roberta(),
@@ -104,6 +114,48 @@ def test_real_logits_are_those_of_transformers(name, real_model):
     for padding in PADDING:
         tokens, mask = padded_batch(lm.raw_config, padding, T=24)
         assert largest_gap(lm(tokens, mask), oracle_logits(oracle, tokens, mask), mask) < TOLERANCE, padding
+
+
+@one_of({name: raw for name, raw in LLAMAS.items() if "rope_parameters" in raw and name != "rope base"})
+def test_scaled_rope_at_lengths_within_and_beyond_the_original_context(raw, tmp_path):
+    """And beyond it scaling changes logits by far more than the tolerance, or the tests of parity would pass without
+    it.  The oracle of dynamic scaling remembers the longest sequence that it has seen, so it is read again."""
+    random_oracle(raw, tmp_path)
+    plain = create(raw | {"rope_parameters": {"rope_theta": 100.0}})
+    for T in (5, 16, 17, 40, 100):
+        tokens, _ = padded_batch(raw, "no mask", T=T)
+        got = load(tmp_path)(tokens)
+        assert largest_gap(got, oracle_logits(read_oracle(tmp_path, raw), tokens)) < TOLERANCE, T
+    plain.weights = load(tmp_path).weights
+    assert (plain(tokens) - got).abs().max() > 0.1
+
+
+def test_settings_that_are_spelled_twice_agree_or_are_refused():
+    """transformers takes one of them, and not always the same one."""
+    rope = config_of(tiny_llama(rope_parameters=YARN)).rope
+    older = {name: value for name, value in YARN.items() if name not in ("rope_theta", "rope_type")} | {"type": "yarn"}
+    for same in (
+        dict(rope_parameters=YARN, rope_scaling=YARN), dict(rope_parameters=YARN, rope_theta=100.0),
+        dict(rope_parameters=YARN, rope_scaling=older, rope_theta=100.0), dict(rope_scaling=older, rope_theta=100),
+        dict(rope_parameters=YARN | {"type": "yarn"}, original_max_position_embeddings=64),
+        dict(rope_scaling=older | {"original_max_position_embeddings": None}, rope_theta=100.0,
+             original_max_position_embeddings=64),
+        dict(rope_scaling=older | {"original_max_position_embeddings": None}, rope_theta=100.0,
+             max_position_embeddings=64),
+    ):  # fmt: skip
+        assert config_of(tiny_llama(**same)).rope == rope, same
+    linear = {"type": "linear", "factor": 2.0}
+    for different, values in (
+        (dict(rope_parameters={"rope_type": "default"}, rope_scaling=linear), ("'default'", "'linear'")),
+        (dict(rope_parameters=YARN, rope_scaling=YARN | {"factor": 4.0}), ("8.0", "4.0")),
+        (dict(rope_parameters=YARN, rope_scaling=older), ("rope_parameters", "rope_scaling")),  # without the base
+        (dict(rope_parameters=YARN, rope_theta=500.0), ("rope_parameters.rope_theta 100.0", "rope_theta 500.0")),
+        (dict(rope_scaling=linear | {"rope_type": "yarn"}), ("rope_type 'yarn'", "type 'linear'")),
+        (dict(rope_parameters=YARN, original_max_position_embeddings=32), ("embeddings 64", "embeddings 32")),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="contradict each other: keep one") as refused:
+            config_of(tiny_llama(**different))
+        assert all(value in str(refused.value) for value in values), refused.value
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["default", "llama3"])
@@ -392,7 +444,6 @@ def test_the_digest_sees_one_bit_of_any_tensor():
 # ---------------------------------------------------------------- loading and configs
 
 
-
 @pytest.mark.parametrize("way", [nullcontext, through_buffers])
 def test_loading_holds_one_dense_tensor_at_a_time(way, tmp_path, monkeypatch):
     """Every tensor is encoded before the next one is read from disk, and gone when that one is encoded."""
@@ -422,6 +473,7 @@ def test_loading_holds_one_dense_tensor_at_a_time(way, tmp_path, monkeypatch):
 REFUSED = {
     "model_type 'gpt2' is not supported": tiny_llama(model_type="gpt2"),
     "model_type None is not supported": {"hidden_size": 32},
+    r"model_type \['llama'\] is not supported": tiny_llama(model_type=["llama"]),
     "hidden_act 'gelu' is not supported for llama": tiny_llama(hidden_act="gelu"),
     "hidden_act 'relu' is not supported for roberta": tiny_roberta(hidden_act="relu"),
     "position_embedding_type 'relative_key' is not supp": tiny_roberta(position_embedding_type="relative_key"),
@@ -429,9 +481,18 @@ REFUSED = {
     "head_dim must be even for rotary embedding, got 7": tiny_llama(head_dim=7),
     "4 heads do not split into 3 key-value heads": tiny_llama(num_key_value_heads=3),
     "5 heads do not divide hidden_size 32": tiny_roberta(num_attention_heads=5),
-    "rope scaling 'linear' is not supported": tiny_llama(rope_scaling={"type": "linear", "factor": 2.0}),
-    "rope scaling 'dynamic' is not supported": tiny_llama(rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
-    "rope scaling 'yarn' is not supported": tiny_llama(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+    "rope scaling 'longrope' is not supported": tiny_llama(rope_scaling={"type": "longrope", "factor": 2.0}),
+    "rope scaling 'mrope' is not supported": tiny_llama(rope_parameters={"rope_type": "mrope", "rope_theta": 1e4}),
+    "yarn rope scaling lacks factor": tiny_llama(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+    "scaling by mscale is not supported": tiny_llama(rope_scaling=YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}),
+    "rope_theta must be above 1 for yarn, got 1.0": tiny_llama(rope_parameters=YARN | {"rope_theta": 1.0}),
+    "rope_factor must be a number above 0, got inf": tiny_llama(rope_parameters=YARN | {"factor": float("inf")}),
+    "rope_truncate must be a bool, got 1": tiny_llama(rope_parameters=YARN | {"truncate": 1}),
+    "partial_rotary_factor 0.5 is not supported": tiny_llama(partial_rotary_factor=0.5),
+    "pad_token_id 97 is outside the vocabulary of 97": tiny_llama(pad_token_id=97),
+    "bos_token_id 32000 is outside the vocabulary of 97": tiny_llama(bos_token_id=32000),
+    "eos_token_id 200 is outside the vocabulary of 97": tiny_llama(eos_token_id=[2, 200]),
+    "pad_token_id 100 is outside the vocabulary of 97": tiny_roberta(pad_token_id=100),
     "rope_factor must be a number above 0, got '8'": tiny_llama(rope_parameters=LLAMA3 | {"factor": "8"}),
     "llama3 rope scaling lacks factor": tiny_llama(rope_scaling={"rope_type": "llama3"}),
 }
@@ -448,7 +509,6 @@ def test_configs_that_the_model_does_not_implement_are_refused_by_name():
     for message, raw in [*REFUSED.items(), *wrong]:
         with pytest.raises(ValueError, match=message):
             config_of(raw)
-
 
 
 @one_of(BOTH)
@@ -478,7 +538,6 @@ def test_products_of_codes_give_the_logits_of_fake_quantisation(raw):
     for weights, dtype, size in ("fp8", torch.float32, 96), ("int8", torch.bfloat16, 96), ("fp8", torch.bfloat16, 56):
         with pytest.raises(ValueError, match="products of fp8 codes need"):
             enable_fp8_matmul(create(raw | {"intermediate_size": size}, weights=weights, dtype=dtype))
-
 
 
 @pytest.fixture
