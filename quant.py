@@ -75,20 +75,10 @@ class Fp8Format(NamedTuple):
         down = 2.0 ** (-126 - self.min_exponent)  # takes the even part to float32's own, where a cut is as even
         return _cut(x * down, random_bits, 23 - self.mantissa_bits).mul_(1 / down).add_(0.0).to(self.dtype)
 
-    def spacing(self, x: Tensor) -> Tensor:
-        """The distance from each x (float32, on the grid) to the next grid point away from zero."""
-        step = power_below(x).mul_(2.0**-self.mantissa_bits)
-        return step.clamp_(min=2.0 ** (self.min_exponent - self.mantissa_bits))
-
 
 def outward(away_from_zero: Tensor) -> Tensor:
     """Random bits [..] int32 that are none: a cut by them goes away from zero where it is told to, else towards it."""
     return -away_from_zero.to(torch.int32)
-
-
-def power_below(x: Tensor) -> Tensor:
-    """The largest power of two that is at most |x|, float32: the exponent bits alone (0 for subnormal numbers)."""
-    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 E4M3 = Fp8Format(torch.float8_e4m3fn, 3, -6, 448.0)
@@ -104,7 +94,6 @@ class Store:
     numbers; or, as a pair (row, column) [K] int64 each, single elements, and [r, C] is then [K].
 
     dequantise(rows)                                the weights that a forward sees, [r, C] float32 (floats: as stored)
-    spacing(rows)                                   the distance between neighbouring grid points there, float32
     add_rounded(rows, delta, random_bits)           the grid point that w + delta becomes, [r, C] float32; no write
     bracket(places, t)                              of elements: the grid points nearest to w that are at least t
                                                     below and above it, [K] float32 each, in units [K] of their own
@@ -438,10 +427,6 @@ class Fp8(Store):
         """Rows [r, C] as float32."""
         return self.code(rows).mul_(self.unit(rows))
 
-    def spacing(self, rows: slice | Tensor | Places) -> Tensor:
-        """[r, C]: the distance to the next weight away from zero; towards zero it is this or half of it."""
-        return E4M3.spacing(self.code(rows)).mul_(self.unit(rows))
-
     def bracket(self, places: Places, t: float) -> tuple[Tensor, Tensor, Tensor]:
         """Of an uneven grid: what lies around code - t / scale and code + t / scale, away from the code."""
         code, unit = self.code(places), self.unit(places)
@@ -493,11 +478,6 @@ class Float(Store):
             below = round_to_bfloat16(below, outward(below < 0)).float()
             above = round_to_bfloat16(above, outward(above > 0)).float()
         return below, above, torch.ones_like(w)
-
-    def spacing(self, rows: slice | Tensor | Places) -> Tensor:
-        """[r, C] float32: the distance between neighbouring numbers.  fp32's counts as 0: it is below any step."""
-        value = self.dequantise(rows).float()
-        return power_below(value).mul_(2.0**-7) if self.rounds else torch.zeros_like(value)
 
     def add_rounded(self, rows: slice | Tensor, delta: Tensor, random_bits: Tensor | None) -> Tensor:
         """bf16 rounds stochastically: to nearest would lose most updates."""

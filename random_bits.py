@@ -27,10 +27,10 @@ BLOCKS_IN_CACHE = 2**14  # counter blocks at a time: Philox's dozen temporaries 
 class Purpose(enum.IntEnum):
     """Each purpose of drawing is a stream of its own, so no two of them share bits."""
 
-    DIRECTION = 0  # u
+    DIRECTION = 0  # u; of sparse directions all, the rounding of a step too
     PROBE_ROUNDING = 1  # Q1(u): the direction that is probed
     UPDATE_ROUNDING = 2  # Q2(u): the direction that is stepped along
-    WEIGHT_ROUNDING = 3  # rounding the updated weight onto its grid (grid directions use second_uniform instead)
+    WEIGHT_ROUNDING = 3  # rounding the updated weight onto its grid
     DATA_ORDER = 4
     PROBE_LANDING = 5  # rounding a perturbed weight onto its grid (ablation --probe codes)
     COIN = 6  # signs of the control (ablation --estimator random)
@@ -112,20 +112,6 @@ def bits32(key: Key, purpose: Purpose, rows: Tensor, columns: int) -> Tensor:
     words = philox_blocks(key, purpose, rows, columns)
     between = (words.roll(-1, -1) << 16) | (words >> 16 & 0xFFFF)
     return torch.stack((words, between), -1).flatten(1)[:, :columns]
-
-
-GOLDEN = 0x9E3778FE  # near 2^32 over the golden ratio; even, and its continued fraction has nothing above 3
-
-
-def second_uniform(random_bits: Tensor) -> Tensor:
-    """Bits for a second decision from those of a first: int32 bit patterns -> int32 bit patterns.
-
-    A word whose lower 31 bits were found below a threshold T is uniform there still, whatever its top bit.  Multiples
-    of GOLDEN modulo 2^32 lie about as evenly as any can: of those of T neighbouring numbers, a share f to within
-    (2 + ln T) / (2 T) lies below 2^32 f (tests/test_random_bits.py); and as GOLDEN is even, the top bit drops out.
-    Neighbours share 16 bits (bits32), so where both are found below a threshold of few values, f is less exact.
-    """
-    return ((random_bits.to(torch.int64) & 0x7FFFFFFF) * GOLDEN).to(torch.int32)  # the lower half of the product
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:

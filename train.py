@@ -38,7 +38,7 @@ from runtime.hub import PRESETS, raw_config, resolve
 from runtime.model_configs import config_of, read_config
 from runtime.run_folder import RecordedRun, RunFolder, StepRecorder, check_free, hashed, read_run
 from tensor_train import trained
-from zo_optim import ZO, SparseZO, adazeta_queries, check_grid, epoch_of, learning_rate, update, zo_step
+from zo_optim import ZO, SparseZO, adazeta_queries, epoch_of, learning_rate, update, zo_step
 
 # ---------------------------------------------------------------- the loop
 
@@ -106,7 +106,7 @@ def estimator(c: Config, lm: LanguageModel) -> ZO:
                         probes_per_forward=probes_per_forward(c), cell=c.cell)  # fmt: skip
     bits = int(c.direction_bits) if c.direction_bits.isdigit() else None
     return ZO(
-        eps=c.eps, queries=c.queries or 1, bits=bits, grid=c.direction_bits == "grid", stride=c.stride or 1,
+        eps=c.eps, queries=c.queries or 1, bits=bits,
         estimator=c.estimator or "q-rge2", probe=c.probe, nearest=c.rounding == "nearest", dtype=lm.dtype,
         probes_per_forward=probes_per_forward(c),
     )  # fmt: skip
@@ -257,8 +257,6 @@ def run(c: Config) -> dict:
     if c.device.startswith("cuda:"):
         torch.cuda.set_device(c.device)  # kernels and memory figures go by the current device
     problem, splits = prepare(c)
-    if c.direction_bits == "grid":
-        check_grid(problem.lm.weights, estimator(c, problem.lm).min_spacing)
     sha256 = weights_sha256(problem.lm.weights)
     if past is not None:
         check_same(past, "base_weights_sha256", sha256)
@@ -299,8 +297,7 @@ def run(c: Config) -> dict:
 
 def method_text(c: Config) -> str:
     """The method, and whether its directions are the paper's or ours."""
-    directions = {None: "", "full": ", Gaussian directions"}
-    directions |= {name: f", {name} directions (ours)" for name in ("grid", "sparse")}
+    directions = {None: "", "full": ", Gaussian directions", "sparse": ", sparse directions (ours)"}
     rounded = f", {c.direction_bits}-bit directions (the paper's)"
     return f"{c.method} on {c.weights} weights{directions.get(c.direction_bits, rounded)}"
 

@@ -3,8 +3,8 @@
 MeZO (Malladi et al., NeurIPS 2023, algorithm 1): z ~ N(0, I), the projected gradient g = (L(w + eps z) - L(w - eps z))
 / (2 eps), w <- w - lr / Q * sum of g z.  QuZO (EMNLP 2025, eq. 5 to 10 and algorithm 1): the direction is rounded
 stochastically to a few bits, twice and independently: u1 = Q1(u) is probed, u2 = Q2(u) is stepped along, and the
-step lands on the weight's own grid by stochastic rounding.  Grid directions (ours, docs/directions.md) are drawn on
-that grid in the first place, so that a step needs next to no rounding.
+step lands on the weight's own grid by stochastic rounding.  Sparse directions (ours, docs/directions.md) move few
+weights, by whole spacings of that grid in the first place, so that a step needs next to no rounding.
 
 No direction is ever stored: it is drawn again, element by element, wherever it is needed.
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from quant import E4M3, Places, Store, row_chunks
-from random_bits import Key, Purpose, bits16, bits32, philox_blocks, second_uniform, tensor_id
+from random_bits import Key, Purpose, bits16, bits32, philox_blocks, tensor_id
 
 # ---------------------------------------------------------------- one step
 
@@ -84,38 +84,27 @@ def update(weights: dict[str, Store], projected_grads: Tensor, key: Key, zo: ZO,
 
 @dataclass(frozen=True)
 class ZO:
-    """How directions are drawn, probed and stepped along.  (gpu.kernels.FusedZO does the same in one kernel a tensor.)
+    """How directions are drawn, probed and stepped along: in every weight, as in the papers.
 
-    bits None, grid False: u ~ N(0, I), MeZO's.  bits 2 to 8: QuZO's, u rounded to codes of that width.  grid: u drawn
-    on the weights' own grid, which leaves nothing to round (ours).
+    bits None: u ~ N(0, I), MeZO's.  bits 2 to 8: QuZO's, u rounded to codes of that width.  (SparseZO is ours;
+    gpu.kernels.FusedZO does the same as this one in one kernel a tensor.)
     """
 
     eps: float = 1e-3  # in weight units
     queries: int = 1  # Q
     bits: int | None = None
-    grid: bool = False
-    stride: int = 1  # of the grid: how many of its spacings a probe moves a weight by
     estimator: str = "q-rge2"  # QuZO eq. 8; "q-rge1" steps along u1 itself; "random" is an ablation
     probe: str = "float"  # ablation "codes": w + eps u1 is rounded stochastically onto the weight's grid
     nearest: bool = False  # ablation: steps land by rounding to nearest, which loses nearly all of them
     dtype: torch.dtype = torch.float32  # of perturbed matrices: what a forward multiplies in
     probes_per_forward: int | None = 2  # perturbed copies at a time, which bounds memory; None: all of them
+    unit = 1.0  # the length of a drawn direction that stands for u (not a field)
 
     def __post_init__(self):
         """Raises ValueError for what no estimator is."""
-        fits = self.bits in (None, *range(2, 9)) and not (self.grid and self.bits) and self.eps > 0 and self.queries > 0
+        fits = self.bits in (None, *range(2, 9)) and self.eps > 0 and self.queries > 0
         if not fits or self.estimator not in ("q-rge2", "q-rge1", "random") or self.probe not in ("float", "codes"):
             raise ValueError(f"no usable estimator: {self}")
-
-    @property
-    def min_spacing(self) -> float:
-        """The spacing h that the grid acts as if it had (grid_direction)."""
-        return self.eps / self.stride
-
-    @property
-    def unit(self) -> float:
-        """What directions are drawn in multiples of: grid ones are drawn as min_spacing * u."""
-        return self.min_spacing if self.grid else 1.0
 
     def losses(self, weights: dict[str, Store], loss_fn: LossFn, key: Key) -> Tensor:
         """L(w + eps u1) and L(w - eps u1) of each query in turn: [2Q] float32 on the weights' device."""
@@ -135,8 +124,7 @@ class ZO:
         copies = torch.empty(len(signs), R if rows is None else len(rows), C, dtype=dtype, device=store.device)
         for chunk in row_chunks(store.matrix_shape, store.device) if rows is None else [rows]:
             index = torch.arange(chunk.start, chunk.stop, device=store.device) if rows is None else rows
-            factor = self.stride if self.grid else self.eps  # grid directions are drawn as eps / stride * u
-            eps_u1 = self.scaled_direction(factor, store, key, chunk, index, Purpose.PROBE_ROUNDING)
+            eps_u1 = direction(key, index, C, self.bits, Purpose.PROBE_ROUNDING).mul_(self.eps)
             rounded, bits = dtype == E4M3.dtype or self.probe == "codes", None
             if self.probe == "codes" and store.rounds:  # the same for both signs, so that codes move symmetrically
                 bits = bits32(key, Purpose.PROBE_LANDING, index, C)
@@ -154,31 +142,19 @@ class ZO:
         """w <- round(w + sum of factor_q * direction_q): all that ever writes.  factors [Q] float32 -> counts."""
         counts = torch.zeros(2, dtype=torch.int64, device=factors.device)
         rounding = Purpose.PROBE_ROUNDING if self.estimator == "q-rge1" else Purpose.UPDATE_ROUNDING  # u1, or u2
-        purpose = Purpose.DIRECTION if self.grid else Purpose.WEIGHT_ROUNDING
         for name, store in weights.items():
             key = key._replace(tensor=tensor_id(name))
             for rows in row_chunks(store.matrix_shape, store.device):
                 index = torch.arange(rows.start, rows.stop, device=store.device)
                 delta = reduce(Tensor.add_, (
-                    self.scaled_direction(factor, store, key._replace(query=query), rows, index, rounding)
+                    direction(key._replace(query=query), index, store.matrix_shape[1], self.bits, rounding).mul_(factor)
                     for query, factor in enumerate(factors)
                 ))  # fmt: skip
                 bits = None
                 if store.rounds and not self.nearest:
-                    bits = bits32(key, purpose, index, delta.shape[1])
-                    if self.grid:  # given whether query 0's bits hit, the rest of them is uniform, also for the sum
-                        bits = second_uniform(bits)
+                    bits = bits32(key, Purpose.WEIGHT_ROUNDING, index, delta.shape[1])
                 counts += store.add_rounded_(rows, delta, bits)
         return counts
-
-    def scaled_direction(
-        self, factor: float | Tensor, store: Store, key: Key, rows: slice | Tensor, index: Tensor, rounding: Purpose
-    ) -> Tensor:
-        """factor * direction for some rows of one tensor, whose numbers are index [r] int64: [r, C] float32."""
-        columns = store.matrix_shape[1]
-        if self.grid:
-            return grid_direction(key, index, store.spacing(rows), columns, self.min_spacing, factor)
-        return direction(key, index, columns, self.bits, rounding).mul_(factor)
 
 
 class Hits(NamedTuple):
@@ -215,7 +191,7 @@ class SparseZO(ZO):
     def __post_init__(self):
         """Raises ValueError for what no sparse estimator is."""
         super().__post_init__()
-        if self.bits or self.grid or self.probe != "float" or self.cell < 8 or self.cell & self.cell - 1:
+        if self.bits or self.nearest or self.probe != "float" or self.cell < 8 or self.cell & self.cell - 1:
             raise ValueError(f"no usable sparse estimator: {self}")
 
     @property
@@ -352,40 +328,6 @@ def direction(key: Key, rows: Tensor, columns: int, bits: int | None, rounding: 
     dither = bits16(key, rounding, rows, columns).to(torch.int32)
     code = (u * levels + dither) >> 16  # 4 sigma * levels = levels << 16, so 16 bits of dither are exact
     return code * (CLIP / levels)
-
-
-def grid_direction(
-    key: Key, rows: Tensor, spacing: Tensor, columns: int, min_spacing: float, factor: float | Tensor = 1.0
-) -> Tensor:
-    """factor * h * u for a direction u drawn on the weight's own grid: [r, C] float32, in weight units.
-
-    With s the grid's spacing at a weight (`spacing`, which broadcasts to [r, C]), h = min_spacing and t = max(s, h):
-
-        h u = +t or -t, with probability (h / t)^2 / 2 each, else 0
-
-    so E[u] = 0 and E[u u^T] = I, as for a Gaussian (the probability to 2^-22 of itself and 2^-32): most weights stay,
-    the others move by one code.  A step lr g u is then p = lr |g| / h spacings at those few weights, and landing it
-    has the variance h^2 {p} (1 - {p}) a weight ({p}: p's fraction), where a step in every weight has up to
-    s lr |g| |u|: the grid acts as if its spacing were h, however coarse it is.
-    docs/directions.md derives this, and what bounds h and stride.
-    """
-    t = spacing.clamp(min=min_spacing)
-    ratio = torch.full_like(t, min_spacing) / t  # a number over a tensor would be a product with a rounded reciprocal
-    threshold = (ratio.clamp_(max=1 - 2.0**-24).square_() * 2.0**32).to(torch.int64)  # below 2^32
-    bits = bits32(key, Purpose.DIRECTION, rows, columns)
-    hit = (bits & 0x7FFFFFFF).to(torch.int64) * 2 < threshold  # 31 bits say whether, the top one says which way
-    t = t * factor
-    return torch.where(hit, torch.where(bits < 0, -t, t), 0.0)
-
-
-def check_grid(weights: dict[str, Store], min_spacing: float) -> None:
-    """Raises ValueError where min_spacing is so far below a grid's spacing that 31 bits cannot hold (h / s)^2 to 1 %,
-    nor land a step to 3 % of a spacing (random_bits.second_uniform)."""
-    for name, stored in weights.items():
-        widest = max(float(stored.spacing(rows).amax()) for rows in row_chunks(stored.matrix_shape, stored.device))
-        if min_spacing < widest / 4096:
-            message = f"is under a 4096th of the grid's widest spacing, {widest:.3g} in {name}"
-            raise ValueError(f"--eps over --stride, {min_spacing:.3g}, {message}")
 
 
 # ---------------------------------------------------------------- schedules

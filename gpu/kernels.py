@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gpu.graphs import CudaGraphed
 from quant import E4M3, GROUP_SIZE, Float, Fp8, Integers, Store, StoredWeights
-from random_bits import GOLDEN, LOW, M0, M1, W0, W1, Key, Purpose, tensor_id
+from random_bits import LOW, M0, M1, W0, W1, Key, Purpose, tensor_id
 from zo_optim import ZO, LossFn, quantile_knots
 
 PAIR_BLOCK, UPDATE_BLOCK = 256, 512  # groups a program, two and four to a thread: as measured (NOTES.md)
@@ -33,7 +33,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 NO_DIRECTION = tl.constexpr(-2)  # beside the levels of directions (_levels)
 SHARDS = 256  # of the counts, since programs that add to one number wait for one another
 EXACT = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where the definition rounds twice
-GROUP_, SHARDS_, GOLDEN_ = tl.constexpr(GROUP_SIZE), tl.constexpr(SHARDS), tl.constexpr(GOLDEN)
+GROUP_, SHARDS_ = tl.constexpr(GROUP_SIZE), tl.constexpr(SHARDS)
 DIRECTION, PROBE_ROUNDING = tl.constexpr(int(Purpose.DIRECTION)), tl.constexpr(int(Purpose.PROBE_ROUNDING))
 WEIGHT_ROUNDING, PROBE_LANDING = tl.constexpr(int(Purpose.WEIGHT_ROUNDING)), tl.constexpr(int(Purpose.PROBE_LANDING))
 M0_, M1_, W0_, W1_ = tl.constexpr(M0), tl.constexpr(M1), tl.constexpr(W0), tl.constexpr(W1)
@@ -117,11 +117,14 @@ def _normal(knots, bits):
 
 @triton.jit
 def _direction(knots, group, step, tensor, query, k0, k1, ROUNDING: tl.constexpr, LEVELS: tl.constexpr):
-    """zo_optim.direction, [BLOCK, 8]; LEVELS 0 is the full direction."""
-    u = _normal(knots, _bits16(group, step, tensor, query, DIRECTION, k0, k1))
-    if LEVELS == 0:
+    """zo_optim.direction, [BLOCK, 8]; LEVELS 0 is the full direction, NO_DIRECTION zeros."""
+    if LEVELS == NO_DIRECTION:
+        d = tl.zeros([group.shape[0], 8], tl.float32)
+    elif LEVELS == 0:
+        u = _normal(knots, _bits16(group, step, tensor, query, DIRECTION, k0, k1))
         d = u.to(tl.float32) * 0.00006103515625  # 2^-14
     else:
+        u = _normal(knots, _bits16(group, step, tensor, query, DIRECTION, k0, k1))
         dither = _bits16(group, step, tensor, query, ROUNDING, k0, k1)
         d = ((u * LEVELS + dither) >> 16).to(tl.float32) * (4.0 / LEVELS)
     return d
@@ -144,69 +147,6 @@ def _divide(x, unit):
 
 
 @triton.jit
-def _grid_direction(times, words, unit, power, min_spacing, KIND: tl.constexpr, OVER_UNIT: tl.constexpr):
-    """zo_optim.grid_direction in parts: its size for times > 0, or that over unit, and which of the words hit.
-
-    Their top bits say which way.  unit [BLOCK, 1] or [1, 1]; power is _power's, and like the size as unit is or
-    [BLOCK, 8].
-
-    Products and quotients of floats commute with powers of two, and with taking the larger one: what is rounded is
-    computed once for a group, or for a row.  A step's threshold is doubled: (words << 1) is below it as often as words'
-    31 bits are below its rounded half.
-    """
-    finest = tl.full(unit.shape, min_spacing, tl.float32)
-    below: tl.constexpr = 0.125 if KIND == "fp8" else 1.0  # 2^-mantissa bits
-    own, least = unit * times * below, finest * times
-    if OVER_UNIT:
-        own, least = _divide(own, unit), _divide(least, unit)
-    size = tl.maximum(own * power, least)
-    ratio, exponent = _divide(finest, unit), power.to(tl.int32, bitcast=True)
-    if KIND == "fp8":  # power^-2 is a float, of exponent field 381 - 2 * power's mod 512
-        inverse = ((381 - 512) * 8388608 - 2 * exponent).to(tl.float32, bitcast=True)
-        threshold = tl.minimum(ratio * ratio * (4294967296.0 / below / below) * inverse, 4294966784.0)  # 1 - 2^-23
-    else:
-        ratio = tl.minimum(ratio * (0x7F000000 - exponent).to(tl.float32, bitcast=True), 0.99999994)  # 1 - 2^-24
-        threshold = ratio * ratio * 4294967296.0
-    return size, (words << 1) < threshold.to(tl.uint32)
-
-
-@triton.jit
-def _like(size, factor):
-    """A size, with a number's sign."""
-    return size * tl.where(factor < 0, -1.0, 1.0)
-
-
-@triton.jit
-def _signed(size, words, hit):
-    """size where it hits, turned over by the words' top bits; 0 elsewhere."""
-    step = (size.to(tl.uint32, bitcast=True) ^ (words & 0x80000000)).to(tl.float32, bitcast=True)
-    return tl.where(hit, step, 0.0)
-
-
-@triton.jit
-def _scaled_direction(
-    factor, min_spacing, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING: tl.constexpr,
-    LEVELS: tl.constexpr, KIND: tl.constexpr, OVER_UNIT: tl.constexpr, PROBE: tl.constexpr,
-):  # fmt: skip
-    """zo_optim.ZO.scaled_direction, or that over unit, [BLOCK, 8].
-
-    LEVELS -1 is a grid direction; where that is 0, it is +0.  PROBE: factor is positive.
-    """
-    if LEVELS == -1:
-        words = _bits32(group, step, tensor, query, DIRECTION, k0, k1)
-        positive = factor if PROBE else tl.abs(factor)
-        size, hit = _grid_direction(positive, words, unit, power, min_spacing, KIND, OVER_UNIT)
-        if not PROBE:
-            size = _like(size, factor)
-        d = _signed(size, words, hit)
-    else:
-        d = _direction(knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS) * factor
-        if OVER_UNIT:
-            d = _divide(d, unit)
-    return d
-
-
-@triton.jit
 def _stochastic_round(x, words):
     """quant.stochastic_round."""
     size = tl.abs(x)
@@ -221,11 +161,6 @@ def _cut(x, words, BITS: tl.constexpr):
     """quant._cut."""
     pattern = x.to(tl.int32, bitcast=True) + (words >> (32 - BITS)).to(tl.int32)
     return (pattern & -(1 << BITS)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _power_below(x):
-    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -358,20 +293,6 @@ def _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND: tl.constexpr, ONE_RO
 
 
 @triton.jit
-def _power(code, unit, KIND: tl.constexpr):
-    """Each store's spacing over its scale, a power of two; of fp8 2^mantissa bits times that."""
-    if KIND == "fp32":
-        power = unit * 0
-    elif KIND == "bf16":
-        power = _power_below(code) * 0.0078125  # 2^-7
-    elif KIND == "fp8":
-        power = tl.maximum(_power_below(code), 0.015625)  # 2^-6
-    else:
-        power = unit * 0 + 1.0
-    return power
-
-
-@triton.jit
 def _add_rounded(code, d, words, KIND: tl.constexpr, MAX: tl.constexpr):
     """Each store's add_rounded, before its scale.  d: over the scale too."""
     if KIND == "fp32":
@@ -387,16 +308,17 @@ def _add_rounded(code, d, words, KIND: tl.constexpr, MAX: tl.constexpr):
 
 
 # Arguments that are never compile-time constants
-VARYING = ["MAGIC", "SHIFT", "factor", "min_spacing", "step", "tensor", "query", "k0", "k1"]
+VARYING = ["MAGIC", "SHIFT", "factor", "t", "step", "tensor", "query", "k0", "k1"]
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _pair_kernel(
-    pair, value, scale, knots, rows, ROWS, PER_ROW, MAGIC, SHIFT, LENGTH, factor, min_spacing, step, tensor, query,
-    k0, k1, KIND: tl.constexpr, MAX: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr, PLUS: tl.constexpr,
-    MINUS: tl.constexpr, CHOSEN: tl.constexpr, BYTES: tl.constexpr, BY_HAND: tl.constexpr, TAIL: tl.constexpr,
-    ONE_ROW: tl.constexpr, BLOCK: tl.constexpr,
+    pair, value, scale, knots, rows, ROWS, PER_ROW, MAGIC, SHIFT, LENGTH, factor, step, tensor, query, k0, k1,
+    KIND: tl.constexpr, MAX: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr, PLUS: tl.constexpr,
+    MINUS: tl.constexpr, CHOSEN: tl.constexpr, BYTES: tl.constexpr, OVER_UNIT: tl.constexpr, BY_HAND: tl.constexpr,
+    TAIL: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """OVER_UNIT: a direction is added to codes, not to weights."""
     group, at, whole, live = _place(LENGTH, TAIL, BLOCK)
     to, step = at, _number(step)
     if CHOSEN:  # groups of the rows' rows
@@ -410,15 +332,9 @@ def _pair_kernel(
     unit = _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND, ONE_ROW)
     if CHOSEN:  # a row that is not there is not a number: no wrong memory is read, and no loss looks right
         unit = tl.where(known[:, None], unit, float("nan"))
-    over_unit: tl.constexpr = BYTES or (CODES and KIND != "fp32" and KIND != "bf16")
-    if LEVELS == NO_DIRECTION:
-        d = unit * 0
-    else:
-        power = _power(code, unit, KIND)
-        d = _scaled_direction(
-            factor, min_spacing, unit, power, knots, group, step, tensor, query, k0, k1, PROBE_ROUNDING, LEVELS, KIND,
-            over_unit, True,
-        )  # fmt: skip
+    d = _direction(knots, group, step, tensor, query, k0, k1, PROBE_ROUNDING, LEVELS) * factor
+    if OVER_UNIT:
+        d = _divide(d, unit)
     if CODES:
         words = _bits32(group, step, tensor, query, PROBE_LANDING, k0, k1)
         away = d * -1.0  # Triton's -d is 0 - d: no -0
@@ -440,7 +356,7 @@ def _pair_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def _update_kernel(
-    value, scale, residual, counts, knots, factors, N, PER_ROW, MAGIC, SHIFT, min_spacing, step, tensor, query, k0, k1,
+    value, scale, residual, counts, knots, factors, N, PER_ROW, MAGIC, SHIFT, step, tensor, query, k0, k1,
     QUERIES: tl.constexpr, KIND: tl.constexpr, MAX: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr,
     ROUNDING: tl.constexpr, BY_HAND: tl.constexpr, TAIL: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -448,41 +364,16 @@ def _update_kernel(
     step = _number(step)
     old = _code(value, group, at, whole, live, KIND, BY_HAND)
     unit = _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND, ONE_ROW)
-    power = _power(old, unit, KIND)
-    integers: tl.constexpr = KIND == "int8" or KIND == "int4"
-    coded: tl.constexpr = KIND != "fp32" and KIND != "bf16"
-    if LEVELS == -1:  # random_bits.second_uniform
-        words = _bits32(group, step, tensor, query, DIRECTION, k0, k1)
-        landing = tl.mul(words, GOLDEN_, sanitize_overflow=False)
-    else:
-        landing = _bits32(group, step, tensor, query, WEIGHT_ROUNDING, k0, k1)
+    landing = _bits32(group, step, tensor, query, WEIGHT_ROUNDING, k0, k1)
     if RESIDUAL:
         old = old * (1 << RESIDUAL) + _fields(residual, group, whole, RESIDUAL).to(tl.float32)
-    fine_unit = unit * (1.0 / (1 << RESIDUAL))
-    if LEVELS == -1 and coded and QUERIES == 1:
-        factor = tl.load(factors)
-        d, hit = _grid_direction(tl.abs(factor), words, unit, power, min_spacing, KIND, True)
-        d = _like(d * (1 << RESIDUAL), factor)
-        if integers:  # one size for all of a group: rounded once, and by each element's own word
-            moved = _signed(_stochastic_round(d, landing), words, hit)
-        else:
-            d = _signed(d, words, hit)
-    else:
-        d = _scaled_direction(
-            tl.load(factors), min_spacing, unit, power, knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS,
-            KIND, False, False,
-        )  # fmt: skip
-        for q in range(1, QUERIES):
-            d += _scaled_direction(
-                tl.load(factors + q), min_spacing, unit, power, knots, group, step, tensor, query + q, k0, k1, ROUNDING,
-                LEVELS, KIND, False, False,
-            )  # fmt: skip
-        if coded:
-            d = _divide(d, fine_unit)
-        if integers:
-            moved = _stochastic_round(d, landing)
-    if integers:
-        wanted = moved + old
+    d = _direction(knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS) * tl.load(factors)
+    for q in range(1, QUERIES):
+        d += _direction(knots, group, step, tensor, query + q, k0, k1, ROUNDING, LEVELS) * tl.load(factors + q)
+    if KIND != "fp32" and KIND != "bf16":
+        d = _divide(d, unit * (1.0 / (1 << RESIDUAL)))
+    if KIND == "int8" or KIND == "int4":
+        wanted = _stochastic_round(d, landing) + old
         bottom = -MAX - 1 if RESIDUAL else -MAX  # Integers.min_fine
         new = tl.minimum(tl.maximum(wanted, bottom), MAX)
         held = new != wanted
@@ -516,8 +407,8 @@ def _kind(stored: Store) -> tuple[str, float]:
 
 
 def _levels(zo: ZO) -> int:
-    """Codes on each side of 0 of a direction: 7 for 4 bits; 0 stands for the full direction, -1 for the grid's."""
-    return -1 if zo.grid else 0 if zo.bits is None else 2 ** (zo.bits - 1) - 1
+    """Codes on each side of 0 of a direction: 7 for 4 bits; 0 stands for the full direction."""
+    return 0 if zo.bits is None else 2 ** (zo.bits - 1) - 1
 
 
 @cache
@@ -588,15 +479,15 @@ def _programs(n: int, block: int) -> tuple[int]:
     return (triton.cdiv(n, 8 * block),)
 
 
-def dequantised(stored: Store, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-    """The weights as they are: [1, R, C] in dtype, or [1, n, C].  The definition is quant.StoredWeights."""
-    return _materialise(stored, Key(0, 0), dtype, rows, 1, None, 0.0, 0.0,
-                        LEVELS=NO_DIRECTION.value, CODES=False, PLUS=True, MINUS=False)  # fmt: skip
+def dequantised(stored: Store, dtype: torch.dtype, rows: Tensor | None = None, P: int = 1) -> Tensor:
+    """The weights as they are, once or twice: [P, R, C] in dtype, or [P, n, C].  Defined by quant.StoredWeights."""
+    return _materialise(stored, Key(0, 0), dtype, rows, P, None, 0.0,
+                        LEVELS=NO_DIRECTION.value, CODES=False, PLUS=True, MINUS=P == 2)  # fmt: skip
 
 
 def _materialise(
     stored: Store, key: Key, dtype: torch.dtype, rows: Tensor | None, P: int, knots: Tensor | None, factor: float,
-    min_spacing: float, **options,
+    **options,
 ) -> Tensor:  # fmt: skip
     """[P, R, C] in dtype, or of rows [n] int64 alone [P, n, C]: P perturbed copies, or the weights as they are."""
     value, scale, _, per_row, words = _arguments(stored, key)
@@ -608,8 +499,9 @@ def _materialise(
     knots, index = unused if knots is None else knots, unused if rows is None else rows
     with _on(value.device):
         _pair_kernel[_programs(length, PAIR_BLOCK)](
-            out, value, scale, knots, index, R, per_row, *_magic(per_row), length, factor, min_spacing, *words,
-            KIND=kind, MAX=largest, CHOSEN=rows is not None, BYTES=is_codes, BY_HAND=_by_hand(value.device),
+            out, value, scale, knots, index, R, per_row, *_magic(per_row), length, factor, *words,
+            KIND=kind, MAX=largest, CHOSEN=rows is not None, BYTES=is_codes,
+            OVER_UNIT=is_codes or (options["CODES"] and not isinstance(stored, Float)), BY_HAND=_by_hand(value.device),
             TAIL=_tail(length, PAIR_BLOCK), ONE_ROW=rows is None and _one_row(stored, per_row, PAIR_BLOCK),
             BLOCK=PAIR_BLOCK, **options, **EXACT,
         )  # fmt: skip
@@ -625,7 +517,7 @@ def step_(stored: Store, key: Key, factors: Tensor, zo: ZO, counts: Tensor) -> N
     with _on(value.device):
         _update_kernel[_programs(n, UPDATE_BLOCK)](
             value, scale, stored.residual.view(WORD_OF_8[bits]) if bits else value, counts, normal_knots(value.device),
-            factors, n, per_row, *_magic(per_row), zo.min_spacing, *words, QUERIES=len(factors), KIND=kind,
+            factors, n, per_row, *_magic(per_row), *words, QUERIES=len(factors), KIND=kind,
             RESIDUAL=bits, MAX=float(stored.max_fine) if bits else largest, LEVELS=_levels(zo),
             ROUNDING=int(rounding), BY_HAND=_by_hand(value.device), TAIL=_tail(n, UPDATE_BLOCK),
             ONE_ROW=_one_row(stored, per_row, UPDATE_BLOCK), BLOCK=UPDATE_BLOCK, **EXACT,
@@ -646,7 +538,7 @@ class FusedZO(ZO):
             return super().perturbed(store, key, signs, dtype, rows)
         return _materialise(
             store, key, dtype, rows, len(signs), normal_knots(store.device),
-            float(self.stride if self.grid else self.eps), self.min_spacing, LEVELS=_levels(self),
+            float(self.eps), LEVELS=_levels(self),
             CODES=self.probe == "codes", PLUS=1 in signs, MINUS=-1 in signs,
         )  # fmt: skip
 

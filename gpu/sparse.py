@@ -198,13 +198,11 @@ class FusedSparseZO(SparseZO):
         if isinstance(store, FakeQuantised):
             return super().perturbed(store, key, signs, dtype, rows)
         (value, scale), (R, C, width), groups, t, words = _arguments(store, key, self)
-        if dtype == E4M3.dtype:
-            w = store.codes[None]
-        elif isinstance(store, Float) or not fits(store):
-            w = store.dequantise(slice(None) if rows is None else rows).to(dtype)[None]
+        if dtype != E4M3.dtype and fits(store):
+            copies = dequantised(store, dtype, rows, len(signs))
         else:
-            w = dequantised(store, dtype, rows)
-        copies = w.expand(len(signs), -1, -1).contiguous() if len(signs) > 1 else w.clone()
+            w = store.codes if dtype == E4M3.dtype else store.dequantise(slice(None) if rows is None else rows)
+            copies = w.to(dtype).expand(len(signs), -1, -1).clone(memory_format=torch.contiguous_format)
         per_row = (width - 1) // self.cell + 2
         n = -(-R * width // self.cell) if rows is None else len(rows) * per_row
         out = copies.view(torch.uint8) if dtype == E4M3.dtype else copies

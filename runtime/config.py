@@ -23,7 +23,7 @@ from tensor_train import Spec, check_base
 ADAPTERS = {"loretta-adp": "adp", "adazeta": "adp", "loretta-rep": "rep", "lora": "lora"}  # method: kind
 FIRST_ORDER = ("fo", "fo-ste")  # of all weights; adapters are trained by either optimizer
 METHODS = ("quzo", "mezo", *FIRST_ORDER, *ADAPTERS)
-DIRECTION_BITS = ("full", "grid", "sparse", *map(str, range(2, 9)))
+DIRECTION_BITS = ("full", "sparse", *map(str, range(2, 9)))
 
 
 def flag(group: str, default, help: str, choices: tuple = ()):
@@ -57,16 +57,12 @@ class Config:
     master: str | None = flag("method", None, "the format in which fo-ste keeps weights and AdamW's moments; bf16 "
                                               "rounds steps to nearest, which loses small ones", FLOATS)  # fmt: skip
 
-    direction_bits: str | None = flag("zeroth-order estimate", None, "bits of a direction's codes; full: Gaussian; "
-                                      "grid, sparse: drawn on the weights' own grid, in all weights or in one a cell "
-                                      "(ours, not the paper's); grid is quzo's default on int4 and fp8",
+    direction_bits: str | None = flag("zeroth-order estimate", None, "bits of a direction's codes (the paper's); full: "
+                                      "Gaussian; sparse: few weights, by whole spacings of their own grid (ours)",
                                       DIRECTION_BITS)  # fmt: skip
     eps: float | None = flag("zeroth-order estimate", None, "size of a probe, in weight units")
-    stride: int | None = flag("zeroth-order estimate", None, "of directions on the grid: how many of its spacings a "
-                              "probe moves a weight by; a step lands as on a grid of spacing eps over stride"
-                              )  # fmt: skip
-    cell: int | None = flag("zeroth-order estimate", None, "of sparse directions: how many neighbouring weights share "
-                                                           "a hit, a power of two")  # fmt: skip
+    cell: int | None = flag("zeroth-order estimate", None, "of sparse directions: of how many neighbouring weights one "
+                                                           "is moved, a power of two")  # fmt: skip
     queries: int | None = flag("zeroth-order estimate", None, "directions a step, averaged; of adazeta: instead of its "
                                                               "growing number")  # fmt: skip
     alpha: float | None = flag("zeroth-order estimate", None, "adazeta asks min(max(floor(alpha * epoch^beta), 1), "
@@ -113,7 +109,7 @@ class Config:
 
     device: str = flag("machine", "auto", "cpu, cuda, cuda:N, or auto")
     compute: str = flag("machine", "auto", "what matrices are multiplied in; auto: fp32 on a CPU and for fp32 weights; "
-                                           "on cuda fp8 for fp8 weights, activations and directions on the grid, else "
+                                           "on cuda fp8 for fp8 weights, activations and sparse directions, else "
                                            "bf16", ("auto", "fp32", "bf16", "fp8"))  # fmt: skip
     compile: bool | None = flag("machine", None, "compile the model's block, the same for all layers and lengths; on "
                                                  "for zo on cuda with a fixed number of queries")  # fmt: skip
@@ -164,12 +160,11 @@ TINY_DEFAULTS = {
     "loretta-rep": dict(weights="fp32", steps=300, lr=1e-2, eval_every=25, batch_size=32),
     "lora": dict(weights="fp32", steps=150, lr=3e-3, eval_every=25, batch_size=32),
 }
-COARSE = ("int4", "fp8")  # on these grids a step in every weight drowns in its rounding (docs/directions.md)
-# The finer eps / stride, the finer the grid acts, as long as a model's size is far above (spacing stride / eps)^2; and
-# eps must keep the losses' difference above its own noise, of which rounded activations make ten times as much.  The
-# embedded model is too small for either, and has the eps of its own table.
-GRID_DEFAULTS = {
-    "on the grid": dict(eps=2e-4, stride=1), "on the grid with rounded activations": dict(eps=1e-3, stride=10)
+# On codes of a real model a step in every weight drowns in its rounding (docs/directions.md): ours is the default,
+# but not of the embedded model, whose 4-bit directions are the paper's.  int4's spacings are large, so that a step is
+# whole at a smaller eps; rounded activations need a larger one, to be heard.
+SPARSE_DEFAULTS = {
+    "sparse": dict(eps=1e-3, cell=1024), "sparse on int4": dict(eps=2.5e-4, cell=1024),
 }  # fmt: skip
 
 FILE_DEFAULTS = {  # of tasks that are read from files: which few-shot split, or how MeZO draws from the full ones
@@ -213,7 +208,7 @@ def default_text(f: dataclasses.Field) -> str:
     if f.default is not None:
         return f" [{f.default}]"
     tiny = {case: f", tiny {table[name]}" for case, table in TINY_DEFAULTS.items() if name in table}
-    tables = DEFAULTS | ADAPTER_DEFAULTS | GRID_DEFAULTS | FILE_DEFAULTS
+    tables = DEFAULTS | ADAPTER_DEFAULTS | SPARSE_DEFAULTS | FILE_DEFAULTS
     defaults = [f"{case} {table[name]}{tiny.get(case, '')}" for case, table in tables.items() if name in table]
     return f" [{'; '.join(defaults)}]" if defaults else ""
 
@@ -224,14 +219,12 @@ def resolve_defaults(c: Config) -> Config:
     table = {"optimizer": optimizer} | DEFAULTS[c.method]
     if c.method in ADAPTERS and c.method != "adazeta":
         table |= ADAPTER_DEFAULTS[f"adapters by {optimizer}"]
-    if c.method == "quzo" and c.weights in COARSE:
-        table["direction_bits"] = "grid"
+    if c.method == "quzo" and (c.model != "tiny" or c.weights in ("int4", "fp8")):
+        table["direction_bits"] = "sparse"
     bits = c.direction_bits or table.get("direction_bits")
-    if bits == "grid":
-        plain = c.activations == "none" or c.model == "tiny"
-        table |= GRID_DEFAULTS["on the grid" if plain else "on the grid with rounded activations"]
-    table |= {"cell": 1024} if bits == "sparse" else {}
-    table["estimator"] = "q-rge2" if bits not in (None, "full", "grid", "sparse") else None
+    if bits == "sparse":
+        table |= SPARSE_DEFAULTS["sparse on int4" if c.weights == "int4" and c.activations == "none" else "sparse"]
+    table["estimator"] = "q-rge2" if bits not in (None, "full", "sparse") else None
     table |= TINY_DEFAULTS[c.method] if c.model == "tiny" else {}
     if c.method == "adazeta" and c.queries is not None:  # a fixed number instead of the schedule
         table = {name: value for name, value in table.items() if name not in ("alpha", "beta", "max_queries")}
@@ -278,7 +271,7 @@ def default_compute(c: Config) -> str:
 def suits_codes(c: Config) -> bool:
     """Whether blocks can multiply fp8 codes.  A probe's weights are then rounded to codes, which a step of eps in every
     weight does not survive."""
-    whole = c.method != "quzo" or c.direction_bits in ("grid", "sparse") or c.probe == "codes"
+    whole = c.method != "quzo" or c.direction_bits == "sparse" or c.probe == "codes"
     return whole and (c.weights, c.activations, c.optimizer) == ("fp8", "fp8", "zo")
 
 
@@ -310,7 +303,7 @@ RANGES = {
     "num_dev": COUNT, "num_eval": COUNT, "k": COUNT, "max_length": COUNT, "queries": (1, 2**28 - 1),
     "probes_per_forward": COUNT, "max_queries": (1, 2**28 - 1), "alpha": (0, 1e6), "beta": (0, 10),
     "bottleneck": (1, 2**16), "tt_rank": (1, 2**16), "lora_rank": (1, 2**16), "lora_alpha": (1e-6, 1e6),
-    "lr": (0, 1e6), "eps": (1e-8, 1e3), "stride": (1, 4096), "cell": (8, 2**30), "weight_decay": (0, 1e3),
+    "lr": (0, 1e6), "eps": (1e-8, 1e3), "cell": (8, 2**30), "weight_decay": (0, 1e3),
     "seed": (0, 2**64 - 1), "data_seed": (0, 2**32 - 1), "warmup": (0, COUNT[1]),
 }  # fmt: skip
 
@@ -363,7 +356,7 @@ def meaningless_flags(c: Config) -> list[str]:
     """Flags that mean nothing beside the method."""
     zo, kind = c.optimizer == "zo", ADAPTERS.get(c.method)
     groups = {
-        ("direction_bits", "eps", "stride", "cell", "queries", "estimator", "probes_per_forward"): zo,
+        ("direction_bits", "eps", "cell", "queries", "estimator", "probes_per_forward"): zo,
         ("residual", "oracle", "probe", "rounding"): zo and not kind,  # adapters are floats
         ("weight_decay",): c.method in FIRST_ORDER,
         ("master",): c.method == "fo-ste",
@@ -387,8 +380,8 @@ def check_method(c: Config) -> None:
         if getattr(c, name) != defaults[name]:
             beside = f"--method {c.method}" + (f" --optimizer {c.optimizer}" if c.method in ADAPTERS else "")
             raise ValueError(f"--{name.replace('_', '-')} means nothing beside {beside}")
-    if c.method in ADAPTERS and c.direction_bits in ("grid", "sparse"):
-        raise ValueError(f"--direction-bits {c.direction_bits} is for codes; adapters are floats: use full or 2 to 8")
+    if c.method in ADAPTERS and c.direction_bits == "sparse":
+        raise ValueError("--direction-bits sparse is for codes; adapters are floats: use full or 2 to 8")
     if c.method in ("mezo", "fo") and c.weights not in FLOATS:
         instead = "quzo" if c.method == "mezo" else "fo-ste"
         raise ValueError(f"--method {c.method} keeps weights in fp32 or bf16; use {instead} for {c.weights}")
@@ -404,7 +397,7 @@ def check_products(c: Config) -> None:
     """Raises ValueError for ways of computing that the rest does not suit."""
     if c.compute == "fp8" and not suits_codes(c):
         raise ValueError("--compute fp8 multiplies codes by codes: --weights fp8 --activations fp8, trained by zo, and "
-                         "by quzo with --direction-bits grid or --probe codes")  # fmt: skip
+                         "by quzo with --direction-bits sparse or --probe codes")  # fmt: skip
     if (c.graphs or c.compile) and c.device.startswith("cuda") and not expects_triton():
         raise ValueError("--graphs and --compile need Triton on cuda, and it is not installed")
     if c.graphs and (c.optimizer != "zo" or not c.device.startswith("cuda")):
@@ -415,13 +408,9 @@ def check_products(c: Config) -> None:
 
 def check_estimator(c: Config) -> None:
     """Raises ValueError for flags of the estimate that contradict one another."""
-    if c.estimator in ("q-rge1", "q-rge2") and c.direction_bits in ("full", "grid", "sparse"):
+    if c.estimator in ("q-rge1", "q-rge2") and c.direction_bits in ("full", "sparse"):
         raise ValueError(f"--estimator {c.estimator} is about rounding directions, which --direction-bits "
                          f"{c.direction_bits} does not: use 2 to 8")  # fmt: skip
-    if (c.stride or 1) > 1 and c.probe == "codes":
-        raise ValueError(f"--probe codes would hold --stride {c.stride} back at the edge of the grid: use float")
-    if c.stride is not None and c.direction_bits != "grid":
-        raise ValueError(f"--stride is about directions on the grid; --direction-bits is {c.direction_bits}")
     if (c.cell is not None) != (c.direction_bits == "sparse"):
         raise ValueError(f"--cell is about sparse directions; --direction-bits is {c.direction_bits}")
     if c.cell and c.cell & c.cell - 1:
