@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -331,10 +331,13 @@ class LanguageModel:
     def round_inputs(self, rounding: Callable[[Tensor], Tensor]) -> None:
         """Round the input of every linear layer and of the output matrix, [..., C] -> the same shape."""
         self.round_input = rounding
+        for _, module in self.linears():
+            module.round_input = rounding
+
+    def linears(self) -> Iterator[tuple[str, Linear]]:
+        """The linear layers of all parts, which serve every layer, by their weights' names less the layer's prefix."""
         for part in self.parts:
-            for module in part.modules():
-                if isinstance(module, Linear):
-                    module.round_input = rounding
+            yield from ((path, module) for path, module in part.named_modules() if isinstance(module, Linear))
 
     def stored_view(self) -> View:
         """The weights as they are stored: P = 1."""

@@ -141,7 +141,7 @@ class FakeQuantised(Store):
     @classmethod
     def encode(cls, tensor: Tensor, bits: int, residual_bits: int = 0) -> FakeQuantised:
         matrix = tensor.flatten(1)
-        group = matrix.shape[1] if bits == 8 else GROUP_SIZE
+        group = group_size(bits, matrix.shape[1])
         largest = torch.stack([columns.abs().amax(1) for columns in matrix.float().split(group, 1)], 1)
         scales = positive_scales(largest, 2 ** (bits - 1) - 1)
         scale = scales.repeat_interleave(group, 1)[:, : matrix.shape[1]]
@@ -208,6 +208,13 @@ class FakeQuantised(Store):
 # ---------------------------------------------------------------- packed integer codes
 
 GROUP_SIZE = 128  # input columns that share one int4 scale
+
+
+def group_size(bits: int, columns: int) -> int:
+    """How many of a row's columns share a scale."""
+    return columns if bits == 8 else GROUP_SIZE
+
+
 MIN_SCALE = 2.0**-100  # 1e-30: far from where float32 loses bits, also for the fine steps and fp8's spacing
 
 
@@ -292,7 +299,7 @@ class Integers(Store):
     def spacing(self, rows: slice | Tensor | Places) -> Tensor:
         """The scale of each element, [r, 1] or [r, C]."""
         if isinstance(rows, tuple):
-            return self.scale[rows[0], rows[1] // (self.matrix_shape[1] if self.bits == 8 else GROUP_SIZE)]
+            return self.scale[rows[0], rows[1] // group_size(self.bits, self.matrix_shape[1])]
         scale = self.scale[rows]
         return scale if scale.shape[1] == 1 else scale.repeat_interleave(GROUP_SIZE, 1)[:, : self.matrix_shape[1]]
 

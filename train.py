@@ -13,7 +13,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import gpu
 import tensor_train
+from calibration import calibrate
 from data.scoring import BatchLoss, Encoded, Encoder, Quality, evaluate
 from data.tasks import Splits, get_task, load_splits
 from data.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ from gpu.fp8_matmul import enable_fp8_matmul
 from model import LanguageModel, load
 from quant import Store, quantise_tokens
 from random_bits import Key, permutation
-from runtime.checkpoints import save_stored, weights_sha256
+from runtime.checkpoints import holds_codes, save_stored, weights_sha256
 from runtime.config import FIRST_ORDER, Config, parse, probes_per_forward, recorded, spec_of, validate
 from runtime.dry_run import longest_sequence, predict, table
 from runtime.first_order import adamw_step, make_trainable, optimizer
@@ -64,7 +65,10 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
                 if c.queries is None:  # AdaZeta's number grows with the epochs
                     epoch = epoch_of(step, n, c.batch_size)
                     zo = replace(zo, queries=adazeta_queries(epoch, c.alpha, c.beta, c.max_queries))
-                done = zo_step(weights, loss_fn, Key(c.seed, step), zo, lr)
+                clip = math.inf  # or some root mean squares of all projected gradients so far
+                if c.clip and progress.queries >= 16:
+                    clip = c.clip * math.sqrt(progress.squares / progress.queries)
+                done = zo_step(weights, loss_fn, Key(c.seed, step), zo, lr, clip)
                 losses = torch.stack((done.plus, done.minus), 1)
                 loss, forwards = sum(losses.sum(1).tolist()) / losses.numel(), losses.numel()
             else:
@@ -74,6 +78,9 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
             # record
             recorder.take(step + 1, loss, done, {"lr": lr, "tokens": sum(e.width for e in examples)})
             progress.steps, progress.forwards = step + 1, progress.forwards + forwards
+            if done is not None:
+                progress.queries += len(done.projected_grads)
+                progress.squares += float(done.projected_grads.square().sum())
 
             # evaluate
             if progress.steps % c.eval_every == 0 or progress.steps == c.steps:
@@ -119,6 +126,8 @@ class Progress:
 
     steps: int = 0
     forwards: int = 0  # of one batch through one copy of the weights; a backward pass is not counted
+    queries: int = 0
+    squares: float = 0.0  # sum of their projected gradients' squares
     best_step: int = 0
     best_forwards: int = 0
     best: Quality | None = None
@@ -176,7 +185,8 @@ def prepare(c: Config) -> tuple[Problem, Splits]:
     train, dev, test = ([encode(example) for example in split] for split in splits[:3])
     batch_size = 2 * c.micro_batch_size  # an evaluation has one copy of the weights where a step has two
     pad, multiple = config.pad_token_id or 0, multiple_of(c, config.longest)
-    return Problem(load_base(c, directory), train, dev, test, pad, batch_size, multiple), splits
+    lm = load_base(c, directory, [example.sequences[0] for example in train[: c.calibrate]])
+    return Problem(lm, train, dev, test, pad, batch_size, multiple), splits
 
 
 def multiple_of(c: Config, longest: int) -> int:
@@ -188,10 +198,13 @@ def multiple_of(c: Config, longest: int) -> int:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # outside of products
 
 
-def load_base(c: Config, directory: Path) -> LanguageModel:
-    """The model to train: with adapters around it, or as floats that take a gradient, or as it is stored."""
+def load_base(c: Config, directory: Path, prompts: list[list[int]]) -> LanguageModel:
+    """The model to train: with adapters around it, or as floats that take a gradient, or as it is stored.
+
+    prompts: tokens whose forward passes decide how its weights are rounded; where none, each to its nearest code.
+    """
     if c.method not in FIRST_ORDER:
-        lm = load_weights(c, directory)
+        lm = load_weights(c, directory, prompts)
         spec = spec_of(c, lm.raw_config["model_type"])
         if spec is not None:
             tensor_train.attach(lm, spec, c.seed)
@@ -209,11 +222,20 @@ def load_base(c: Config, directory: Path) -> LanguageModel:
     return lm
 
 
-def load_weights(c: Config, directory: Path) -> LanguageModel:
+def load_weights(c: Config, directory: Path, prompts: Sequence[list[int]] = ()) -> LanguageModel:
     """A checkpoint, or a run's best weights, as the run stores them."""
-    lm = load(directory, c.device, DTYPES[c.compute], c.weights, c.residual, c.oracle)
+    if prompts and not holds_codes(directory):
+        lm = load(directory, "cpu", DTYPES[c.compute], "bf16" if is_bf16(read_config(directory)[1]) else "fp32")
+        calibrate(lm, list(prompts), c.weights, c.residual, c.oracle, c.device)
+    else:
+        lm = load(directory, c.device, DTYPES[c.compute], c.weights, c.residual, c.oracle)
     set_up_forwards(c, lm)
     return lm
+
+
+def is_bf16(raw: dict) -> bool:
+    """Whether a checkpoint's floats are bf16, so that bf16 stores hold them exactly."""
+    return (raw.get("dtype") or raw.get("torch_dtype")) == "bfloat16"
 
 
 def set_up_forwards(c: Config, lm: LanguageModel) -> None:
@@ -305,6 +327,9 @@ def method_text(c: Config) -> str:
 def progress_of(past: RecordedRun) -> Progress:
     grads = past.projected_grads
     progress = Progress(len(grads), sum(2 * len(of_step) for of_step in grads))
+    for of_step in grads:  # as train adds them up
+        progress.queries += len(of_step)
+        progress.squares += float(torch.tensor(of_step, dtype=torch.float64).square().sum())
     for row in past.rows:
         if "dev" in row and (progress.best is None or row["dev_loss"] < progress.best.loss):
             progress.best = Quality(row["dev"], row["dev_loss"])
@@ -359,7 +384,8 @@ def replay(c: Config) -> dict:
     if not path.is_file():
         raise ValueError(f"{c.out} has no result.json: that run was not finished; --resume finishes it")
     validate(c)
-    result, lm = json.loads(path.read_text()), load_base(c, resolve(c.model))
+    result = json.loads(path.read_text())
+    lm = prepare(c)[0].lm if c.calibrate else load_base(c, resolve(c.model), [])
     check_same(past, "base_weights_sha256", weights_sha256(lm.weights))
     catch_up(c, lm, past.projected_grads[: result["best_step"]])
     sha256 = weights_sha256(lm.weights)

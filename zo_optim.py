@@ -37,11 +37,12 @@ class Step(NamedTuple):
 
 
 @torch.no_grad()
-def zo_step(weights: dict[str, Store], loss_fn: LossFn, key: Key, zo: ZO, lr: float) -> Step:
+def zo_step(weights: dict[str, Store], loss_fn: LossFn, key: Key, zo: ZO, lr: float, clip: float = math.inf) -> Step:
     """One step of MeZO or QuZO (algorithm 1 of either).
 
     weights: stores by name (quant.encode makes one of any tensor), written in place.  loss_fn: a view of P perturbed
-    copies -> [P] losses.  key: (seed, step).  Raises ValueError, writing nothing, unless losses are finite, one a copy.
+    copies -> [P] losses.  key: (seed, step).  clip: the largest size of a projected gradient (not in the papers).
+    Raises ValueError, writing nothing, unless losses are finite, one a copy.
     """
     plus, minus = probe_losses(weights, loss_fn, key, zo)  # L(w + eps u1), L(w - eps u1): nothing is written
     projected_grads = (plus - minus) / (2 * zo.eps)
@@ -49,6 +50,7 @@ def zo_step(weights: dict[str, Store], loss_fn: LossFn, key: Key, zo: ZO, lr: fl
         projected_grads = projected_grads * coins(key, zo.queries)
     if not projected_grads.isfinite().all():
         raise ValueError(f"the loss is not finite at step {key.step + 1}: try a smaller --lr")
+    projected_grads = projected_grads.clamp(-clip, clip)
     counts = update(weights, projected_grads, key, zo, lr)  # w <- round(w - lr / Q sum g u2): all that ever writes
     return Step(plus, minus, projected_grads, counts)
 
@@ -182,8 +184,9 @@ class SparseZO(ZO):
     moves it by M or -M, with probability (t / M)^2, where t = eps sqrt(cell) and M >= t is half the distance between
     the grid points that are at least t below and above the element.  So E[(eps u_i)^2] = 1 / cell (t / M)^2 M^2 =
     eps^2, E[u u^T] = I whatever the spacings are, and a probe is a network on the grid.
-    A step adds -lr g u at the same elements, which is lr |g| M / eps long there; it is rounded stochastically, with a
-    variance of (spacing / M)^2 / 4 eps^2 at most, averaged over a cell: M of many spacings leaves next to no noise.
+    A step adds -lr g u at the same elements, lr |g| M / eps long there, and is rounded stochastically: a weight's
+    variance is eps^2 (s / M)^2 / 4 at most, s its spacing, so that a move of many spacings leaves next to no noise.
+    (At the edge of fp8's range M is less than t, and E[u_i^2] less than 1: docs/directions.md.)
     """
 
     cell: int = 1024  # a power of two, 8 or more: 1 / cell is the density

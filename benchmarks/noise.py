@@ -2,7 +2,7 @@
 
     python -m benchmarks.noise --model DIR --data-dir DIR --weights int4
 
-The same directions on the weights' grid at the same SST-2 batch, with products in fp32 (the reference), in bf16, and
+The same sparse directions at the same SST-2 batch, with products in fp32 (the reference), in bf16, and
 with rounded activations, which fp8 weights also multiply as codes.  Printed are the rms of the reference's projected
 gradients, and the rms of every other way's difference from them.  Last line JSON.
 """
@@ -24,7 +24,7 @@ from quant import quantise_tokens
 from random_bits import Key
 from runtime.config import parse
 from train import batch_indices, prepare
-from zo_optim import ZO, probe_losses
+from zo_optim import ZO, SparseZO, probe_losses
 
 WAYS = {  # name: (products, activations)
     "fp32": (torch.float32, "none"),
@@ -59,10 +59,10 @@ def main() -> None:
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--weights", default="int4")
     parser.add_argument("--directions", type=int, default=24)
-    parser.add_argument("--stride", type=int, default=1, help="see train.py --help")
-    parser.add_argument("--eps", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
+    parser.add_argument("--cell", type=int, default=1024, help="see train.py --help")
+    parser.add_argument("--eps", type=float, nargs="+", default=[2.5e-4, 5e-4, 1e-3])
     args = parser.parse_args()
-    flags = f"--task sst2 --k 512 --data-seed 42 --batch-size 32 --weights {args.weights} --direction-bits grid"
+    flags = f"--task sst2 --k 512 --data-seed 42 --batch-size 32 --weights {args.weights} --direction-bits sparse"
     c = parse([*flags.split(), "--no-compile", "--model", args.model, "--data-dir", args.data_dir])
     problem, _ = prepare(c)
     lm = problem.lm
@@ -71,7 +71,7 @@ def main() -> None:
     for way in [way for way in WAYS if way != "fp8 codes" or args.weights == "fp8"]:
         compute_by(lm, way)
         for eps in args.eps:
-            zo = ZO(eps, args.directions, grid=True, stride=args.stride, dtype=lm.dtype)
+            zo = SparseZO(eps, args.directions, dtype=lm.dtype, cell=args.cell)
             found.setdefault(eps, {})[way] = projected_grads(lm, loss_fn, zo)
     rows = []
     print(f"{'eps':>8}{'grads, rms':>14}" + "".join(f"{way:>26}" for way in list(found[args.eps[0]])[1:]))
@@ -79,7 +79,7 @@ def main() -> None:
         exact = by_way.pop("fp32")
         noise = {way: rms(grads - exact) for way, grads in by_way.items()}
         rows.append({"eps": eps, "projected_grads": rms(exact), "noise": noise})
-        print(f"{eps:8.0e}{rms(exact):14.2f}" + "".join(f"{value:26.2f}" for value in noise.values()))
+        print(f"{eps:8.1e}{rms(exact):14.2f}" + "".join(f"{value:26.2f}" for value in noise.values()))
     print(json.dumps({"model": args.model, "weights": args.weights, "device": c.device, "rows": rows}))
 
 

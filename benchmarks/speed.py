@@ -77,7 +77,7 @@ class Case:
 
 BF16 = "--method mezo --weights bf16"
 INT8 = "--method quzo --weights int8 --direction-bits 4 --estimator q-rge2"
-GRID = "--method quzo --weights int8 --direction-bits grid"
+SPARSE = "--method quzo --weights int8 --direction-bits sparse"
 EAGER = f"{BF16} --no-compile"  # as released
 REFERENCE, MIDDLE = "peer: MeZO in place", "QuZO int8, 4 bits"
 BOTH = ((16, 64), (16, 256))
@@ -93,7 +93,7 @@ CASES = {
     "peer: AdamW, fo-ste int8": Case("--method fo-ste --weights int8"),
     "MeZO bf16": Case(BF16, targets=("14.2 GiB, 0.4x",)),
     MIDDLE: Case(INT8, BOTH, targets=("65 ms, 7.6 GiB", "190 ms")),
-    "QuZO int8, grid": Case(GRID, BOTH, targets=("65 ms, 7.6 GiB", "190 ms")),
+    "QuZO int8, sparse": Case(SPARSE, BOTH, targets=("65 ms, 7.6 GiB", "190 ms")),
     "QuZO fp8": Case("--method quzo --weights fp8"),
     "QuZO fp8, fp8 activations": Case("--method quzo --weights fp8 --activations fp8", targets=("50 ms",)),
     "QuZO int4": Case("--method quzo --weights int4", targets=("70 ms, 4.6 GiB",)),

@@ -20,45 +20,45 @@ FO = "--steps 300 --eval-every 15"  # converged long before
 
 FINE, COARSE = rates("1e-5", "2e-5", "4e-5"), rates("3e-7", "2e-6", "1e-5")
 FLOAT = rates("2e-5", "4e-5", "8e-5", "1.6e-4")  # where nothing but the loss's shape limits the rate
-GRID = FLOAT + rates("4e-5", "8e-5", eps=("1e-3 --stride 10",))
+SPARSE = rates("2e-5", "4e-5", eps=("1e-3 --cell 256", "1e-3 --cell 1024"))
+SPARSE_INT4 = rates("2e-5", "4e-5", eps=("2.5e-4 --cell 1024", "2.5e-4 --cell 4096"))
 # rounded activations put so much noise into the projected gradient of a small probe that its size counts as well
 NOISY, NOISY_COARSE = rates("2e-5", "4e-5", eps=("1e-3", "2e-3")), rates("5e-6", "2e-5", eps=("1e-3", "2e-3"))
-NOISY_GRID = rates("2e-5", "4e-5", "8e-5", eps=("1e-3 --stride 10",)) + rates("4e-5", eps=("2e-3 --stride 20",))
-# with more bits below the codes, the grid is finer than any useful probe
-FINE_GRID = rates("4e-5", "8e-5") + rates("4e-5", "8e-5", eps=("5e-4", "1e-3 --stride 10"))
 ADAM = rates("3e-6", "1e-5", "3e-5", "1e-4")
-FORMATS = {  # name: (flags, rates of directions in every weight, rates of directions on the grid)
-    "FP8": ("--weights fp8 --activations fp8", NOISY_COARSE, NOISY_GRID),
-    "W8A8": ("--weights int8 --activations int8", NOISY, NOISY_GRID),
-    "W8": ("--weights int8", FINE, GRID),
-    "W4": ("--weights int4", COARSE, GRID),
-    "W4 + 4 bits": ("--weights int4 --residual 4", FINE, FINE_GRID),
-    "W4 + 8 bits": ("--weights int4 --residual 8", FINE + rates("8e-5"), FINE_GRID),
+FORMATS = {  # name: (flags, rates of directions in every weight, rates of sparse directions)
+    "FP8": ("--weights fp8 --activations fp8", NOISY_COARSE, SPARSE),
+    "W8A8": ("--weights int8 --activations int8", NOISY, SPARSE),
+    "W8": ("--weights int8", FINE, SPARSE),
+    "W4": ("--weights int4", COARSE, SPARSE_INT4),
+    "W4 + 4 bits": ("--weights int4 --residual 4", FINE, SPARSE_INT4),
+    "W4 + 8 bits": ("--weights int4 --residual 8", FINE + rates("8e-5"), SPARSE_INT4),
 }
 WAYS = {
     "q-rge1": "--direction-bits 4 --eps 1e-3 --estimator q-rge1",
     "q-rge2": "--direction-bits 4 --eps 1e-3 --estimator q-rge2",
-    "grid": "--direction-bits grid --eps 1e-4",
+    "sparse": "--direction-bits sparse",
 }
 ARMS = {
     "MeZO, fp32": (f"{ZO} --method mezo --weights fp32", FLOAT),
     "MeZO, bf16": (f"{ZO} --method mezo --weights bf16 {FP32}", FLOAT),
     "MeZO, bf16, products too": (f"{ZO} --method mezo --weights bf16", FLOAT),
     **{
-        f"QuZO {name}, {way}": (f"{QUZO} {FP32} {flags} {how}", grid if way == "grid" else dense)
-        for (name, (flags, dense, grid)), (way, how) in itertools.product(FORMATS.items(), WAYS.items())
+        f"QuZO {name}, {way}": (f"{QUZO} {FP32} {flags} {how}", sparse if way == "sparse" else dense)
+        for (name, (flags, dense, sparse)), (way, how) in itertools.product(FORMATS.items(), WAYS.items())
     },
-    "QuZO FP8 weights only, grid": (f"{QUZO} {FP32} --weights fp8 {WAYS['grid']}", GRID),
-    "QuZO FP8, grid, products too": (
-        f"{QUZO} --compute fp8 --weights fp8 --activations fp8 {WAYS['grid']}", NOISY_GRID
+    "QuZO FP8 weights only, sparse": (f"{QUZO} {FP32} --weights fp8 {WAYS['sparse']}", SPARSE),
+    "QuZO FP8, sparse, products too": (
+        f"{QUZO} --compute fp8 --weights fp8 --activations fp8 {WAYS['sparse']}",
+        SPARSE,
     ),
-    "QuZO W4A8, grid": (f"{QUZO} {FP32} --weights int4 --activations int8 {WAYS['grid']}", NOISY_GRID),
-    "QuZO W4, grid, products in bf16": (f"{QUZO} --weights int4 --direction-bits grid --eps 2e-4", GRID),
+    "QuZO W4A8, sparse": (f"{QUZO} {FP32} --weights int4 --activations int8 {WAYS['sparse']}", SPARSE),
+    "QuZO W4, sparse, products in bf16": (f"{QUZO} --weights int4 {WAYS['sparse']}", SPARSE_INT4),
     "QuZO W8, q-rge2, codes": (f"{QUZO} {FP32} --weights int8 {WAYS['q-rge2']} --probe codes", FLOAT),
     "QuZO W4, q-rge2, nearest": (f"{QUZO} {FP32} --weights int4 {WAYS['q-rge2']} --rounding nearest", FINE),
     # not tuned, and tested with its last weights: the luckiest of ten evaluations of a random walk is above chance
-    "random, W8, grid": (
-        f"{QUZO} {FP32} --weights int8 {WAYS['grid']} --estimator random --eval-every 2000", rates("4e-5")
+    "random, W8, sparse": (
+        f"{QUZO} {FP32} --weights int8 {WAYS['sparse']} --cell 256 --estimator random --eval-every 2000",
+        rates("4e-5"),
     ),
     "fo, fp32": (f"{FO} --method fo --weights fp32", ADAM),
     "fo-ste, W8A8": (f"{FO} --method fo-ste {FP32} --weights int8 --activations int8", ADAM),

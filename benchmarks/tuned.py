@@ -159,7 +159,7 @@ def winner(runs: Runs, arm: str, close: list[str], seeds: list[int]) -> str | No
 
 def line(runs: Runs, arm: str, choice: str, seeds: list[int]) -> str:
     found = [runs.done[arm, choice, seed] for seed in seeds if (arm, choice, seed) in runs.done]
-    shown = choice.replace("--lr ", "").replace("--eps", "eps")
+    shown = choice.replace("--lr ", "").replace("--", "")
     if len(found) < len(seeds):
         return f"| {arm} | | {shown} | | runs of {len(found)} of {len(seeds)} seeds | |"
     tests = [100 * r["test"] for r in found]

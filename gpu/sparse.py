@@ -107,6 +107,7 @@ def _probe_kernel(
     if CHOSEN:
         owner = n // PER_ROW
         own_row = tl.load(index + owner, mask=live, other=0)
+        live = live & (own_row >= 0)  # a row that is not there has no hits
         cell = own_row * WIDTH // CELL + n % PER_ROW
     row, column, live, code, below, above, unit, up, landing, move = _hit(
         cell, live, value, scale, R, C, WIDTH, groups, group_size, t, _number(step), tensor, query, k0, k1, CELL, KIND,

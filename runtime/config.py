@@ -54,6 +54,8 @@ class Config:
                             ACTIVATIONS)  # fmt: skip
     residual: int = flag("method", 0, "extra bits a weight that steps land on and forwards do not read; int8 and int4",
                          RESIDUALS)  # fmt: skip
+    calibrate: int | None = flag("method", None, "training prompts whose forward passes decide how weights are "
+                                 "rounded to codes at the start (GPTQ); 0: each to its nearest code")  # fmt: skip
     master: str | None = flag("method", None, "the format in which fo-ste keeps weights and AdamW's moments; bf16 "
                                               "rounds steps to nearest, which loses small ones", FLOATS)  # fmt: skip
 
@@ -63,6 +65,8 @@ class Config:
     eps: float | None = flag("zeroth-order estimate", None, "size of a probe, in weight units")
     cell: int | None = flag("zeroth-order estimate", None, "of sparse directions: of how many neighbouring weights one "
                                                            "is moved, a power of two")  # fmt: skip
+    clip: float | None = flag("zeroth-order estimate", None, "hold projected gradients within this many times the root "
+                                                             "mean square of all before (ours)")  # fmt: skip
     queries: int | None = flag("zeroth-order estimate", None, "directions a step, averaged; of adazeta: instead of its "
                                                               "growing number")  # fmt: skip
     alpha: float | None = flag("zeroth-order estimate", None, "adazeta asks min(max(floor(alpha * epoch^beta), 1), "
@@ -161,11 +165,15 @@ TINY_DEFAULTS = {
     "lora": dict(weights="fp32", steps=150, lr=3e-3, eval_every=25, batch_size=32),
 }
 # On codes of a real model a step in every weight drowns in its rounding (docs/directions.md): ours is the default,
-# but not of the embedded model, whose 4-bit directions are the paper's.  int4's spacings are large, so that a step is
-# whole at a smaller eps; rounded activations need a larger one, to be heard.
+# but for the embedded model's int8, whose directions are the paper's.  A step moves an int4 code by lr |g| / eps codes,
+# which a small eps makes 1 or more, so that little is rounded; rounded activations would drown so small a probe.  One
+# weight's move before the largest activations changes the loss a hundred times as much as another's: hence the clip.
 SPARSE_DEFAULTS = {
-    "sparse": dict(eps=1e-3, cell=1024), "sparse on int4": dict(eps=2.5e-4, cell=1024),
+    "sparse": dict(eps=1e-3, cell=1024, clip=3.0), "sparse on int4": dict(eps=2.5e-4, cell=256, clip=3.0),
+    "sparse with rounded activations": dict(eps=2e-3, cell=256, clip=3.0),
 }  # fmt: skip
+
+CALIBRATION = 128  # prompts, where a format is coarse enough to need any: int4 and fp8 of a real model
 
 FILE_DEFAULTS = {  # of tasks that are read from files: which few-shot split, or how MeZO draws from the full ones
     "k-shot files": dict(data_dir="datasets", data_seed=42),
@@ -223,7 +231,8 @@ def resolve_defaults(c: Config) -> Config:
         table["direction_bits"] = "sparse"
     bits = c.direction_bits or table.get("direction_bits")
     if bits == "sparse":
-        table |= SPARSE_DEFAULTS["sparse on int4" if c.weights == "int4" and c.activations == "none" else "sparse"]
+        case = " with rounded activations" if c.activations != "none" else " on int4" if c.weights == "int4" else ""
+        table |= SPARSE_DEFAULTS["sparse" + case]
     table["estimator"] = "q-rge2" if bits not in (None, "full", "sparse") else None
     table |= TINY_DEFAULTS[c.method] if c.model == "tiny" else {}
     if c.method == "adazeta" and c.queries is not None:  # a fixed number instead of the schedule
@@ -233,6 +242,8 @@ def resolve_defaults(c: Config) -> Config:
     table["task"] = c.task or ("tiny" if c.model == "tiny" else "sst2")
     if not get_task(table["task"]).embedded:
         table |= FILE_DEFAULTS["k-shot files" if c.k else "full files"]
+    coarse = (c.weights or table["weights"]) in ("int4", "fp8") and c.method not in FIRST_ORDER
+    table["calibrate"] = CALIBRATION if coarse and c.model != "tiny" else 0
     table["device"] = best_device() if c.device == "auto" else c.device
     table["out"] = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{table['task']}-{Path(c.model).name}-{c.method}"
     c = dataclasses.replace(c, **{n: v for n, v in table.items() if getattr(c, n) in (None, "auto")})
@@ -302,9 +313,9 @@ RANGES = {
     "steps": COUNT, "batch_size": COUNT, "micro_batch_size": COUNT, "eval_every": COUNT, "num_train": COUNT,
     "num_dev": COUNT, "num_eval": COUNT, "k": COUNT, "max_length": COUNT, "queries": (1, 2**28 - 1),
     "probes_per_forward": COUNT, "max_queries": (1, 2**28 - 1), "alpha": (0, 1e6), "beta": (0, 10),
-    "bottleneck": (1, 2**16), "tt_rank": (1, 2**16), "lora_rank": (1, 2**16), "lora_alpha": (1e-6, 1e6),
-    "lr": (0, 1e6), "eps": (1e-8, 1e3), "cell": (8, 2**30), "weight_decay": (0, 1e3),
-    "seed": (0, 2**64 - 1), "data_seed": (0, 2**32 - 1), "warmup": (0, COUNT[1]),
+    "calibrate": (0, 2**20), "bottleneck": (1, 2**16), "tt_rank": (1, 2**16), "lora_rank": (1, 2**16),
+    "lora_alpha": (1e-6, 1e6), "lr": (0, 1e6), "eps": (1e-8, 1e3), "cell": (8, 2**30), "clip": (0.1, 1e6),
+    "weight_decay": (0, 1e3), "seed": (0, 2**64 - 1), "data_seed": (0, 2**32 - 1), "warmup": (0, COUNT[1]),
 }  # fmt: skip
 
 
@@ -356,7 +367,7 @@ def meaningless_flags(c: Config) -> list[str]:
     """Flags that mean nothing beside the method."""
     zo, kind = c.optimizer == "zo", ADAPTERS.get(c.method)
     groups = {
-        ("direction_bits", "eps", "cell", "queries", "estimator", "probes_per_forward"): zo,
+        ("direction_bits", "eps", "cell", "clip", "queries", "estimator", "probes_per_forward"): zo,
         ("residual", "oracle", "probe", "rounding"): zo and not kind,  # adapters are floats
         ("weight_decay",): c.method in FIRST_ORDER,
         ("master",): c.method == "fo-ste",
@@ -385,6 +396,8 @@ def check_method(c: Config) -> None:
     if c.method in ("mezo", "fo") and c.weights not in FLOATS:
         instead = "quzo" if c.method == "mezo" else "fo-ste"
         raise ValueError(f"--method {c.method} keeps weights in fp32 or bf16; use {instead} for {c.weights}")
+    if c.calibrate and (c.weights in FLOATS or c.method in FIRST_ORDER):
+        raise ValueError(f"--calibrate is about codes that stay; --method {c.method} --weights {c.weights} has none")
     if c.method == "fo-ste" and c.weights in FLOATS:
         raise ValueError(f"--method fo-ste fake-quantises its weights; use fo for {c.weights}")
     if c.method == "mezo" and c.direction_bits != "full":
@@ -412,10 +425,10 @@ def check_estimator(c: Config) -> None:
         raise ValueError(f"--estimator {c.estimator} is about rounding directions, which --direction-bits "
                          f"{c.direction_bits} does not: use 2 to 8")  # fmt: skip
     if (c.cell is not None) != (c.direction_bits == "sparse"):
-        raise ValueError(f"--cell is about sparse directions; --direction-bits is {c.direction_bits}")
+        raise ValueError(f"--cell needs --direction-bits sparse, got {c.direction_bits}")
     if c.cell and c.cell & c.cell - 1:
         raise ValueError(f"--cell must be a power of two, got {c.cell}")
     if c.direction_bits == "sparse" and (c.probe == "codes" or c.rounding == "nearest"):
-        raise ValueError("--probe codes and --rounding nearest are not for --direction-bits sparse")
+        raise ValueError("--probe codes and --rounding nearest are not for --direction-bits sparse: use 2 to 8 bits")
     if c.weights == "fp32" and (c.rounding == "nearest" or c.probe == "codes"):
         raise ValueError("--rounding nearest and --probe codes mean nothing beside --weights fp32: nothing is rounded")

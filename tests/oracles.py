@@ -17,8 +17,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant import Float, Store, from_tensors
-from random_bits import Key, Purpose, bits32
+from quant import FLOATS, Float, Store, from_tensors
+from random_bits import Key, Purpose, bits32, philox_blocks
 
 settings.register_profile("keyed", deadline=None, derandomize=True)  # a busy machine is not a failure
 settings.load_profile("keyed")
@@ -94,9 +94,9 @@ def points(weights: str, residual: int = 0) -> Tensor:
 
 
 def everywhere(weights: str, residual: int = 0) -> Tensor:
-    """Up to 255 points of a grid, ends and zero included.  bf16 rounds up to infinity, so its last are left out."""
-    grid = points(weights, residual)
-    grid = grid[512:-512] if weights == "bf16" else grid
+    """Up to 255 points of a grid, ends and zero included.  bf16 rounds up to infinity, so its last are left out; fp32,
+    which has too many to list, has bf16's."""
+    grid = points("bf16", 0)[512:-512] if weights in FLOATS else points(weights, residual)
     return grid[torch.linspace(0, len(grid) - 1, min(len(grid), 255)).round().long()]
 
 
@@ -164,7 +164,7 @@ def numbers(stored: Store, weights: str, residual: int = 0) -> Tensor:
 
 def scales_of(stored: Store, weights: str) -> Tensor:
     """Each element's own scale, [R, C] float32: its row's, or of int4 its group of 128 columns'."""
-    if weights == "bf16":
+    if weights in FLOATS:
         return torch.ones(stored.shape)
     scale = stored.tensors()[".scale"]
     return torch.stack([scale[:, c // 128 if weights == "int4" else 0] for c in range(columns_of(stored))], 1)
@@ -173,8 +173,8 @@ def scales_of(stored: Store, weights: str) -> Tensor:
 def store_of(number: Tensor, weights: str, residual: int = 0, unit: float = 0.37) -> Store:
     """The store that holds these numbers, [R, C] float64 of the grid; scales differ by row and by group."""
     R, C = number.shape
-    if weights == "bf16":
-        return Float(number.to(torch.bfloat16))
+    if weights in FLOATS:
+        return Float(number.to(torch.bfloat16 if weights == "bf16" else torch.float32))
     scale = unit * 2.0 ** torch.arange(R * -(-C // 128)).remainder(5).view(R, -1)
     tensors = {".scale": scale if weights == "int4" else scale[:, :1].contiguous()}
     if weights == "fp8":
@@ -221,3 +221,36 @@ def moments(bits: int | None) -> tuple[Tensor, Tensor]:
     low, f = table * levels(bits) // 2**16, (table * levels(bits) % 2**16).double() / 2**16
     step = CLIP / levels(bits)
     return tuple(step**k * ((1 - f) * low.double() ** k + f * (low + 1).double() ** k) for k in (2, 4))
+
+
+def bracket(x: Tensor, far: Tensor, weights: str) -> tuple[Tensor, Tensor]:
+    """The points nearest to x that are at least `far` below and above it, [..] float64.  Integers go on beyond their
+    ends, other grids do not; fp32 is its own grid."""
+    if weights == "fp32":
+        return (x - far).float().double(), (x + far).float().double()
+    grid = torch.arange(-(2**14), 2**14).double() if weights in MAX_CODES else points(weights)
+    return neighbours(x - far, grid)[0], neighbours(x + far, grid)[1]
+
+
+def sparse_direction(stored: Store, weights: str, key: Key, eps: float, cell: int) -> tuple[Tensor, ...]:
+    """Element by element: the weights at w + eps u and at w - eps u, and eps u, [R, C] float32; the bits by which a
+    step lands, int32.
+
+    Elements are numbered row by row, rows filled up to whole eights.  Of Philox block j, words 0 to 3: the element of
+    cell j that they are about; whether it moves, with a chance of (t / M)^2; up or down; the landing.
+    """
+    (R, C), t = stored.matrix_shape, torch.tensor(eps * cell**0.5)
+    if weights == "fp32" or len(stored.shape) < 2:
+        weights, x, scale = "fp32", stored.dequantise(), torch.ones(R, C)
+    else:
+        x, scale = codes_of(stored, weights).view(R, C), scales_of(stored, weights).view(R, C)
+    place = torch.arange(R)[:, None] * 8 * math.ceil(C / 8) + torch.arange(C)
+    words = philox_blocks(key, Purpose.DIRECTION, torch.arange(int(place.max()) // cell + 1), 8)[:, 0]
+    where, whether, way, landing = (words[place // cell].long() & 0xFFFFFFFF).unbind(-1)
+    low, high = bracket(x.double(), t.double() / scale.double(), weights)
+    chance = (t / ((high - low) / 2 * scale)).clamp(max=1) ** 2
+    hit, up = (where % cell == place % cell) & (whether < chance * 2**32), way >= 2**31
+    low, high, w = low.float(), high.float(), stored.dequantise().float()
+    half = (high - low) * 0.5 * scale
+    plus, minus = (torch.where(hit, torch.where(up == side, high, low) * scale, w) for side in (True, False))
+    return plus, minus, torch.where(up, half, -half) * hit, words[place // cell][..., 3]

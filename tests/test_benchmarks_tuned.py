@@ -12,8 +12,9 @@ from unittest.mock import Mock
 import pytest
 
 import train
-from benchmarks import tuned
+from benchmarks import sst2, tuned
 from benchmarks.tuned import Runs, outward, rates, whole
+from runtime.config import parse, validate
 
 
 def made_up(loss_of, log: list):
@@ -40,6 +41,12 @@ def table(tmp_path, monkeypatch, loss_of, choices: list[str], minutes: float = 1
 
 def bowl(best: float):
     return lambda lr, others, seed: math.log(lr / best) ** 2
+
+
+def test_every_arm_has_flags_that_train_takes():
+    for flags, choices in sst2.ARMS.values():
+        for choice in choices:
+            validate(parse(["--model", "llama2-7b", *f"{flags} {choice} --seed 1 --no-compile".split()]))
 
 
 def test_the_lowest_dev_loss_is_reported_with_seeds_that_tuning_never_saw(tmp_path, monkeypatch):
@@ -96,12 +103,13 @@ def test_no_time_no_choice(tmp_path, monkeypatch):
 
 
 def test_a_row_has_means_and_spread_of_the_reported_seeds():
+    choice = "--lr 1 --eps 2 --cell 8"
     runs = Mock(done={
-        ("arm", "--lr 1 --eps 2", seed): {"test": test, "dev": 0.5, "dev_loss": loss, "trainable_parameters": 1234}
+        ("arm", choice, seed): {"test": test, "dev": 0.5, "dev_loss": loss, "trainable_parameters": 1234}
         for seed, test, loss in ((1, 0.70, 0.4), (2, 0.80, 0.5), (3, 0.75, 0.6), (0, 0.1, 9.0))
     })  # fmt: skip
-    row = tuned.line(runs, "arm", "--lr 1 --eps 2", [1, 2, 3])
-    assert row == "| arm | 1,234 | 1 eps 2 | 0.5000, 50.0 | 75.0 (5.0) | 70.0, 80.0, 75.0 |"
+    row = tuned.line(runs, "arm", choice, [1, 2, 3])
+    assert row == "| arm | 1,234 | 1 eps 2 cell 8 | 0.5000, 50.0 | 75.0 (5.0) | 70.0, 80.0, 75.0 |"
 
 
 def test_a_row_says_which_seeds_it_lacks():
@@ -112,6 +120,7 @@ def test_a_row_says_which_seeds_it_lacks():
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """`run` on the embedded model, which has its own data, by train.py itself in this process."""
+
     def in_this_process(command, **options):
         if command[0] == "git":
             return Mock(stdout="")

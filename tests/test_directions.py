@@ -1,26 +1,28 @@
-"""Directions: the table of normal numbers, its rounding to a few bits, and directions on the weights' own grid, against
-exact sums and derived bounds.
+"""Directions: the table of normal numbers, its rounding to a few bits, and sparse directions on the weights' own
+grid, against exact sums, brute force, and derived bounds.
 
-Statistical bounds are 5 standard deviations, computed from the table itself.
+Statistical bounds are 5 standard deviations.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from fractions import Fraction
+from itertools import product
 from statistics import NormalDist
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import CLIP, levels, moments, normal_numbers
+from oracles import CLIP, bracket, codes_of, everywhere, levels, moments, normal_numbers, scales_of, store_of
 from torch import Tensor
 
 import zo_optim
-from quant import encode
+from quant import FLOATS, FORMATS, Float, encode
 from random_bits import Key, Purpose
-from zo_optim import check_grid, direction, grid_direction, normal_table
+from zo_optim import SparseZO, direction, normal_table
 
 TABLE = normal_table(torch.device("cpu")).to(torch.int64)
 KEY = Key(seed=11, step=5, query=2, tensor=0x12345678)
@@ -79,6 +81,9 @@ def test_pinned_numbers():
     drawn = [direction(KEY, rows, 37, None, U1) * 2**14]
     drawn += [codes(direction(KEY, rows, 37, 4, rounding), 4) for rounding in (U1, U2)]
     assert [sha256(d)[:16] for d in drawn] == ["bce1e07a0c3d5356", "87e3357a054d0898", "a348a95192f4f3ba"]
+    stored = encode(normal_numbers()[:3700].view(100, 37), "int4")
+    drawn = SparseZO(100.0, cell=16).perturbed(stored, KEY, [1], torch.float32).view(torch.int32)
+    assert (drawn != stored.dequantise().view(torch.int32)).sum() > 50 and sha256(drawn)[:16] == "dffec648209b8e0d"
 
 
 # ---------------------------------------------------------------- rounding to a few bits
@@ -164,118 +169,148 @@ def test_one_rounding_is_not(bits):
     assert abs((draws(bits, U1) ** 2).mean() - 1) > 5 * ((fourth.mean() - variance**2) / N / COLUMNS).sqrt()
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_the_two_roundings_share_u_and_nothing_else(bits):
-    """Both are within a step of u; their errors are uncorrelated, and they differ as often as they should.
+# ---------------------------------------------------------------- sparse directions on the weights' own grid
 
-    An error's variance given u is step^2 f (1 - f); two roundings differ with probability 2 f (1 - f).
+
+def choose_words(monkeypatch, words: Callable[[Tensor], list[Tensor]]) -> None:
+    """From here on a sparse direction sees these four words in each block: [blocks] -> four [blocks]."""
+
+    def philox_blocks(key: Key, purpose: Purpose, blocks: Tensor, columns: int) -> Tensor:
+        assert purpose == Purpose.DIRECTION and columns == 8
+        return torch.stack([word.expand_as(blocks) for word in words(blocks)], -1).to(torch.int32)[:, None]
+
+    monkeypatch.setattr(zo_optim, "philox_blocks", philox_blocks)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_how_often_a_sparse_direction_moves_a_weight_and_how_far(weights, monkeypatch):
+    """Of 2^32 words (t / M)^2 2^32, for points all over the grid, where spacings are from far below t to over 100 t; by
+    M up or down, M half a bracket by brute force.  So E[(eps u)^2] = 1 / cell (t / M)^2 M^2 = eps^2 everywhere, but
+    next to fp8's ends, where the bracket is cut off and M < t.
+
+    A chance has three roundings in float32, 2^-21 of itself at most, and a step of one word.
     """
-    u, a, b = draws(None, U1), draws(bits, U1), draws(bits, U2)
-    step, f = CLIP / levels(bits), fractions(bits)
-    assert max((a - u).abs().max(), (b - u).abs().max()) < step * (1 + 1e-6)
-    std = (step**2 * f * (1 - f)).square().mean().div(u.numel()).sqrt()
-    assert abs(((a - u) * (b - u)).mean()) < 5 * std
-    share = (2 * f * (1 - f)).mean()
-    assert abs((a != b).double().mean() - share) < 5 * (share * (1 - share) / u.numel()).sqrt()
+    start, seen = everywhere(weights), []
+    start = start[(start.abs() < 50) & (start.abs() > 2**-7)] if weights in FLOATS else start
+    stored = store_of(start[:, None].expand(-1, 8), weights)  # a row is a cell
+    x, scale = codes_of(stored, weights)[:, 0], scales_of(stored, weights)[:, 0].double()
+    for eps in (0.02, 0.13, 1.0):
+        zo = SparseZO(eps, cell=8)
+        t = torch.tensor(eps * 8**0.5).double()
+        low, high = bracket(x, t / scale, weights)
+        M = (high - low) / 2 * scale
+        edge = (t / M).clamp(max=1) ** 2 * 2**32
+        for side, place in product((1, -1), range(8)):
+            word = edge + side * (edge * 2**-21 + 1)
+            word = word.clamp(0, 2**32 - 1).long()
+            word = torch.where(word >= 2**31, word - 2**32, word)
+            way = torch.where(torch.arange(len(x)) % 2 == 0, 2**31 - 1, -(2**31))
+            choose_words(
+                monkeypatch, lambda blocks, p=place, word=word, way=way: [torch.tensor(p - 8), word, way, blocks]
+            )
+            hits = zo.hits(stored, KEY)
+            moved = torch.zeros(len(x)).index_put((hits.places[0],), hits.move())
+            beyond = (side > 0) & (edge * (1 + 2**-21) + 1 < 2**32)
+            want = M * torch.where(way < 0, 1, -1)
+            assert not moved[beyond].any() and (side > 0 or moved.all()) and (hits.places[1] == place).all()
+            assert ((moved == 0) | ((moved - want).abs() <= 2**-21 * M + 2**-22 * (x * scale).abs())).all()
+            assert torch.equal(hits.random_bits.long(), hits.places[0])
+        uncut = (low > -448) & (high < 448) if weights == "fp8" else M > 0
+        assert (((edge / 2**32 * M**2 / t**2) - 1).abs() < 2**-20 * (1 + x.abs() / t))[uncut].all() and uncut.sum() > 10
+        seen.append((M / t)[uncut])
+    seen = torch.cat(seen)
+    assert seen.min() > 1 - 1e-4 and (weights == "fp32" or seen.max() > (1.2 if weights == "bf16" else 100))
 
 
-# ---------------------------------------------------------------- directions on the weights' own grid
-
-EPS = 1e-3
-every_spacing = pytest.mark.parametrize("spacing", [0.0, 1e-9, 9e-4, EPS, 1.1e-3, 4e-3, 0.05])
+N_SPARSE = 2**15
 
 
-def size_and_chance(spacing: float) -> tuple[Fraction, Fraction]:
-    """t = max(s, eps) as float32 has it, and the exact chance (eps / t)^2 of a step."""
-    s, eps = (Fraction(torch.tensor(x).item()) for x in (spacing, EPS))
-    return max(s, eps), (eps / max(s, eps)) ** 2
+@pytest.mark.parametrize("cell", [8, 16, 32])
+@pytest.mark.parametrize("weights", FORMATS)
+def test_sparse_directions_are_fair_and_uncorrelated(weights, cell):
+    """E[u u^T] = I over 32 neighbours of many spacings, P(+) = P(-) = (t / M)^2 / (2 cell), and an estimate's size:
+    u_i^2 u_k^2 is 1 on average, E[u_i^4] = K_i = (M_i / eps)^2 if i = k, and 0 if i and k are in one cell.  So
+    E|(g . u) u|^2 is the sum of g_i^2 (K_i + d - the number of elements in i's cell), to the sample's own deviation.
 
-
-@every_spacing
-def test_which_weights_a_grid_direction_moves(spacing, monkeypatch):
-    """Which words hit, and which way: the 31 lower bits below chance * 2^31, and the top one.
-
-    The chance has three roundings in float32, 2^-22 of itself at most, and a step of 1 in 2^31; it is never 1.  The
-    variance of a step, t^2 * chance, is then eps^2 to as much.
+    A mean of n numbers that are mostly 0 gets 3 / n times their size more: rare events are not normal.
     """
-    t, chance = size_and_chance(spacing)
-    edge = chance * 2**31
-    slack = edge / 2**22 + 1
-    words = torch.tensor([0, int(edge - slack), min(int(edge + slack) + 1, 2**31 - 1), 2**31 - 1])
-    both = torch.stack((words, words - 2**31)).to(torch.int32)
-    monkeypatch.setattr(zo_optim, "bits32", lambda key, purpose, rows, columns: both)
-    up = grid_direction(KEY, torch.arange(2), torch.tensor([[spacing]]), 4, EPS)
-    assert up.tolist() == [[float(t), float(t), 0.0, 0.0], [-float(t), -float(t), 0.0, 0.0]]
-    assert torch.equal(grid_direction(KEY, torch.arange(2), torch.tensor([[spacing]]), 4, EPS, -0.5), -0.5 * up)
-
-
-def steps(spacing: Tensor) -> Tensor:
-    """[N, COLUMNS]: N draws of eps * u for 8 elements, over eps."""
-    return grid_direction(KEY, torch.arange(N), spacing, COLUMNS, EPS).double() / EPS
-
-
-@every_spacing
-def test_grid_directions_are_fair_and_uncorrelated(spacing):
-    """P(+) = P(-) = chance / 2, and E[u u^T] = I, where E[u^4] = 1 / chance; and an estimate's size, as
-    docs/directions.md has it: E|(g . u) u|^2 = (d - 1 + E[u^4]) |g|^2, of the sample's own deviation.
-
-    A mean of N numbers that are mostly 0 gets 3 / N times their size more, the standard deviation being that of rare
-    events.  EPS, t and u are rounded to float32.  A spacing of up to eps gives a coin: every element moves.
-    """
-    t, chance = map(float, size_and_chance(spacing))
-    u = steps(torch.tensor([[spacing]]))
-    assert set(u.unique().tolist()) <= {-t / EPS, *([0.0] if spacing > EPS else []), t / EPS}
+    start, n, eps = everywhere(weights), N_SPARSE, 0.043
+    if weights in FLOATS:
+        start = start[(start.abs() < 50) & (start.abs() > 2**-7)]
+    start = start[torch.linspace(len(start) // 10, len(start) * 9 // 10, 16).long()]
+    stored = store_of(start.repeat(2 * n, 1), weights)
+    if weights not in FLOATS:
+        stored.scale.fill_(0.02)
+    x, scale, t = (
+        f[:2].flatten() for f in (codes_of(stored, weights), scales_of(stored, weights), torch.full((2, 16), eps))
+    )
+    t = t.double() * cell**0.5
+    low, high = bracket(x, t / scale, weights)
+    K = ((high - low) / 2 * scale / eps) ** 2
+    assert K.min() > cell * (1 - 1e-4) and (weights == "fp32" or K.max() > 1.02 * cell)
+    hits = SparseZO(eps, cell=cell).hits(stored, KEY)
+    u = torch.zeros(2 * n, 16).double().index_put(hits.places, hits.move().double() / eps).view(n, 32)
+    apart = (torch.arange(32)[:, None] // cell != torch.arange(32) // cell).double()
     for sign in (1, -1):
-        share, n = (u * sign > 0).double().mean(), u.numel()
-        assert abs(share - chance / 2) < 5 * (chance / 2 * (1 - chance / 2) / n) ** 0.5 + 3 / n
-    product, one = u.T @ u / N, torch.eye(COLUMNS)
-    std = torch.where(one.bool(), 1 / chance - 1, 1.0).div(N).sqrt()
-    assert ((product - one).abs() < 5 * std + 3 / chance / N + 2**-21).all()
-    assert abs(product.diagonal().mean() - 1) < 5 * ((1 / chance - 1) / N / COLUMNS) ** 0.5 + 3 / chance / N + 2**-21
-    g = torch.linspace(-1, 2, COLUMNS).double()
-    size, want = (u @ g).square() * u.square().sum(1), (COLUMNS - 1 + 1 / chance) * g.square().sum()
-    assert abs(size.mean() - want) < 5 * size.std() / N**0.5
+        share, want = (u * sign > 0).double().mean(0), 0.5 / K
+        assert ((share - want).abs() < 5 * (want / n).sqrt() + 3 / n).all()
+    product, std = u.T @ u / n, torch.where(torch.eye(32).bool(), K - 1, apart).div(n).sqrt()
+    rare = 3 * (K[:, None] * K).sqrt() / n * (apart + torch.eye(32)) + 1e-4 * torch.eye(32)
+    assert ((product - torch.eye(32)).abs() <= 5 * std + rare).all()
+    assert abs(product.diagonal().mean() - 1) < 5 * (K.mean() / n / 32).sqrt() + 3 * K.max() / n / 32
+    g = torch.linspace(-1, 2, 32).double()
+    size, want = (u @ g).square() * u.square().sum(1), (g**2 * (K + apart.sum(1))).sum()
+    assert abs(size.mean() - want) < 5 * size.std() / n**0.5 and abs(want / (g**2 * (K + 31)).sum() - 1) > 0.01
 
 
-def test_each_weight_has_its_own_size_and_chance():
-    """A spacing for each element, as fp8 and int4 have it, or one for each row."""
-    spacing = torch.tensor([0.0, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 8e-3, 0.01])
-    u = steps(spacing.expand(N, COLUMNS))
-    t = spacing.clamp(min=EPS).double() / EPS
-    assert (u.abs().amax(0) - t).abs().max() < 1e-6
-    assert ((u.square().mean(0) - 1).abs() < 5 * ((t**2 - 1) / N).sqrt() + 3 * t**2 / N + 2**-21).all()
-    by_row = torch.linspace(0, 0.01, N)[:, None]
-    assert torch.equal(steps(by_row), steps(by_row.expand(N, 8)))
+def test_every_element_is_in_one_cell_and_no_byte_in_two(monkeypatch):
+    """Exhaustively: all places of all cells of small matrices, in rows of all widths, smaller than a cell too.  Fields
+    of 1, 2 and 4 bits in one byte belong to one cell, so that no two hits write to one byte."""
+    for cell, R, C in product((8, 16, 64), (1, 3), (*range(1, 19), 33)):
+        owner = torch.full((R, C), -1)
+        for place in range(cell):
+            choose_words(
+                monkeypatch, lambda blocks, p=place, cell=cell: [torch.tensor(p - cell), blocks * 0, blocks * 0, blocks]
+            )
+            hits = SparseZO(1.0, cell=cell).hits(Float(torch.zeros(R, C)), KEY)
+            assert (owner[hits.places] == -1).all()
+            owner[hits.places] = hits.random_bits.long()
+        assert owner.min() == 0 and (owner.flatten().diff() >= 0).all()
+        for bits in (1, 2, 4):
+            assert torch.equal(owner, owner[:, torch.arange(C) * bits // 8 * 8 // bits])
 
 
-def test_a_grid_too_coarse_for_its_bits_is_refused():
-    """The widest spacing of all tensors counts; the message names it and its tensor."""
-    store = {"a": encode(torch.full((1, 8), 127.0), "int8"), "b": encode(torch.eye(8), "int8")}
-    check_grid(store, 1 / 4096)
-    with pytest.raises(ValueError, match="0.000244, is under a 4096th of the grid's widest spacing, 1 in a"):
-        check_grid(store, 0.999 / 4096)
+@pytest.mark.parametrize("options", [dict(cell=4), dict(cell=12), dict(cell=0), dict(cell=-8), dict(bits=4),
+                                     dict(nearest=True), dict(probe="codes"), dict(eps=0.0),
+                                     dict(queries=0)])  # fmt: skip
+def test_what_no_sparse_estimator_is(options):
+    with pytest.raises(ValueError, match="no usable (sparse )?estimator: SparseZO.*" + str(*options.values())):
+        SparseZO(**options)
 
 
 # ---------------------------------------------------------------- keys
 
 
 @settings(max_examples=40)
-@given(bits=st.sampled_from([None, 2, 4, 8]), columns=st.integers(1, 20),
+@given(bits=st.sampled_from([None, 2, 4, 8]), columns=st.integers(1, 40),
        rows=st.lists(st.integers(0, 29), min_size=1, max_size=30))  # fmt: skip
 def test_any_rows_in_any_order_are_the_same_rows(bits, columns, rows):
-    spacing, index = torch.linspace(0, 3e-3, 30)[:, None], torch.tensor(rows)
+    """Of sparse directions, cells begin in one row and end in another."""
+    rows, stored = [*rows, *range(30)], encode(torch.full((30, columns), 0.01), "int4")
     whole = direction(KEY, torch.arange(30), columns, bits, U1)
-    assert torch.equal(direction(KEY, index, columns, bits, U1), whole[rows])
-    whole = grid_direction(KEY, torch.arange(30), spacing, columns, EPS)
-    assert torch.equal(grid_direction(KEY, index, spacing[rows], columns, EPS), whole[rows])
+    assert torch.equal(direction(KEY, torch.tensor(rows), columns, bits, U1), whole[rows])
+    for cell in (8, 32, 64):
+        zo = SparseZO(cell=cell)
+        whole = zo.perturbed(stored, KEY, [1, -1], torch.float32)
+        assert torch.equal(zo.perturbed(stored, KEY, [1, -1], torch.float32, torch.tensor(rows)), whole[:, rows])
 
 
 def test_another_key_is_another_direction():
-    """Uncorrelated with this one: a product of independent standard normals, or coins, has variance 1."""
+    """Uncorrelated with this one: a product of independent numbers of variance 1 has variance 1."""
     changes = [{}, dict(seed=12), dict(step=6), dict(query=3), dict(tensor=1)]
-    rows, keys = torch.arange(1000), [KEY._replace(**change) for change in changes]
+    rows, keys, zeros = torch.arange(1000), [KEY._replace(**change) for change in changes], Float(torch.zeros(1000, 64))
     kinds = [[direction(key, rows, 64, None, U1).double() for key in keys],
-             [grid_direction(key, rows, torch.zeros(1, 1), 64, 1.0).double() for key in keys]]  # fmt: skip
+             [SparseZO(1.0, cell=8).perturbed(zeros, key, [1], torch.float64)[0] for key in keys]]  # fmt: skip
     for first, *others in kinds:
         for other in others:
             assert abs((first * other).mean()) < 5 / first.numel() ** 0.5

@@ -16,7 +16,7 @@ from runtime.curve import block_means, curve_svg, ticks
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "docs" / "figures"
-NAMES = ["accuracy_memory", "demo_curve", "grid_directions", "rounding", "step", "tensor_train"]
+NAMES = ["accuracy_memory", "demo_curve", "rounding", "sparse_directions", "step", "tensor_train"]
 SVG = "{http://www.w3.org/2000/svg}"
 
 # ---------------------------------------------------------------- curve.svg
@@ -139,17 +139,24 @@ def test_accuracy_and_memory_are_those_of_the_tables(draw):
     assert f"zollama-28m, zero-shot {draw.ZERO_SHOT} " in tables
 
 
-def test_the_grid_figure_shows_what_theory_says(draw):
-    """Squared step and rounding noise a weight: (lr g)^2 E u^2, and E |d| (s - |d|) or h^2 {p} (1 - {p})."""
-    key = draw.Key(seed=3, step=0)
-    _, spacing = draw.int4_weights(key)
-    h, rate = draw.EPS / draw.STRIDE, draw.STEP_LENGTH
-    assert not (rate / h).is_integer()  # else the grid's noise would be 0 by choice of the step
-    directions = [draw.grid_direction(key._replace(step=step), spacing, h) for step in range(20)]
-    hits, expected = sum(int((u != 0).sum()) for u in directions), 20 * float((h / spacing).square().sum())
-    assert abs(hits - expected) < 5 * math.sqrt(expected)  # five standard deviations of a Poisson count
-    assert set((directions[0] * h / spacing).round(decimals=4).unique().tolist()) <= {-1.0, 0.0, 1.0}
-    wanted, landed = draw.one_update(draw.gaussian(key, draw.ROWS, draw.COLUMNS), spacing, key)
+def test_the_sparse_figure_shows_what_theory_says(draw):
+    """Squared step and rounding noise a weight: (lr g)^2 E u^2, and E |d| (s - |d|) or eps^2 {x} (1 - {x})."""
+    key, draws, rate = draw.Key(seed=3, step=0), 40, draw.STEP_LENGTH
+    store = draw.int4_weights(key)
+    spacing = store.spacing(slice(None))
+    assert draw.EPS * math.sqrt(draw.CELL) < float(spacing.min())  # so that M is one spacing everywhere
+    x = rate / draw.EPS
+    assert not x.is_integer()  # else the sparse step's noise would be 0 by choice of the step
+    both = [draw.sparse_draw(key._replace(step=step), store) for step in range(draws)]
+    hits = sum(int((u != 0).sum()) for u, _ in both)
+    expected = draws * float((draw.EPS / spacing).square().sum())
+    assert abs(hits - expected) < 5 * math.sqrt(expected)  # five standard deviations, of independent cells at most
+    assert set((both[0][0] * draw.EPS / spacing).round(decimals=4).unique().tolist()) <= {-1.0, 0.0, 1.0}
+    updates = [draw.one_update(each, spacing) for each in both]
+    noise = sum(float((landed - wanted).square().sum()) for wanted, landed in updates) / hits
+    part = x % 1
+    assert abs(noise - part * (1 - part)) < 5 / math.sqrt(hits)  # each is below 1
+    wanted, landed = draw.one_update(draw.gaussian_draw(key, store), spacing)
     variance = wanted.abs() * (1 - wanted.abs())  # all |wanted| < 1
     noise, theory = float((landed - wanted).square().sum()), float(variance.sum())
     assert abs(noise - theory) < 5 * math.sqrt(theory)  # as its terms are below 1

@@ -1,4 +1,5 @@
-"""Every store against a list of all points of its grid: packing, encoding, reading, spacing, stepping, saving.
+"""Every store against a list of all points of its grid: packing, encoding, stepping, reading by rows and by
+elements, brackets, saving.
 
 What a store holds is read from the tensors that it saves, bit by bit, and compared in float64 in units of its scale
 (oracles.py).  Statistical bounds are 5 standard deviations, which one draw in 2 million would exceed by chance; and
@@ -21,6 +22,7 @@ from oracles import (
     KEY,
     MAX_CODES,
     QUANTISED,
+    bracket,
     codes_of,
     everywhere,
     fields,
@@ -41,6 +43,7 @@ from torch import Tensor
 
 import quant
 from quant import (
+    FLOATS,
     FORMATS,
     INTEGERS,
     RESIDUALS,
@@ -51,9 +54,11 @@ from quant import (
     encode,
     from_tensors,
     pack_bits,
+    read_packed,
     row_chunks,
     tensor_specs,
     unpack_bits,
+    write_packed,
 )
 
 every_grid = pytest.mark.parametrize("weights, residual", GRIDS)
@@ -70,13 +75,6 @@ def test_the_lists_of_the_oracles_are_complete():
 # ---------------------------------------------------------------- packing
 
 
-def test_packing_by_hand():
-    assert pack_bits(torch.tensor([[1, -8, 7]]), 4).tolist() == [[0x81, 0x07]]
-    assert pack_bits(torch.tensor([[1, -2, 0, -1, 1]]), 2).tolist() == [[0b11_00_10_01, 0b01]]
-    assert pack_bits(torch.tensor([[-1, 0, 0, 0, 0, 0, 0, -1, -1]]), 1).tolist() == [[0b10000001, 1]]
-    assert unpack_bits(torch.tensor([[0x81, 0xF7]], dtype=torch.uint8), 4, 3).tolist() == [[1, -8, 7]]
-
-
 @given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 3), st.integers(1, 41), st.integers(0, 99))
 def test_packing_is_the_layout(bits, rows, columns, seed):
     """The first column in the lowest bits, zeros in what a last byte has left, and back; from integers, and from the
@@ -89,10 +87,17 @@ def test_packing_is_the_layout(bits, rows, columns, seed):
     assert torch.equal(unpack_bits(packed(number, bits), bits, columns).long(), number)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_every_byte_means_something(bits):
-    byte = torch.arange(256).to(torch.uint8)[None]
-    assert same_bits(pack_bits(unpack_bits(byte, bits, 256 * 8 // bits), bits), byte)
+@given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 3), st.integers(1, 41), st.integers(0, 99))
+def test_single_elements_are_read_and_written_in_the_layout(bits, rows, columns, seed):
+    """One of each byte, from the left or the right: what is beside it stays, to the last bit."""
+    generator = torch.Generator().manual_seed(seed)
+    old, new = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (2, rows, columns), generator=generator)
+    bytes_, place = packed(old, bits), torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
+    assert read_packed(bytes_, tuple(place), bits, columns).tolist() == old.flatten().tolist()
+    row, column = place[:, (place[1] + seed) * bits % 8 == 0]
+    want = old.index_put((row, column), new[row, column])
+    write_packed(bytes_, (row, column), bits, new[row, column].float())
+    assert same_bits(bytes_, packed(want, bits))
 
 
 # ---------------------------------------------------------------- encoding
@@ -164,9 +169,9 @@ def test_a_zero_group_is_exact_and_learns(weights):
     scale = scales_of(stored, weights)
     assert (scale[zero if weights == "int4" else [2]] == scales_by_hand(x, weights).max()).all()
     assert not numbers(stored, weights)[zero].any() and not stored.dequantise()[zero].any()
-    delta = torch.where(zero, stored.spacing(ALL), 0.0)
-    assert stored.add_rounded_(ALL, delta, words_like(x)).tolist() == [int(zero.sum()), 0]
     grid = points(weights)
+    delta = torch.where(zero, grid[grid > 0].min() * scale, 0.0).float()
+    assert stored.add_rounded_(ALL, delta, words_like(x)).tolist() == [int(zero.sum()), 0]
     assert (numbers(stored, weights)[zero] == grid[grid > 0].min()).all()
 
 
@@ -319,39 +324,65 @@ def test_fp32_adds_plainly_and_counts():
     assert not stored.rounds and Float(torch.zeros(1, dtype=torch.bfloat16)).rounds
 
 
-# ---------------------------------------------------------------- reading, spacing
+# ---------------------------------------------------------------- rows, elements, brackets
 
 
-@pytest.mark.parametrize("unit", [0.25, 0.37])
-@with_bf16
-def test_spacing_is_the_distance_to_the_next_point_away_from_zero(weights, residual, unit):
-    """For every code.  A residual changes nothing; fp8's is a power of two times the scale, so float32 is exact.
+@pytest.mark.parametrize("weights, residual, oracle", [
+    ("fp32", 0, False), ("bf16", 0, False), *((*grid, False) for grid in GRIDS),
+    *((*grid, True) for grid in GRIDS if grid[0] in MAX_CODES),
+])  # fmt: skip
+def test_rows_and_elements_are_those_of_the_whole(weights, residual, oracle):
+    """Rows by a slice and by numbers, and every element by its row and column, in no order.  A step of some elements,
+    no two in one byte, is a step of the whole that is 0 elsewhere: the same bits and counts, some held at the ends."""
+    C = 141
+    x, delta = gaussian(5, C), gaussian(5, C, seed=1) * torch.logspace(-2, 1, C)
+    stored, bits = encode(x, weights, residual, oracle), words_like(x)
+    places = tuple(torch.cartesian_prod(torch.arange(5), torch.arange(C)).T[:, torch.randperm(
+        5 * C, generator=torch.Generator().manual_seed(2))])  # fmt: skip
+    methods = ["dequantise", "add_rounded", *(["code"] if weights in QUANTISED else [])]
+    for name in [*methods, "spacing", "fine"] if weights in MAX_CODES else methods:
+        for rows in (slice(2, 4), torch.tensor([4, 0, 3, 3]), places):
+            got, want = (
+                getattr(stored, name)(r, *((delta[r], bits[r]) if name == "add_rounded" else ())) for r in (rows, ALL)
+            )
+            want = want.expand(5, C)[rows]
+            assert torch.equal(got.expand(want.shape) if rows is not places else got, want), (name, rows)
+    want = codes_of(stored, weights).float() * scales_of(stored, weights)
+    assert torch.equal(stored.dequantise().float(), want)
+    view, index = StoredWeights({"w": stored}, torch.bfloat16), torch.tensor([4, 0, 4])
+    assert torch.equal(view.read("w", index), want[None, index]), "chosen rows in float32"
+    row, column = (axis[places[1] % 8 == places[0]] for axis in places)
+    few = torch.zeros(5, C).index_put((row, column), delta[row, column])
+    for chance in (True, False):
+        by_place, by_row = (encode(x, weights, residual, oracle) for _ in range(2))
+        counts = by_place.add_rounded_((row, column), delta[row, column], bits[row, column] if chance else None)
+        assert torch.equal(counts, by_row.add_rounded_(ALL, few, bits if chance else None))
+        assert same_tensors(by_place, by_row) and counts[0] > 20 and (counts[1] > 3 or weights in FLOATS)
+    if weights in MAX_CODES and not oracle:
+        fine = stored.fine(ALL).index_put((row, column), stored.max_fine - stored.fine((row, column)).abs())
+        stored.write((row, column), fine[row, column])
+        assert torch.equal(stored.fine(ALL), fine)
 
-    bf16's subnormal numbers and zero, 2^-133 apart, count as closer than any probe.
-    """
-    grid = points(weights)
-    stored = store_of(grid[None], weights, residual, unit)
-    got, scale = stored.spacing(ALL).expand(1, len(grid)), scales_of(stored, weights)
-    want = outwards(grid, grid)[None]
-    if weights == "bf16":
-        want = torch.where(grid.abs() >= 2.0**-126, want, 0.0)
-    assert got.dtype == torch.float32 and torch.equal(got, (want * scale.double()).float())
 
-
-@every_grid
-def test_rows_by_slice_and_by_index(weights, residual):
-    """Weights, spacing and add_rounded of chosen rows are those rows of the whole; a weight is its code times its
-    scale."""
-    x = gaussian(7, 140)
-    stored, delta, bits = encode(x, weights, residual), gaussian(7, 140, seed=1), words_like(x)
-    whole = [stored.dequantise(), stored.spacing(ALL).expand(x.shape), stored.add_rounded(ALL, delta, bits)]
-    for rows in (slice(2, 5), torch.tensor([6, 0, 3, 3])):
-        some = [stored.dequantise(rows), stored.spacing(rows), stored.add_rounded(rows, delta[rows], bits[rows])]
-        for a, b in zip(some, whole, strict=True):
-            assert torch.equal(a.expand(-1, 140), b[rows])
-    assert torch.equal(whole[0], codes_of(stored, weights).float() * scales_of(stored, weights))
-    view = StoredWeights({"w": stored}, torch.bfloat16)
-    assert torch.equal(view.read("w", torch.tensor([6, 0, 6])), whole[0][None, [6, 0, 6]]), "chosen rows in float32"
+@pytest.mark.parametrize("weights, residual", [("fp32", 0), ("bf16", 0), *GRIDS])
+def test_a_bracket_is_the_nearest_points_that_far_away(weights, residual):
+    """Of points all over the grid and of several reaches, from a 100th of the finest scale to 300 of them; a residual
+    changes nothing, nor does the oracle.  fp8 stops at its ends, integers do not: a probe reads numbers."""
+    start = everywhere(weights, residual)
+    start = start[(start.abs() < 50) & (start.abs() > 2**-7)] if weights in FLOATS else start
+    stored = store_of(start.repeat(5, 1), weights, residual)
+    x, scale = codes_of(stored, weights), scales_of(stored, weights)
+    places = tuple(torch.cartesian_prod(torch.arange(5), torch.arange(len(start))).T)
+    stores = [stored]
+    if weights in MAX_CODES:
+        stores.append(from_tensors(copies(stored), stored.shape, weights, residual, oracle=True))
+    for t in torch.tensor([0.0037, 0.3, 0.37, 1.0, 3.7, 111.0]):
+        low, high = bracket(x, t.double() / scale.double(), weights)
+        for store in stores:
+            below, above, unit = store.bracket(places, t.item())
+            assert torch.equal(below, low[places].float()) and torch.equal(above, high[places].float())
+            assert torch.equal(unit, scale[places])
+    assert weights != "fp8" or (below.min(), above.max()) == (-448, 448)
 
 
 @given(st.sampled_from(["cpu", "cuda"]), st.integers(1, 5000), st.integers(1, 2**27))
@@ -382,7 +413,7 @@ def test_a_residual_is_the_rest_of_a_finer_number(weights, residual):
 
 @every_residual
 def test_a_forward_reads_the_code_alone(weights, residual):
-    """Whatever the residual: the weights, their spacing, and where a probe lands.  The code is the nearest one."""
+    """Whatever the residual: the weights, and where a probe lands.  The code is the nearest one."""
     x = gaussian(6, 150)
     stored = encode(x, weights, residual)
     nearby = (numbers(stored, weights, residual) - codes_of(stored, weights)).abs()
@@ -391,7 +422,7 @@ def test_a_forward_reads_the_code_alone(weights, residual):
 
     def reads() -> list[Tensor]:
         landed = stored.add_rounded(ALL, delta, bits)
-        return [stored.dequantise(), stored.spacing(ALL), landed, stored.dequantise(index)]
+        return [stored.dequantise(), landed, stored.dequantise(index)]
 
     before = reads()
     stored.residual.random_(generator=torch.Generator().manual_seed(2))

@@ -7,7 +7,6 @@ It cuts float32 to bfloat16 where a GPU rounds: perturbed copies are compared in
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 import subprocess
 import sys
@@ -20,11 +19,10 @@ from torch import Tensor
 
 import gpu
 import random_bits
-import zo_optim
 from gpu.fp8_matmul import multiply_fp8
-from quant import E4M3, Float, Fp8, Store, StoredWeights, encode, quantise_tokens
-from random_bits import Key, Purpose
-from zo_optim import ZO, PerturbedWeights, grid_direction, normal_table, update
+from quant import E4M3, Float, Fp8, Integers, Store, StoredWeights, encode, quantise_tokens
+from random_bits import Key, Purpose, philox_blocks, tensor_id
+from zo_optim import ZO, PerturbedWeights, SparseZO, normal_table, update, zo_step
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs these")
@@ -34,7 +32,7 @@ if INTERPRETED:
     import triton
     import triton.language as tl
 
-    from gpu import kernels
+    from gpu import kernels, sparse
 
     KNOTS = kernels.normal_knots(torch.device("cpu"))
 
@@ -47,14 +45,6 @@ if INTERPRETED:
     def _nearest_kernel(x, out):
         at = tl.program_id(0) * 256 + tl.arange(0, 256)
         tl.store(out + at, kernels._nearest8(tl.load(x + at), 3, -6, 448.0))
-
-    @triton.jit
-    def _hit_kernel(words, out, unit, power, min_spacing, KIND: tl.constexpr):
-        at = tl.arange(0, 8)[None, :]
-        units, powers = tl.full([1, 1], unit, tl.float32), tl.full([1, 8], power, tl.float32)
-        drawn = tl.load(words + at).to(tl.uint32)
-        _, hit = kernels._grid_direction(1.0, drawn, units, powers, min_spacing, KIND, False)
-        tl.store(out + at, hit.to(tl.int32))
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of casts whose results are not selected
@@ -100,32 +90,42 @@ FORMATS = [("fp32", 0), ("bf16", 0), ("int8", 0), ("int8", 4), ("int8", 8), ("in
 # are programs without a tail
 CASES = [
     ((9, 2, 4, 17), ZO(bits=4, queries=2, eps=0.02)),
-    ((32, 128), ZO(grid=True, estimator="q-rge1", probe="codes", eps=3e-3, stride=3)),
-    ((3, 264), ZO(grid=True, queries=3, eps=5e-3)),
+    ((32, 128), ZO(bits=8, estimator="q-rge1", probe="codes", eps=3e-3)),
+    ((3, 264), ZO(bits=3, queries=3, eps=5e-3)),
     ((150, 8), ZO(bits=None, estimator="q-rge1", probe="codes", eps=0.02)),
     ((5, 24), ZO(bits=2, estimator="q-rge1", eps=0.3)),
 ]
 # the first two with every format, the others in turn, for the time they take
 RUNS = [(*form, *CASES[i]) for f, form in enumerate(FORMATS) for i in (0, 1, 2 + f % 3)]
 # rows of one program of a pair and half of an update's, of two and one, and of four and two
-RUNS += [(weights, r, (3, 4096), ZO(grid=True, eps=0.02)) for weights, r in FORMATS if weights in ("int8", "fp8")]
-RUNS += [("int8", 0, (2, 8192), ZO(grid=True, eps=0.02))]
-RUNS += [("int8", 4, (3, 4096), ZO(grid=True, probe="codes", queries=2, eps=0.02))]
-RUNS += [("int8", 0, (3, C), ZO(bits=4, eps=0.02)) for C in (2048, 4096)]
+RUNS += [("int8", 0, (3, C), ZO(bits=4, eps=0.02)) for C in (2048, 4096, 8192)]
+RUNS += [("int8", 4, (3, 4096), ZO(probe="codes", queries=2, eps=0.02))]
 RUNS += [("fp8", 0, (3, C), ZO(bits=4, eps=0.02, probe="codes")) for C in (2048, 4096)]
-RUNS += [("fp32", 0, (1003,), zo) for zo in (ZO(bits=4), ZO(grid=True, probe="codes", queries=2))]
-QUICK = [("fp32", CASES[0]), ("int8", CASES[0]), ("int8", CASES[1]), ("int4", CASES[1]), ("fp8", CASES[0])]
+RUNS += [("fp32", 0, (1003,), zo) for zo in (ZO(bits=4), ZO(bits=4, probe="codes", queries=2))]
+# sparse: cells of parts of a row, across two rows, and of more than the tensor; rows of whole bytes and groups or not;
+# two programs with a tail, and one without; vectors
+SPARSE = [
+    ((9, 2, 4, 17), SparseZO(eps=2e-3, cell=64, queries=2)),
+    ((66, 85), SparseZO(eps=1e-3, cell=32)),  # the last row has a hit in its fourth cell
+    ((16, 64), SparseZO(eps=2e-2, cell=8, queries=3)),
+    ((3, 264), SparseZO(eps=3e-3, cell=1024)),
+]
+RUNS += [(*form, *case) for form in FORMATS for case in SPARSE]
+RUNS += [(weights, 0, (1003,), SparseZO(eps=1e-3, cell=32, queries=2)) for weights in ("fp32", "bf16")]
+QUICK = [("fp32", CASES[0]), ("int8", CASES[0]), ("int8", CASES[1]), ("int4", CASES[1]), ("fp8", CASES[0]),
+         *((weights, SPARSE[1]) for weights in ("fp32", "bf16", "int8", "int4", "fp8"))]  # fmt: skip
 
 
 def stores(shape: tuple[int, ...], weights: str, residual: int = 0) -> list[dict[str, Store]]:
-    """Two equal ones.  Signed zeros, tiny numbers and the ends of the range are among the weights."""
+    """Two equal ones.  Signed zeros, tiny numbers, the range's ends and a row of outliers are among the weights."""
     x = gaussian(*shape) * 0.05
+    x[-1:] *= 40 if len(shape) > 1 else 1
     x.view(-1)[: min(4, x.numel() - 1)] = torch.tensor([-0.0, 1e-9, -1e-9, 0.3])[: min(4, x.numel() - 1)]
     return [{"w": encode(x, weights, residual)} for _ in range(2)]
 
 
 def fused(zo: ZO) -> ZO:
-    return kernels.FusedZO(**vars(zo))
+    return (sparse.FusedSparseZO if isinstance(zo, SparseZO) else kernels.FusedZO)(**vars(zo))
 
 
 def in_memory(step: int) -> Tensor:
@@ -171,13 +171,14 @@ def test_kernels_are_the_definitions(weights, residual, shape, zo):
 
 @inside
 @pytest.mark.parametrize("weights", ["fp32", "int4", "fp8"])
-@pytest.mark.parametrize("row", [9, -1, 2**40])
-def test_a_row_that_is_not_there_is_not_a_number(weights, row):
-    weights, index = stores((9, 136), weights)[0], torch.tensor([8, row, 0])
+@pytest.mark.parametrize("zo", [ZO(bits=4), SparseZO(cell=8)], ids=["4 bits", "sparse"])
+def test_a_row_that_is_not_there_is_not_a_number(weights, zo):
+    weights, index = stores((9, 136), weights)[0], torch.tensor([8, 0, 9, 2**40, *range(-20, 0)])
     stored = kernels.dequantised(weights["w"], torch.float32, index)
-    assert stored[:, 1].isnan().all() and stored[:, [0, 2]].isfinite().all()
-    pair = read(weights, fused(ZO(grid=True)), 0, rows=index)
-    assert pair[:, 1].isnan().all() and pair[:, [0, 2]].isfinite().all()
+    assert stored[:, 2:].isnan().all() and stored[:, :2].isfinite().all()
+    for step in range(3):
+        pair = read(weights, fused(zo), step, rows=index)
+        assert pair[:, 2:].isnan().all() and pair[:, :2].isfinite().all()
 
 
 @inside
@@ -191,15 +192,18 @@ def test_weights_as_they_are(weights, residual):
 
 
 @inside
-@pytest.mark.parametrize("weights, zo", [("int8", ZO(bits=4)), ("int8", ZO(grid=True)), ("fp8", ZO(bits=4))])
+@pytest.mark.parametrize("weights, zo", [("int8", ZO(bits=4)), ("int8", SparseZO(cell=8)), ("fp8", ZO(bits=4))])
 def test_what_has_no_kernel_is_left_to_the_definition(weights, zo):
     """Rows that are no whole groups of 8, the definition of fake quantisation, landing to nearest."""
     fits = {shape: kernels.fits(Float(torch.zeros(shape))) for shape in ((3,), (8,), (2, 8), (1, 12), (12, 1))}
     assert fits == {(3,): True, (8,): True, (2, 8): True, (1, 12): False, (12, 1): False}
     moved_alike(*stores((5, 12), weights), [1.0], 0, zo, 0.02)
-    moved_alike(*stores((5, 16), weights), [1.0], 0, ZO(**vars(zo) | {"nearest": True}), 0.02)
+    if not isinstance(zo, SparseZO):
+        moved_alike(*stores((5, 16), weights), [1.0], 0, ZO(**vars(zo) | {"nearest": True}), 0.02)
     if weights == "int8":
-        moved_alike(*({"w": encode(gaussian(5, 16), "int8", oracle=True)} for _ in range(2)), [1.0], 0, zo, 0.02)
+        plain, quick = ({"w": encode(gaussian(5, 16), "int8", oracle=True)} for _ in range(2))
+        assert torch.equal(read(quick, fused(zo), 0), read(plain, zo, 0))
+        moved_alike(plain, quick, [1.0], 0, zo, 0.02)
 
 
 # ---------------------------------------------------------------- fp8 codes
@@ -256,22 +260,54 @@ def test_every_normal_number_is_the_tables():
 
 
 @inside
-@pytest.mark.parametrize("ratio", [2.0**-12, 1e-3, 0.011, 0.3, 0.9999999, 1.0])
-@pytest.mark.parametrize("weights, power", [("int8", 1.0), ("fp8", 8.0)])
-def test_the_same_words_hit(weights, power, ratio, monkeypatch):
-    """Words on both sides of the edge, with a spacing of 1, by the kernel and by grid_direction; both give two 31-bit
-    words in 2^32 ratio^2 for each hit, rounded up."""
-    min_spacing = float(torch.tensor(ratio))
-    edge = math.ceil(min(int(torch.tensor(min_spacing).square() * 2.0**32), 2**32 - 1) / 2)
-    words = torch.tensor([0, edge - 2, edge - 1, edge, edge + 1, edge + 600, 2**31 - 1]).clamp(0, 2**31 - 1)
-    words = torch.cat((words, words[2:3] - 2**31)).to(torch.int32)[None]  # one with the top bit, below the edge
-    monkeypatch.setattr(zo_optim, "bits32", lambda *args: words)
-    want = grid_direction(Key(0, 0), torch.arange(1), torch.ones(1, 1), 8, min_spacing) != 0
-    got = torch.empty_like(words)
-    _hit_kernel[(1,)](words, got, 1.0, power, min_spacing, KIND=weights)
-    assert torch.equal(got != 0, want)
-    if ratio < 0.99:
-        assert want[0].tolist() == [True, True, True, False, False, False, False, True]
+def test_the_same_words_hit():
+    """Rows of one cell, whose chance is their own word / 2^32, and a little less and more: below 2^22 the numbers of
+    words that hit lie one beside another, so that some rows are at the very edge, on either side."""
+    zo, R, key = SparseZO(eps=1e-3, cell=8), 2**16, Key(SEED, 3, 5, tensor_id("w"))
+    words = philox_blocks(key, Purpose.DIRECTION, torch.arange(R), 8)[:, 0, 1].long() & 0xFFFFFFFF
+    rows, hits = torch.nonzero(words < 2**22)[:, 0], 0
+    for change in range(-4, 5):
+        scale = (zo.eps * 8**0.5 / (words.clamp(min=1) / 2**32).sqrt()).float() * (1 + change * 2.0**-23)
+        store = {"w": Integers(torch.zeros(R, 8, dtype=torch.int8), scale[:, None], torch.Size((R, 8)), 8, None, 0)}
+        got = read(store, fused(zo), 3, rows=rows)
+        assert torch.equal(got, read(store, zo, 3, rows=rows))
+        hits += (got[0] != 0).any(1).long()
+    assert ((hits > 0) & (hits < 9)).sum() > 20
+    certain = {"w": Float(torch.zeros(1, 8))}  # but a chance of 1 - 2^-24 would miss this step's word, 2^32 - 187
+    assert all((read(certain, way, 13823556)[0] != 0).sum() == 1 for way in (zo, fused(zo)))
+
+
+@inside
+def test_recorded_sparse_steps_are_given_their_own_tensors():
+    """What is recorded is called with the step's number, batch and factors in memory, and under a key of its own."""
+    plain, quick = stores((9, 136), "int4")
+    batches, keys = [torch.tensor([2.0]), torch.tensor([-3.0])], []
+
+    class Loss:
+        def __init__(self, factor: Tensor):
+            self.factor = factor
+
+        def __call__(self, view: PerturbedWeights) -> Tensor:
+            return view.read("w").square().sum((1, 2)) * self.factor
+
+        def tensors(self) -> list[Tensor]:
+            return [self.factor]
+
+        def with_tensors(self, inputs: list[Tensor]) -> Loss:
+            return Loss(*inputs)
+
+    def graphed(key, run, step, inputs):
+        keys.append(key)
+        return run(in_memory(step), [x.clone() for x in inputs])
+
+    zo = SparseZO(eps=5e-3, cell=8, queries=2)
+    recorded = sparse.GraphedSparseZO(**vars(zo), graphed=graphed)
+    for step, batch in enumerate(batches):
+        want, got = (zo_step(weights, Loss(batch), Key(SEED, step), way, 1e-3)
+                     for weights, way in ((plain, zo), (quick, recorded)))  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True)) and want.counts[0] > 0
+        assert same_tensors(plain["w"], quick["w"])
+    assert len(set(keys)) == 2 and len(keys) == 4
 
 
 @inside

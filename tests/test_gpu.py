@@ -24,10 +24,10 @@ from quant import Store, StoredWeights, encode, from_tensors, quantise_tokens, t
 from random_bits import Key, Purpose, bits16, bits32, philox_blocks, tensor_id
 from runtime.checkpoints import BUFFERS, save_stored, staged, weights_sha256
 from runtime.first_order import make_trainable
-from zo_optim import ZO, PerturbedWeights, adazeta_queries, direction, epoch_of, grid_direction, update, zo_step
+from zo_optim import ZO, PerturbedWeights, SparseZO, adazeta_queries, direction, epoch_of, update, zo_step
 
 if torch.cuda.is_available():
-    from gpu import kernels
+    from gpu import kernels, sparse
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -39,10 +39,12 @@ WAYS = {
     "full": ZO(eps=0.02, queries=2),
     "4 bits, one rounding": ZO(eps=0.02, queries=3, bits=4, estimator="q-rge1"),
     "8 bits, codes": ZO(eps=0.01, queries=2, bits=8, probe="codes"),
-    "grid": ZO(eps=7e-3, queries=2, grid=True, stride=7),
-    "grid, codes": ZO(eps=5e-3, queries=1, grid=True, probe="codes", estimator="q-rge1"),
+    "2 bits, one rounding, codes": ZO(eps=5e-3, bits=2, probe="codes", estimator="q-rge1"),
+    "sparse": SparseZO(eps=2e-3, queries=2, cell=64),
+    "sparse, small cells": SparseZO(eps=1e-3, queries=3, cell=8),
 }
-# 264: two int4 groups and a short one; a width that is no multiple of 8 has no kernel, a vector of such a length has
+# 264: two int4 groups and a short one; a width that is no multiple of 8 has no kernel but in sparse directions, while a
+# vector of such a length has
 SHAPES = [(65, 136), (3, 1000), (300,), (1003,), (1, 8), (7, 3, 2, 4), (5, 264), (9, 13), (2, 4096), (3, 2048),
           (2, 8192)]  # fmt: skip
 every_format = pytest.mark.parametrize("weights, residual", FORMATS)
@@ -111,14 +113,15 @@ def test_words_are_the_same_integers():
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 384, 1001])
 def test_draws_are_the_same_integers(columns):
-    rows, spacing = torch.tensor([5, 0, 300]), torch.rand(3, columns, generator=torch.Generator().manual_seed(0)) * 4e-3
-    drawn = []
+    rows, drawn = torch.tensor([5, 0, 300]), []
     for path in ("cpu", "numpy", "twin"):
-        rows, spacing = (rows, spacing) if path == "cpu" else (rows.cuda(), spacing.cuda())
+        store, rows = stored(path, matrix((301, columns)), "int8")["w"], rows if path == "cpu" else rows.cuda()
         with on(path, ZO()):
             of_path = [draw(KEY, Purpose.DIRECTION, rows, columns) for draw in (bits16, bits32)]
             of_path += [direction(KEY, rows, columns, b, Purpose.PROBE_ROUNDING) for b in (None, 2, 4, 8)]
-            of_path.append(grid_direction(KEY, rows, spacing, columns, 1e-3))
+            for some in (None, rows):
+                owner, places, *rest = SparseZO(eps=1e-3, cell=16).hits(store, KEY, some)
+                of_path += [owner, *places, *rest]
         drawn.append([x.cpu() for x in of_path])
     for of_paths in zip(*drawn, strict=True):
         assert all_equal(of_paths)
@@ -207,10 +210,10 @@ def test_steps_to_nearest_and_the_oracle_have_no_kernel(weights, residual):
     stores = {path: stored(path, matrix(), weights, residual) for path in PATHS}
     if weights in ("int8", "int4"):
         stores["fused, oracle"] = {"w": encode(matrix().cuda(), weights, residual, oracle=True)}
-    for nearest in (True, False):
+    for zo in (ZO(bits=4, nearest=True), ZO(bits=4), SparseZO(cell=8)):
         pairs, counts = [], []
         for path, store in stores.items():
-            with on(path.split(",")[0], ZO(bits=4, nearest=nearest)) as way:
+            with on(path.split(",")[0], zo) as way:
                 pairs.append(pair(store, way).read("w").cpu())
                 counts.append(update(store, grads(2.0), Key(1, 2), way, 0.01).tolist())
         assert all_equal(pairs) and counts == counts[:1] * len(stores)
@@ -249,11 +252,12 @@ def test_minus_zero():
     """Codes by their bits.  Weights of a thousandth of the smallest fp8 number, and a step that leaves most of them."""
     x = torch.full((8, 40), -1e-12)
     x[:, 0] = 1.0
-    stores = {path: stored(path, x, "fp8") for path in PATHS}
-    for path, store in stores.items():
-        with on(path, ZO(bits=4)) as way:
-            update(store, grads(1.0), Key(1, 0), way, 1e-12)
-    assert all(same(stores["cpu"]["w"], store["w"]) for store in stores.values())
+    for zo in (ZO(bits=4), SparseZO(cell=8)):
+        stores = {path: stored(path, x, "fp8") for path in PATHS}
+        for path, store in stores.items():
+            with on(path, zo) as way:
+                update(store, grads(1.0), Key(1, 0), way, 1e-12)
+        assert all(same(stores["cpu"]["w"], store["w"]) for store in stores.values())
 
 
 @every_way
@@ -285,7 +289,7 @@ def on_gpu(lm: LanguageModel) -> LanguageModel:
     return type(lm)(lm.config, lm.raw_config, weights, lm.dtype, lm.format, lm.residual)
 
 
-@pytest.mark.parametrize("way", ["4 bits, one rounding", "8 bits, codes", "grid"])
+@pytest.mark.parametrize("way", ["4 bits, one rounding", "8 bits, codes", "sparse"])
 @pytest.mark.parametrize("weights, residual", [("fp32", 0), ("int8", 0), ("int4", 0), ("int4", 4), ("fp8", 0)])
 def test_fifty_steps_of_training_are_the_same_with_and_without_kernels(weights, residual, way):
     """Projected gradients and all bits; and the CPU redoes the same updates from the projected gradients."""
@@ -321,7 +325,7 @@ def test_compiled_blocks_and_products_of_codes(raw, probes):
         if way == "all":
             lm.compile_blocks()
     weights = models["fake"].weights
-    zo = gpu.estimator(ZO(grid=True, eps=1e-3, dtype=torch.bfloat16), "cuda")
+    zo = gpu.estimator(SparseZO(eps=1e-3, cell=64, dtype=torch.bfloat16), "cuda")
     view = models["fake"].stored_view()
     view = view if probes == 1 else PerturbedWeights(weights, Key(1, 2), zo, [(3, 1), (3, -1)], 2)
     with torch.no_grad():
@@ -332,8 +336,8 @@ def test_compiled_blocks_and_products_of_codes(raw, probes):
                 assert (logits - want).square().mean().sqrt() < 0.04 * want.square().mean().sqrt()
 
 
-GRAPHED = ["--weights int8 --direction-bits 4 --no-compile", "--weights int8 --direction-bits grid --compile",
-           "--weights int4 --direction-bits grid --queries 2 --micro-batch-size 5 --no-compile",
+GRAPHED = ["--weights int8 --direction-bits 4 --no-compile", "--weights int8 --direction-bits sparse --compile",
+           "--weights int4 --direction-bits sparse --queries 2 --micro-batch-size 5 --no-compile",
            "--weights fp8 --activations fp8 --compile", "--weights int8 --rounding nearest --no-compile",
            "--method adazeta --alpha 1 --beta 1", "--method adazeta --queries 3 --no-compile",
            "--method adazeta --queries 3 --compile",
@@ -353,7 +357,8 @@ def test_graphs_replay_the_same_steps(flags, tmp_path):
         lm, weights, n, at = problem.lm, train.trained(problem.lm), len(problem.train), 0
         assert problem.multiple == 8
         zo = gpu.estimator(train.estimator(c, lm), c.device, c.graphs)
-        assert type(zo) is (kernels.GraphedZO if name == "--graphs" else kernels.FusedZO)
+        ways = (sparse.GraphedSparseZO, sparse.FusedSparseZO) if c.cell else (kernels.GraphedZO, kernels.FusedZO)
+        assert type(zo) is ways[name == "--no-graphs"]
         for repeat in range(4):
             for longest in (8, 16, 23):
                 examples = [e for e in problem.train if e.width <= longest][:12]

@@ -7,7 +7,6 @@ every draw has a key, what passes once passes always.
 from __future__ import annotations
 
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from oracles import KEY, WORD, patterns, signed, words_like
 
 from quant import Integers
-from random_bits import Key, Purpose, bits16, bits32, permutation, philox, philox_blocks, second_uniform
+from random_bits import Key, Purpose, bits16, bits32, permutation, philox, philox_blocks
 
 # ---------------------------------------------------------------- random bits
 
@@ -98,52 +97,19 @@ def test_no_two_streams_share_a_block():
     assert len(drawn.unique(dim=0)) == len(keys) * len(Purpose) * 1000
 
 
-def test_bits_are_fair():
-    """Each of 32 bit places over n words: a fair coin's mean is off by 0.5 / sqrt(n) or so."""
-    words = bits32(KEY, Purpose.DIRECTION, torch.arange(100), 1000).flatten()
-    for place in range(32):
-        assert abs((words >> place & 1).double().mean() - 0.5) < 5 * 0.5 / len(words) ** 0.5
-
-
 @pytest.mark.parametrize("chance", [2.0**-16, 0.01, 0.7])
 def test_neighbours_that_share_bits_decide_apart(chance):
-    """Of eight neighbours, each pair is below a threshold together as often as apart, and up or down as often.
+    """Of eight neighbours, each pair is rounded up together as often as by chance.
 
     Where an upper half is as small as the threshold's, a neighbour's lower half is too: that is 2^-15 of the cases.
     """
     n, generator = 2**19, torch.Generator().manual_seed(0)
-    words = bits32(KEY, Purpose.DIRECTION, torch.randint(2**28, (n,), generator=generator), 8)
-    below = ((words & 0x7FFFFFFF) < int(chance * 2**31)).double()
-    sign = torch.where(words < 0, -1.0, 1.0).double()
-    together, product = below.T @ below / n, (below * sign).T @ (below * sign) / n
+    words = bits32(KEY, Purpose.WEIGHT_ROUNDING, torch.randint(2**28, (n,), generator=generator), 8)
+    below = ((words >> 1 & 0x7FFFFFFF) < int(chance * 2**31)).double()
+    together = below.T @ below / n
     for j, k in itertools.combinations(range(8), 2):
         assert abs(together[j, k] - chance**2) < 5 * (chance**2 / n) ** 0.5 + 3 / n + 2.0**-15 * chance
-        assert abs(product[j, k]) < 5 * (chance**2 / n) ** 0.5 + 3 / n
     assert ((below.mean(0) - chance).abs() < 5 * (chance / n) ** 0.5 + 3 / n).all()
-
-
-def unevenness(n: int, start: int) -> float:
-    """Of n neighbouring words: the largest difference between f and the share below 2^32 f, times n.
-
-    The worst f are at the words themselves, just before each and just after.
-    """
-    places = second_uniform(torch.arange(start, start + n).to(torch.int32)).to(torch.int64) & 0xFFFFFFFF
-    ahead = places.sort().values.double() / 2**32 * n - torch.arange(n)
-    return float(torch.maximum(ahead.max(), 1 - ahead.min()))
-
-
-@pytest.mark.parametrize("start", [0, 1_000_003, 2**31 - 2**20])
-def test_second_uniforms_lie_evenly(start):
-    for n in (*range(1, 300), *range(300, 1000, 7), 4096, 2**20):
-        assert unevenness(n, start) <= (2 + math.log(n)) / 2
-
-
-def test_second_uniforms_by_hand():
-    """What recorded runs are redone from.  The top bit is not used."""
-    words = torch.tensor([0, 1, 2, 3, 2**31 - 1, 123456789]).to(torch.int32)
-    want = [(int(word) * 0x9E3778FE) % 2**32 for word in words]
-    assert [int(word) & 0xFFFFFFFF for word in second_uniform(words)] == want
-    assert torch.equal(second_uniform(words), second_uniform(words | -(2**31)))
 
 
 def test_nothing_touches_the_global_generator():

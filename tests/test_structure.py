@@ -245,13 +245,13 @@ def test_tests_readme_names_tests_that_exist():
 
 
 def test_every_flag_is_a_field_and_every_default_has_one_home(capsys):
-    """A field's default is its own, or None, and then in tables by method, grid and files.  Nothing else has flags, and
-    each flag is used by a document or a test."""
+    """A field's default is its own, or None, and then in tables by method, directions, files.  Nothing else has flags,
+    and each flag is used by a document or a test."""
     names = {f.name for f in fields(config.Config)}
     without = {f.name for f in fields(config.Config) if f.default is None}
     assert set(config.DEFAULTS) == set(config.TINY_DEFAULTS) == set(config.METHODS)
-    tables = config.DEFAULTS, config.TINY_DEFAULTS, config.ADAPTER_DEFAULTS, config.GRID_DEFAULTS, config.FILE_DEFAULTS
-    for case in (case for table in tables for case in table.values()):
+    tables = config.DEFAULTS, config.TINY_DEFAULTS, config.ADAPTER_DEFAULTS
+    for case in (case for table in (*tables, config.SPARSE_DEFAULTS, config.FILE_DEFAULTS) for case in table.values()):
         assert set(case) <= without
     with pytest.raises(SystemExit):
         config.parse(["--help"])

@@ -8,7 +8,7 @@ Needs matplotlib.  Every figure is a white card with text as outlines, so that i
 and on every machine; equal versions of matplotlib give equal bytes.  What is plotted is computed here with the
 project's own rounding and random bits, or copied from the tables of RESULTS.md.
 
-Shape key: N weights, T steps.  Imports quant, random_bits.
+Shape key: N weights, T steps.  Imports quant, random_bits, zo_optim.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from matplotlib.path import Path as Outline
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from quant import stochastic_round  # noqa: E402 (found only after the line above)
+from quant import Integers, stochastic_round  # noqa: E402 (found only after the line above)
 from random_bits import Key, Purpose, bits16, bits32, tensor_id  # noqa: E402
+from zo_optim import SparseZO  # noqa: E402
 
 WIDTH = 700  # pixels of every figure; 1 px is 0.75 pt
 INK, MUTED, FAINT = "#1f2933", "#5a6572", "#d5dae0"
@@ -287,59 +288,63 @@ def corners(values: torch.Tensor) -> tuple[list[float], list[float]]:
     return [*x, len(values)], [*y, last]
 
 
-# ---------------------------------------------------------------- 3. directions on the grid
+# ---------------------------------------------------------------- 3. sparse directions
 
-ROWS, COLUMNS, GROUP_SIZE = 128, 512, 128
-EPS, STRIDE, STEP_LENGTH = 2e-4, 1, 5e-4  # STEP_LENGTH: lr * |projected gradient|
-
-
-def int4_weights(key: Key) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gaussian weights of standard deviation 0.05 as int4 -> codes and spacings, both [ROWS, COLUMNS] float32."""
-    groups = (0.05 * gaussian(key, ROWS, COLUMNS)).view(ROWS, -1, GROUP_SIZE)
-    spacing = groups.abs().amax(-1, keepdim=True) / 7
-    return (groups / spacing).round().view(ROWS, COLUMNS), spacing.expand_as(groups).reshape(ROWS, COLUMNS)
+ROWS, COLUMNS = 128, 512
+EPS, CELL, STEP_LENGTH = 2.5e-4, 1024, 6e-4  # STEP_LENGTH: lr * |projected gradient|
 
 
-def grid_direction(key: Key, spacing: torch.Tensor, h: float) -> torch.Tensor:
-    """u: +-t / h with probability (h / t)^2 / 2 each, else 0, for t = max(spacing, h): [ROWS, COLUMNS] float32."""
-    t = spacing.clamp(min=h)
-    bits = bits32(key, Purpose.DIRECTION, torch.arange(ROWS), COLUMNS)
-    hit = (bits & 0x7FFFFFFF) < (h / t) ** 2 * 2.0**31
-    return torch.where(hit, torch.where(bits < 0, -t, t), 0.0) / h
+def int4_weights(key: Key) -> Integers:
+    """Gaussian weights of standard deviation 0.05 as int4 codes [ROWS, COLUMNS]."""
+    return Integers.encode(0.05 * gaussian(key, ROWS, COLUMNS), 4)
 
 
-def one_update(direction: torch.Tensor, spacing: torch.Tensor, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
+def gaussian_draw(key: Key, store: Integers) -> tuple[torch.Tensor, torch.Tensor]:
+    """u in every weight, float32, and the bits that a step along it is rounded by, int32: both [ROWS, COLUMNS]."""
+    return gaussian(key, ROWS, COLUMNS), bits32(key, Purpose.WEIGHT_ROUNDING, torch.arange(ROWS), COLUMNS)
+
+
+def sparse_draw(key: Key, store: Integers) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of a sparse direction, 0 where it moves nothing."""
+    hits = SparseZO(eps=EPS, cell=CELL).hits(store, key)
+    u, bits = torch.zeros(ROWS, COLUMNS), torch.zeros(ROWS, COLUMNS, dtype=torch.int32)
+    u[hits.places], bits[hits.places] = hits.move() / EPS, hits.random_bits
+    return u, bits
+
+
+def one_update(draw: tuple[torch.Tensor, torch.Tensor], spacing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The step STEP_LENGTH * u and what of it lands on the codes -> both [ROWS, COLUMNS], in spacings."""
-    wanted = STEP_LENGTH * direction / spacing
-    return wanted, stochastic_round(wanted, bits32(key, Purpose.WEIGHT_ROUNDING, torch.arange(ROWS), COLUMNS))
+    wanted = STEP_LENGTH * draw[0] / spacing
+    return wanted, stochastic_round(wanted, draw[1])
 
 
-def grid_directions() -> None:
-    key, draws = Key(seed=0, step=2, tensor=tensor_id("grid")), 24
-    _, spacing = int4_weights(key._replace(seed=1))
-    h = EPS / STRIDE
+def sparse_directions() -> None:
+    key, draws = Key(seed=0, step=12018, tensor=tensor_id("sparse")), 24  # of this step no two dots touch
+    store = int4_weights(key._replace(seed=1))
+    spacing = store.spacing(slice(None))
     kinds = {
-        "Gaussian direction: every weight, by a little": (lambda k: gaussian(k, ROWS, COLUMNS), GOLD),
-        "grid direction: a few weights, by whole codes": (lambda k: grid_direction(k, spacing, h), GREEN),
+        "Gaussian direction: every weight, by a little": (gaussian_draw, GOLD),
+        "sparse direction: a few weights, by whole codes": (sparse_draw, GREEN),
     }
     title = f"int4: what one probe and one update do to {ROWS * COLUMNS:,} weights"
     sizes = rf"spacing $s \approx {float(spacing.mean()):.2f}$,  $\epsilon$ = {EPS:g},  $\eta g$ = {STEP_LENGTH:g}"
-    fig, whole = card(604, title, sizes + " in both rows; both steps land by stochastic rounding")
-    first_hit = int(grid_direction(key, spacing, h).flatten().nonzero()[0])
+    fig, whole = card(604, title, f"{sizes},  cells of {CELL:,}; both steps are rounded stochastically")
+    first_hit = int(sparse_draw(key, store)[0].flatten().nonzero()[0])
     for i, (name, (draw, colour)) in enumerate(kinds.items()):
         top = 86 + 218 * i
         write(whole, 22, top, name, colour, "left", weight="bold", fontsize=10)
-        probe = (EPS * draw(key) / spacing).flatten()[first_hit - 20 : first_hit + 28]
+        probe = (EPS * draw(key, store)[0] / spacing).flatten()[first_hit - 20 : first_hit + 28]
         plot_probe(panel(fig, 58, top + 44, 150, 120), probe, colour)
-        plot_moves(panel(fig, 240, top + 44, 210, 120), one_update(draw(key), spacing, key)[1])
-        steps = [one_update(draw(k), spacing, k) for k in (key._replace(step=t) for t in range(draws))]
+        plot_moves(panel(fig, 240, top + 44, 210, 120), one_update(draw(key, store), spacing)[1])
+        steps = [one_update(draw(key._replace(step=step), store), spacing) for step in range(draws)]
         size = sum(float((wanted * spacing).square().sum()) for wanted, _ in steps)
         noise = sum(float(((landed - wanted) * spacing).square().sum()) for wanted, landed in steps)
         plot_noise(panel(fig, 484, top + 44, 186, 120), noise / size)
     formula = (
-        r"Grid direction: $h\,u = \pm t$ with probability $(h/t)^2/2$ each, else 0, where $h = \epsilon$ / stride and "
-        r"$t$ = max($s$, $h$).",
-        r"Then $E[u]=0$ and $E[uu^T]=I$, as for a Gaussian.",
+        r"Sparse direction: of each cell one weight, at random, moves by $\epsilon u = \pm M$ with probability "
+        r"$(t/M)^2$, where $t = \epsilon\sqrt{cell}$",
+        r"and $M$ is the least whole number of spacings that reaches $t$. Then $E[u]=0$ and $E[uu^T]=I$, "
+        r"as for a Gaussian.",
         r"Landing a step $d$ without bias adds a variance of at least $|d|\,(s-|d|)$ where $|d|<s$: far above $d^2$ "
         r"where $d$",
         "is small, and nothing where $d$ is a whole number of spacings.",
@@ -348,9 +353,9 @@ def grid_directions() -> None:
         write(whole, 22, 530 + 19 * i, line, ha="left", fontsize=SMALL)
     description = (
         "Of int4 weights, a Gaussian direction's step moves many codes at random, with a rounding noise far above the "
-        "step; a grid direction's moves a few, nearly without noise."
+        "step; a sparse direction's moves a few, nearly without noise."
     )
-    save(fig, "grid_directions", description)
+    save(fig, "sparse_directions", description)
 
 
 def plot_probe(ax: Axes, probe: torch.Tensor, colour: str) -> None:
@@ -500,7 +505,7 @@ def accuracy_memory() -> None:
         "Dots: three seeds; bar: their mean (standard deviation). 872 test sentences alone make an error of ±1.35.",
         "Forward-only: 2,000 steps of batch 32; AdamW: 300. Memory: 16 × 64 tokens. Fake int8 keeps fp32 masters, and",
         "its accuracy is with int8 activations; AdamW's accuracy is of fp32, its memory of bf16.",
-        "Grid directions are this project's; those of the papers are Gaussian (MeZO) and 4-bit Gaussian (QuZO).",
+        "Grid directions were this project's, before sparse ones; the papers' are Gaussian (MeZO) and 4-bit (QuZO).",
     )
     for i, line in enumerate(notes):
         write(ax, 22, 469 + 17 * i, line, MUTED, "left", fontsize=SMALL)
@@ -558,7 +563,7 @@ def demo_curve() -> None:
     save(fig, "demo_curve", "The demo's training loss, dev loss and dev accuracy over its steps.")
 
 
-FIGURES = {f.__name__: f for f in (step, rounding, grid_directions, tensor_train, accuracy_memory, demo_curve)}
+FIGURES = {f.__name__: f for f in (step, rounding, sparse_directions, tensor_train, accuracy_memory, demo_curve)}
 
 
 def draw(name: str) -> None:
