@@ -171,6 +171,7 @@ TINY_DEFAULTS = {
 SPARSE_DEFAULTS = {
     "sparse": dict(eps=1e-3, cell=1024, clip=3.0), "sparse on int4": dict(eps=2.5e-4, cell=256, clip=3.0),
     "sparse with rounded activations": dict(eps=2e-3, cell=256, clip=3.0),
+    "sparse on the embedded model": dict(eps=1e-3, cell=64, clip=3.0),
 }  # fmt: skip
 
 CALIBRATION = 128  # prompts, where a format is coarse enough to need any: int4 and fp8 of a real model
@@ -232,7 +233,7 @@ def resolve_defaults(c: Config) -> Config:
     bits = c.direction_bits or table.get("direction_bits")
     if bits == "sparse":
         case = " with rounded activations" if c.activations != "none" else " on int4" if c.weights == "int4" else ""
-        table |= SPARSE_DEFAULTS["sparse" + case]
+        table |= SPARSE_DEFAULTS["sparse" + (" on the embedded model" if c.model == "tiny" else case)]
     table["estimator"] = "q-rge2" if bits not in (None, "full", "sparse") else None
     table |= TINY_DEFAULTS[c.method] if c.model == "tiny" else {}
     if c.method == "adazeta" and c.queries is not None:  # a fixed number instead of the schedule

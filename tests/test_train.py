@@ -399,19 +399,19 @@ def test_help_comes_in_groups(capsys):
 # ---------------------------------------------------------------- defaults by method, weights and device
 
 GIVEN = {  # flags, beside --model roberta-base: what they come to
-    "--weights int8": dict(direction_bits="sparse", eps=1e-3, cell=1024, estimator=None),
-    "--weights int4": dict(direction_bits="sparse", eps=2.5e-4, cell=1024),
+    "--weights int8": dict(direction_bits="sparse", eps=1e-3, cell=1024, estimator=None, calibrate=0),
+    "--weights int4": dict(direction_bits="sparse", eps=2.5e-4, cell=256, clip=3.0, calibrate=128),
     "--weights fp8": dict(direction_bits="sparse", eps=1e-3, cell=1024),
     "--weights fp32": dict(direction_bits="sparse", eps=1e-3, cell=1024),
-    "--weights int8 --direction-bits 4": dict(direction_bits="4", eps=1e-3, cell=None, estimator="q-rge2"),
+    "--weights int8 --direction-bits 4": dict(direction_bits="4", eps=1e-3, cell=None, clip=None, estimator="q-rge2"),
     "--weights int4 --direction-bits 3": dict(direction_bits="3", eps=1e-3, cell=None),
-    "--weights int4 --eps 0.5": dict(direction_bits="sparse", eps=0.5, cell=1024),
-    "--weights int4 --activations int8": dict(direction_bits="sparse", eps=1e-3, cell=1024),
-    "--weights int4 --activations int8 --cell 64": dict(direction_bits="sparse", eps=1e-3, cell=64),
+    "--weights int4 --eps 0.5": dict(direction_bits="sparse", eps=0.5, cell=256),
+    "--weights int4 --activations int8": dict(direction_bits="sparse", eps=2e-3, cell=256),
+    "--weights int4 --activations int8 --cell 64": dict(direction_bits="sparse", eps=2e-3, cell=64),
     "--model tiny --weights int8": dict(direction_bits="4", eps=1e-3, cell=None, estimator="q-rge2"),
-    "--model tiny --weights int8 --direction-bits sparse": dict(direction_bits="sparse", eps=1e-3, cell=1024),
-    "--model tiny --weights int4": dict(direction_bits="sparse", eps=1e-3, cell=1024, estimator=None),
-    "--model tiny --weights fp8": dict(direction_bits="sparse", eps=1e-3, cell=1024),
+    "--model tiny --weights int8 --direction-bits sparse": dict(direction_bits="sparse", eps=1e-3, cell=64),
+    "--model tiny --weights int4": dict(direction_bits="sparse", eps=1e-3, cell=64, calibrate=0, estimator=None),
+    "--model tiny --weights fp8": dict(direction_bits="sparse", eps=1e-3, cell=64),
     "--method mezo": dict(direction_bits="full", eps=1e-3, cell=None, steps=20000, lr=1e-6, batch_size=16,
                           weights="bf16"),
     "--method adazeta --weights int4": dict(direction_bits="full", cell=None),
@@ -460,6 +460,21 @@ def test_a_gpu_without_triton_gets_no_graphs(monkeypatch):
     for flag in ("--graphs", "--compile"):
         with pytest.raises(ValueError, match="need Triton"):
             check_products(parse([*cuda, flag]))
+
+
+def test_projected_gradients_are_held_within_three_root_mean_squares(run):
+    """Of all before, from the 16th on, as they were stepped along: the record has those, and is replayed as it is."""
+    done = run("--weights int4 --eval-every 5 --steps 30 --lr 3e-3 --clip 1.0")
+    rows, clipped, before = done.rows("projected_grad"), 0, []
+    for row in rows:
+        rms = (sum(g * g for g in before) / len(before)) ** 0.5 if len(before) >= 16 else float("inf")
+        plain = (row["plus"][0] - row["minus"][0]) / (2 * done.config()["flags"]["eps"])
+        (g,) = row["projected_grad"]
+        assert g == pytest.approx(max(-rms, min(rms, plain)), rel=1e-12)
+        clipped += g != plain
+        before.append(g)
+    assert 0 < clipped < len(rows) - 16
+    assert train.main(["--replay", str(done.folder)]) == 0
 
 
 # ---------------------------------------------------------------- what is refused
@@ -527,8 +542,8 @@ REFUSED = {
     "--method adazeta --direction-bits sparse": "adapters are floats",
     "--method lora --optimizer zo --direction-bits sparse": "adapters are floats",
     "--method fo --cell 64": "--cell means nothing beside --method fo",
-    "--weights int8 --cell 64": "--cell is about sparse directions; --direction-bits is 4",
-    "--method adazeta --cell 64": "--cell is about sparse directions; --direction-bits is full",
+    "--weights int8 --cell 64": "--cell needs --direction-bits sparse, got 4",
+    "--method adazeta --cell 64": "--cell needs --direction-bits sparse, got full",
     "--weights int4 --cell 100": "--cell must be a power of two, got 100",
     "--weights int4 --cell 4": "--cell must be in [8, 1073741824], got 4",
     "--weights int4 --estimator q-rge1": "--estimator q-rge1 is about rounding directions",
@@ -538,7 +553,7 @@ REFUSED = {
     "--weights int4 --probe codes": "are not for --direction-bits sparse",
     "--weights fp8 --rounding nearest": "are not for --direction-bits sparse",
     "--dry-run --model llama2-7b --probe codes": "are not for --direction-bits sparse",
-    "--dry-run --model llama2-7b --direction-bits 4 --cell 64": "--cell is about sparse directions",
+    "--dry-run --model llama2-7b --direction-bits 4 --cell 64": "--cell needs --direction-bits sparse",
     "--compute fp8": "--compute fp8 multiplies codes by codes",
     "--weights fp8 --activations int8 --compute fp8": "--compute fp8 multiplies codes by codes",
     "--weights fp8 --activations fp8 --compute fp8 --direction-bits 4": "by quzo with --direction-bits sparse",

@@ -176,6 +176,20 @@ def test_a_loss_that_is_not_finite_stops_the_step_before_it_writes(bad):
         assert same(store, before) and len(seen) == 2
 
 
+def test_a_projected_gradient_is_clipped_before_it_is_stepped_along():
+    """The losses stay as they are; a clip larger than all changes no bit."""
+    plain, loose, tight = toy("int8"), toy("int8"), toy("int8")
+    done = zo_step(plain, toy_loss, KEY, ZO(0.01, 3, bits=4), 1e-3)
+    g = done.projected_grads
+    clip = g.abs().median().item()
+    assert torch.equal(zo_step(loose, toy_loss, KEY, ZO(0.01, 3, bits=4), 1e-3, 1e9).projected_grads, g)
+    clipped = zo_step(tight, toy_loss, KEY, ZO(0.01, 3, bits=4), 1e-3, clip)
+    assert torch.equal(clipped.projected_grads, g.clamp(-clip, clip)) and torch.equal(clipped.plus, done.plus)
+    redone = toy("int8")
+    update(redone, clipped.projected_grads, KEY, ZO(0.01, 3, bits=4), 1e-3)
+    assert same(plain, loose) and same(tight, redone) and not same(tight, plain)
+
+
 def test_adapters_alone_are_trained():
     """Their vector, by -lr / Q sum of g u2; every other bit of the model stays, the adapters' starting values too."""
     lm = tiny("int8")
