@@ -17,7 +17,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from quant import E4M3, INTEGERS, FakeQuantised, Float, Fp8, Integers, encode, group_size, positive_scales
+from quant import E4M3, INTEGERS, FakeQuantised, Float, Fp8, Integers, encode, group_size, integer_scales
 
 DAMPING = 0.01  # times the mean of H's diagonal, is added to it (the paper's)
 CLIPS = 20  # scales that are tried, from a group's largest size down to 0.4 of it
@@ -146,8 +146,9 @@ def searched_scales(w: Tensor, bits: int, importance: Tensor) -> Tensor:
     weight = torch.nn.functional.pad(importance, padding).view(-1, size)
     largest, best = groups.abs().amax(2), None
     for i in range(CLIPS):
-        scale = positive_scales(largest * (1 - 0.6 * i / CLIPS), max_code)
-        rounded = (groups / scale[..., None]).round().clamp(-max_code, max_code) * scale[..., None]
+        scale = integer_scales(largest * (1 - 0.6 * i / CLIPS), bits)
+        unit = scale.float()[..., None]
+        rounded = (groups / unit).round().clamp(-max_code, max_code) * unit
         error = ((rounded - groups).square_() * weight).sum(2)
         if best is None:
             best, least = scale, error

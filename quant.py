@@ -143,8 +143,8 @@ class FakeQuantised(Store):
         matrix = tensor.flatten(1)
         group = group_size(bits, matrix.shape[1])
         largest = torch.stack([columns.abs().amax(1) for columns in matrix.float().split(group, 1)], 1)
-        scales = positive_scales(largest, 2 ** (bits - 1) - 1)
-        scale = scales.repeat_interleave(group, 1)[:, : matrix.shape[1]]
+        scales = integer_scales(largest, bits)
+        scale = scales.float().repeat_interleave(group, 1)[:, : matrix.shape[1]]
         store = cls(matrix, scale, bits, residual_bits, scales)
         store.value = store.weight(nearest_fine(matrix.float() / store.fine_step(), store.max_fine, residual_bits))
         store.describe(store.value, tensor.shape)
@@ -207,12 +207,18 @@ class FakeQuantised(Store):
 
 # ---------------------------------------------------------------- packed integer codes
 
-GROUP_SIZE = 128  # input columns that share one int4 scale
+GROUP_SIZE = 32  # input columns that share one int4 scale, of 16 bits: 4.5 bits a weight in all
 
 
 def group_size(bits: int, columns: int) -> int:
     """How many of a row's columns share a scale."""
-    return columns if bits == 8 else GROUP_SIZE
+    return max(columns, 1) if bits == 8 else GROUP_SIZE
+
+
+def integer_scales(largest: Tensor, bits: int) -> Tensor:
+    """Scales [R, G] that take each group's largest size to the largest code; int4's as bfloat16."""
+    scale = positive_scales(largest, 2 ** (bits - 1) - 1)
+    return scale if bits == 8 else scale.to(torch.bfloat16)
 
 
 MIN_SCALE = 2.0**-100  # 1e-30: far from where float32 loses bits, also for the fine steps and fp8's spacing
@@ -222,8 +228,8 @@ MIN_SCALE = 2.0**-100  # 1e-30: far from where float32 loses bits, also for the 
 class Integers(Store):
     """A matrix kept as int8 codes [R, C] or packed int4 codes, uint8 [R, ceil(C / 2)]: w = code * scale.
 
-    int8 has one float32 scale per output channel, scale [R, 1]; int4 one per group of 128 columns,
-    [R, ceil(C / 128)].  Codes reach from -max_code to max_code, 127 or 7: the lowest two's complement number is unused,
+    int8 has one float32 scale per output channel, scale [R, 1]; int4 one bfloat16 scale per group of 32 columns,
+    [R, ceil(C / 32)].  Codes reach from -max_code to max_code, 127 or 7: the lowest two's complement number is unused,
     so that +w and -w quantise alike.  Scales never change after encoding, so a group's grid stays the same.
 
     With b residual bits the store is finer by 2^b: fine = code * 2^b + residual, with the residual in
@@ -251,7 +257,7 @@ class Integers(Store):
         chunks = row_chunks(tuple(matrix.shape), matrix.device)  # no second copy of a large matrix in float32
         if scale is None:
             largest = torch.cat([_group_max(matrix[rows].float(), bits) for rows in chunks])
-            scale = positive_scales(largest, 2 ** (bits - 1) - 1)
+            scale = integer_scales(largest, bits)
         stored = cls.empty(tensor.shape, bits, residual_bits, scale)
         for rows in chunks:
             fine_steps = matrix[rows].float() / (stored.spacing(rows) * 2.0**-residual_bits)
@@ -299,8 +305,8 @@ class Integers(Store):
     def spacing(self, rows: slice | Tensor | Places) -> Tensor:
         """The scale of each element, [r, 1] or [r, C]."""
         if isinstance(rows, tuple):
-            return self.scale[rows[0], rows[1] // group_size(self.bits, self.matrix_shape[1])]
-        scale = self.scale[rows]
+            return self.scale[rows[0], rows[1] // group_size(self.bits, self.matrix_shape[1])].float()
+        scale = self.scale[rows].float()
         return scale if scale.shape[1] == 1 else scale.repeat_interleave(GROUP_SIZE, 1)[:, : self.matrix_shape[1]]
 
     def dequantise(self, rows: slice | Tensor = slice(None)) -> Tensor:
@@ -549,9 +555,10 @@ def tensor_specs(shape: torch.Size, weights: str, residual_bits: int = 0) -> dic
     if weights == "fp8":
         return {"": (E4M3.dtype, torch.Size((R, C))), ".scale": (torch.float32, torch.Size((R, 1)))}
     bits = INTEGERS[weights]
+    groups = torch.Size((R, math.ceil(C / group_size(bits, C))))
     specs = {
         "": (torch.int8 if bits == 8 else torch.uint8, torch.Size((R, math.ceil(C * bits / 8)))),
-        ".scale": (torch.float32, torch.Size((R, 1 if bits == 8 else math.ceil(C / GROUP_SIZE)))),
+        ".scale": (torch.float32 if bits == 8 else torch.bfloat16, groups),
     }
     if residual_bits:
         specs[".residual"] = (torch.uint8, torch.Size((R, math.ceil(C * residual_bits / 8))))

@@ -282,13 +282,13 @@ def _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND: tl.constexpr, ONE_RO
         unit = tl.full([group.shape[0], 1], 1.0, tl.float32)
     elif ONE_ROW:
         first = tl.program_id(0) * group.shape[0] + tl.arange(0, 1)
-        unit = tl.load(scale + _row(first, MAGIC, SHIFT))[:, None]
+        unit = tl.load(scale + _row(first, MAGIC, SHIFT)).to(tl.float32)[:, None]
     else:
         row = _row(group, MAGIC, SHIFT)
         if KIND == "int4":
             column = (group - row * PER_ROW).to(tl.uint32)
             row = row * tl.cdiv(PER_ROW * 8, GROUP_) + (column // (GROUP_ // 8)).to(tl.int32)
-        unit = tl.load(scale + row, mask=whole, other=1)[:, None]
+        unit = tl.load(scale + row, mask=whole, other=1).to(tl.float32)[:, None]
     return unit
 
 

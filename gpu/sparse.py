@@ -80,7 +80,7 @@ def _hit(
         if KIND == "bf16":
             below, above = _cut(below, _outward(below, -1), 16), _cut(above, _outward(above, 1), 16)
     else:
-        unit = tl.load(scale + row * groups + column // group_size, mask=live, other=1.0)
+        unit = tl.load(scale + row * groups + column // group_size, mask=live, other=1.0).to(tl.float32)
         far = tl.div_rn(target, unit)
         if KIND == "fp8":
             below, above = code - far, code + far

@@ -174,7 +174,7 @@ SPARSE_DEFAULTS = {
     "sparse on the embedded model": dict(eps=1e-3, cell=64, clip=3.0),
 }  # fmt: skip
 
-CALIBRATION = 128  # prompts, where a format is coarse enough to need any: int4 and fp8 of a real model
+CALIBRATION = 1024  # prompts, where a format is coarse enough to need any: int4 and fp8 of a real model
 
 FILE_DEFAULTS = {  # of tasks that are read from files: which few-shot split, or how MeZO draws from the full ones
     "k-shot files": dict(data_dir="datasets", data_seed=42),

@@ -162,12 +162,15 @@ def numbers(stored: Store, weights: str, residual: int = 0) -> Tensor:
     return codes_of(stored, weights) + rest / 2**residual
 
 
+GROUP = 32  # columns that share one int4 scale
+
+
 def scales_of(stored: Store, weights: str) -> Tensor:
-    """Each element's own scale, [R, C] float32: its row's, or of int4 its group of 128 columns'."""
+    """Each element's own scale, [R, C] float32: its row's, or of int4 its group of 32 columns'."""
     if weights in FLOATS:
         return torch.ones(stored.shape)
     scale = stored.tensors()[".scale"]
-    return torch.stack([scale[:, c // 128 if weights == "int4" else 0] for c in range(columns_of(stored))], 1)
+    return torch.stack([scale[:, c // GROUP if weights == "int4" else 0] for c in range(columns_of(stored))], 1).float()
 
 
 def store_of(number: Tensor, weights: str, residual: int = 0, unit: float = 0.37) -> Store:
@@ -175,8 +178,8 @@ def store_of(number: Tensor, weights: str, residual: int = 0, unit: float = 0.37
     R, C = number.shape
     if weights in FLOATS:
         return Float(number.to(torch.bfloat16 if weights == "bf16" else torch.float32))
-    scale = unit * 2.0 ** torch.arange(R * -(-C // 128)).remainder(5).view(R, -1)
-    tensors = {".scale": scale if weights == "int4" else scale[:, :1].contiguous()}
+    scale = unit * 2.0 ** torch.arange(R * -(-C // GROUP)).remainder(5).view(R, -1)
+    tensors = {".scale": scale.bfloat16() if weights == "int4" else scale[:, :1].contiguous()}
     if weights == "fp8":
         tensors[""] = number.float().to(torch.float8_e4m3fn)
     else:

@@ -19,6 +19,7 @@ from oracles import (
     ALL,
     BITS,
     GRIDS,
+    GROUP,
     KEY,
     MAX_CODES,
     QUANTISED,
@@ -104,7 +105,7 @@ def test_single_elements_are_read_and_written_in_the_layout(bits, rows, columns,
 
 
 def awkward(weights: str, residual: int) -> Tensor:
-    """[rows, 128] float32: all points, the middles between them, and the floats beside each middle.
+    """[rows, 32] float32: all points, the middles between them, and the floats beside each middle.
 
     Every row begins with the largest code, which makes its scale 1; a row is one of int4's groups.
     """
@@ -113,7 +114,7 @@ def awkward(weights: str, residual: int) -> Tensor:
     beside = [torch.nextafter(middle, torch.tensor(to)) for to in (np.inf, -np.inf)]
     x = torch.cat((grid.float(), middle, *beside))
     x = x[(x.abs() <= end) & ((x == 0) | (x.abs() > 1e-30))]  # the floats beside 0 would not survive a scale
-    x = torch.nn.functional.pad(x, (0, -len(x) % 127)).view(-1, 127)
+    x = torch.nn.functional.pad(x, (0, -len(x) % 31)).view(-1, 31)
     return torch.nn.functional.pad(x, (1, 0), value=float(end))
 
 
@@ -123,7 +124,7 @@ def test_encode_finds_the_nearest_of_all_points(weights, residual):
     x = awkward(weights, residual)
     scale = 2.0 ** (torch.arange(len(x)) % 41 - 20)[:, None]
     stored = encode(x * scale, weights, residual)
-    assert torch.equal(stored.tensors()[".scale"], scale)
+    assert torch.equal(stored.tensors()[".scale"].float(), scale)
     assert torch.equal(numbers(stored, weights, residual), nearest(x.double(), points(weights, residual)))
 
 
@@ -137,21 +138,22 @@ def check_nearest(stored: Store, x: Tensor, weights: str, residual: int) -> None
 def scales_by_hand(matrix: Tensor, weights: str) -> Tensor:
     """Each element's own, [R, C] float32: the largest size of its group, over the largest code."""
     end, C = points(weights)[-1].float(), matrix.shape[1]
-    width = 128 if weights == "int4" else C
+    width = GROUP if weights == "int4" else C
     largest = [[max(map(abs, row[c : c + width])) for c in range(0, C, width)] for row in matrix.tolist()]
-    return torch.tensor([[row[c // width] for c in range(C)] for row in largest]) / end
+    scale = torch.tensor([[row[c // width] for c in range(C)] for row in largest]) / end
+    return scale.bfloat16().float() if weights == "int4" else scale
 
 
 @every_grid
 def test_encode_in_groups_of_all_widths(weights, residual):
     """Rows and groups differ by powers of 30, so a wrong one's scale would show; the largest size becomes the largest
     code.  The tensors are as tensor_specs says."""
-    for columns in (1, 2, 7, 127, 128, 129, 300):
-        x = gaussian(5, columns) * 30.0 ** (torch.arange(5)[:, None] - 2 - torch.arange(columns) // 128)
+    for columns in (1, 2, 7, 31, 32, 33, 300):
+        x = gaussian(5, columns) * 30.0 ** (torch.arange(5)[:, None] - 2 - torch.arange(columns) // GROUP)
         stored, scale, end = encode(x, weights, residual), scales_by_hand(x, weights), points(weights)[-1]
         assert torch.equal(scales_of(stored, weights), scale)
         check_nearest(stored, x, weights, residual)
-        is_largest = (x.abs() / scale - float(end)).abs() < 1e-4 * float(end)
+        is_largest = (x.abs() / scale - float(end)).abs() < 4e-3 * float(end)  # a scale of bfloat16 is off by 2^-9
         assert is_largest.sum() >= 5
         assert torch.equal(codes_of(stored, weights)[is_largest], x[is_largest].double().sign() * end)
         kinds = {suffix: (tensor.dtype, tensor.shape) for suffix, tensor in stored.tensors().items()}
@@ -164,7 +166,7 @@ def test_a_zero_group_is_exact_and_learns(weights):
     one spacing then takes each code to the grid's first point."""
     assert (encode(torch.zeros(3, 130), weights).tensors()[".scale"] == 1).all()
     x = gaussian(4, 300)
-    x[2], x[1, 128:256], x[3, 256:] = 0, 0, 0
+    x[2], x[1, 32:64], x[3, 288:] = 0, 0, 0
     stored, zero = encode(x, weights), x == 0
     scale = scales_of(stored, weights)
     assert (scale[zero if weights == "int4" else [2]] == scales_by_hand(x, weights).max()).all()
@@ -204,7 +206,7 @@ def test_encode_with_given_scales_is_nearest_on_that_grid(weights, residual):
     x = gaussian(4, 150)
     scale = encode(x, weights, residual).tensors()[".scale"] * 0.5
     stored = encode(x, weights, residual, scale=scale)
-    assert torch.equal(stored.tensors()[".scale"], scale)
+    assert torch.equal(stored.tensors()[".scale"].float(), scale)
     check_nearest(stored, x, weights, residual)
     assert ((x.double() / scales_of(stored, weights)).abs() > points(weights)[-1]).sum() > 5
 

@@ -400,7 +400,7 @@ def test_help_comes_in_groups(capsys):
 
 GIVEN = {  # flags, beside --model roberta-base: what they come to
     "--weights int8": dict(direction_bits="sparse", eps=1e-3, cell=1024, estimator=None, calibrate=0),
-    "--weights int4": dict(direction_bits="sparse", eps=2.5e-4, cell=256, clip=3.0, calibrate=128),
+    "--weights int4": dict(direction_bits="sparse", eps=2.5e-4, cell=256, clip=3.0, calibrate=1024),
     "--weights fp8": dict(direction_bits="sparse", eps=1e-3, cell=1024),
     "--weights fp32": dict(direction_bits="sparse", eps=1e-3, cell=1024),
     "--weights int8 --direction-bits 4": dict(direction_bits="4", eps=1e-3, cell=None, clip=None, estimator="q-rge2"),
