@@ -107,14 +107,13 @@ def compensated(tensor: Tensor, moments: Tensor, weights: str, residual_bits: in
     """A float matrix [R, C, ...] as codes, rounded column by column as its inputs' moments [C, C] say."""
     w, moments = tensor.flatten(1).float(), moments.clone()
     importance = moments.diagonal()
-    importance[importance == 0] = 1  # an input that is always 0: any rounding will do
     scale = None if weights == "fp8" else searched_scales(w, INTEGERS[weights], importance.float())
     store = encode(tensor, weights, residual_bits, scale=scale)
     largest = 0 if isinstance(store, Fp8) else store.max_code
     unit = (store.scale if isinstance(store, Fp8) else store.spacing(slice(None))).expand_as(w)
     order = importance.argsort(descending=True)
     moments = moments[order][:, order]
-    moments.diagonal().add_(DAMPING * importance.mean())
+    moments.diagonal().add_(DAMPING * importance.mean() + 1e-30)  # or of a layer without inputs, nothing at all
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True).float()
     w, unit, codes = w[:, order], unit[:, order], torch.empty_like(w)
     for start in range(0, w.shape[1], COLUMNS):

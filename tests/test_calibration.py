@@ -13,7 +13,7 @@ from torch import Tensor
 import calibration
 from calibration import calibrate, compensated, second_moments
 from model import LanguageModel, create
-from quant import Fp8, encode
+from quant import FakeQuantised, Fp8, encode
 from runtime.checkpoints import weights_sha256
 from train import main
 
@@ -70,7 +70,7 @@ def test_without_correlation_nothing_is_made_good(weights):
     w = gaussian(7, 12)
     store, plain = compensated(w, torch.eye(12).double(), weights), encode(w, weights)
     if weights == "fp8":
-        assert same_tensors(store, plain)
+        assert same_tensors(store, plain) and same_tensors(compensated(w, torch.zeros(12, 12).double(), "fp8"), plain)
     assert (store.dequantise() - w).square().sum() <= (plain.dequantise() - w).square().sum()
 
 
@@ -129,6 +129,7 @@ def test_a_calibrated_model_keeps_its_logits_better(raw, weights, residual):
         oracle = tiny(raw)
         calibrate(oracle, SEQUENCES, weights, residual, oracle=True)
         assert weights_sha256(oracle.weights) == weights_sha256(lm.weights)
+        assert all(isinstance(s, FakeQuantised) for s in oracle.weights.values() if len(s.shape) == 2)
 
 
 def test_layers_wait_for_another_pass_where_moments_would_not_fit(monkeypatch):

@@ -16,7 +16,7 @@ from runtime.run_folder import read_run, read_trajectory
 FLAGS = "--steps 8 --eval-every 3 --num-eval 16 --batch-size 8 --lr 1e-3 --device cpu".split()
 RUNS = {
     "int8": "",
-    "int4, sparse": "--weights int4",
+    "int4, sparse, clipped": "--weights int4 --queries 4 --clip 0.1",  # from the fifth step on
     "residual, two queries": "--weights int8 --residual 4 --queries 2 --lr-schedule constant",
     "fp32, warmup": "--method mezo --warmup 6 --lr-schedule linear",
     "adazeta": "--method adazeta --alpha 2 --beta 1 --max-queries 2 --batch-size 43",  # two epochs

@@ -462,18 +462,18 @@ def test_a_gpu_without_triton_gets_no_graphs(monkeypatch):
             check_products(parse([*cuda, flag]))
 
 
-def test_projected_gradients_are_held_within_three_root_mean_squares(run):
-    """Of all before, from the 16th on, as they were stepped along: the record has those, and is replayed as it is."""
-    done = run("--weights int4 --eval-every 5 --steps 30 --lr 3e-3 --clip 1.0")
+def test_projected_gradients_are_held_within_so_many_root_mean_squares(run):
+    """Of all before, from the 17th on, as they were stepped along: the record has those, and is replayed as it is."""
+    done = run("--weights int4 --eval-every 5 --steps 20 --lr 3e-3 --clip 0.1")
     rows, clipped, before = done.rows("projected_grad"), 0, []
     for row in rows:
-        rms = (sum(g * g for g in before) / len(before)) ** 0.5 if len(before) >= 16 else float("inf")
+        rms = 0.1 * (sum(g * g for g in before) / len(before)) ** 0.5 if len(before) >= 16 else float("inf")
         plain = (row["plus"][0] - row["minus"][0]) / (2 * done.config()["flags"]["eps"])
         (g,) = row["projected_grad"]
         assert g == pytest.approx(max(-rms, min(rms, plain)), rel=1e-12)
         clipped += g != plain
         before.append(g)
-    assert 0 < clipped < len(rows) - 16
+    assert clipped == 4 and len(rows) == 20
     assert train.main(["--replay", str(done.folder)]) == 0
 
 

@@ -185,6 +185,8 @@ def test_a_projected_gradient_is_clipped_before_it_is_stepped_along():
     assert torch.equal(zo_step(loose, toy_loss, KEY, ZO(0.01, 3, bits=4), 1e-3, 1e9).projected_grads, g)
     clipped = zo_step(tight, toy_loss, KEY, ZO(0.01, 3, bits=4), 1e-3, clip)
     assert torch.equal(clipped.projected_grads, g.clamp(-clip, clip)) and torch.equal(clipped.plus, done.plus)
+    turned = zo_step(toy("int8"), lambda view: -toy_loss(view), KEY, ZO(0.01, 3, bits=4), 1e-3, clip)
+    assert torch.equal(turned.projected_grads, -clipped.projected_grads)
     redone = toy("int8")
     update(redone, clipped.projected_grads, KEY, ZO(0.01, 3, bits=4), 1e-3)
     assert same(plain, loose) and same(tight, redone) and not same(tight, plain)
