@@ -553,8 +553,9 @@ class FusedZO(ZO):
 
 
 @dataclass(frozen=True)
-class GraphedZO(FusedZO):
-    """Gives the bits of FusedZO by replaying the recorded launches of its forwards and of its update.
+class Graphed(ZO):
+    """Put before an estimator by kernels, it gives the same bits by replaying the recorded launches of its forwards and
+    of its update.
 
     Its loss_fn has tensors() and with_tensors(...) (data.scoring.BatchLoss): the batch goes into static buffers.
     """
@@ -562,16 +563,25 @@ class GraphedZO(FusedZO):
     graphed: CudaGraphed = field(kw_only=True, compare=False)
 
     def losses(self, weights: dict[str, Store], loss_fn: LossFn, key: Key) -> Tensor:
+        launched = super().losses
+
         def run(step: Tensor, inputs: list[Tensor | None]) -> Tensor:
-            return FusedZO.losses(self, weights, loss_fn.with_tensors(inputs), key._replace(step=step))
+            return launched(weights, loss_fn.with_tensors(inputs), key._replace(step=step))
 
         return self.graphed(("losses", self, key.seed), run, key.step, loss_fn.tensors())
 
     def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
+        launched = super().add_directions_
+
         def run(step: Tensor, inputs: list[Tensor | None]) -> Tensor:
-            return FusedZO.add_directions_(self, weights, inputs[0], key._replace(step=step))
+            return launched(weights, inputs[0], key._replace(step=step))
 
         return self.graphed(("update", self, key.seed), run, key.step, [factors])
+
+
+@dataclass(frozen=True)
+class GraphedZO(Graphed, FusedZO):
+    """ZO by kernels, recorded."""
 
 
 class FusedStoredWeights(StoredWeights):

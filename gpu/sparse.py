@@ -1,25 +1,25 @@
 """Sparse directions by one Triton kernel a tensor and query: zo_optim.SparseZO to the same bits.
 
-A thread takes a cell.  Imports zo_optim, quant, random_bits and of gpu kernels and graphs.
+A thread takes a cell.  Imports zo_optim, quant, random_bits and of gpu kernels.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu.graphs import CudaGraphed
 from gpu.kernels import (  # fmt: skip
     DIRECTION,
     EXACT,
     SHARDS,
     SHARDS_,
     VARYING,
+    Graphed,
     _by_hand,
     _cut,
     _from_byte,
@@ -34,9 +34,9 @@ from gpu.kernels import (  # fmt: skip
     dequantised,
     fits,
 )
-from quant import E4M3, GROUP_SIZE, FakeQuantised, Float, Fp8, Integers, Store
+from quant import E4M3, FakeQuantised, Float, Fp8, Integers, Store, group_size
 from random_bits import LOW, Key, tensor_id
-from zo_optim import LossFn, SparseZO
+from zo_optim import SparseZO
 
 BLOCK = 128  # cells a program
 
@@ -184,7 +184,7 @@ def _arguments(store: Store, key: Key, zo: SparseZO) -> tuple:
     else:
         value, scale = store.codes.view(torch.uint8) if isinstance(store, Fp8) else store.codes, store.scale
         groups = scale.shape[1]
-        size = C if groups == 1 else GROUP_SIZE
+        size = group_size(store.bits, C) if isinstance(store, Integers) else C
     t = zo.eps * math.sqrt(zo.cell)
     return (value, scale), (R, C, -(-C // 8) * 8), (groups, size), t, words
 
@@ -237,19 +237,5 @@ class FusedSparseZO(SparseZO):
 
 
 @dataclass(frozen=True)
-class GraphedSparseZO(FusedSparseZO):
-    """Gives the bits of FusedSparseZO by replaying recorded launches (kernels.GraphedZO)."""
-
-    graphed: CudaGraphed = field(kw_only=True, compare=False)
-
-    def losses(self, weights: dict[str, Store], loss_fn: LossFn, key: Key) -> Tensor:
-        def run(step: Tensor, inputs: list[Tensor | None]) -> Tensor:
-            return FusedSparseZO.losses(self, weights, loss_fn.with_tensors(inputs), key._replace(step=step))
-
-        return self.graphed(("losses", self, key.seed), run, key.step, loss_fn.tensors())
-
-    def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
-        def run(step: Tensor, inputs: list[Tensor | None]) -> Tensor:
-            return FusedSparseZO.add_directions_(self, weights, inputs[0], key._replace(step=step))
-
-        return self.graphed(("update", self, key.seed), run, key.step, [factors])
+class GraphedSparseZO(Graphed, FusedSparseZO):
+    """SparseZO by kernels, recorded."""
