@@ -18,9 +18,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
@@ -29,14 +27,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from model import LanguageModel, View
 from quant import Float, Store
 from random_bits import tensor_id
-from runtime.checkpoints import check_names, find_tensors, first_names, read_tensors, weights_sha256, write_directory
+from runtime.checkpoints import check_names, find_tensors, read_tensors, weights_sha256, write_directory
 
 # ---------------------------------------------------------------- factorisations
 
@@ -438,6 +435,7 @@ def trained(lm: LanguageModel) -> dict[str, Store]:
 
 STEM = "adapters"
 PEFT_CONFIG, PEFT_STEM, PEFT_BASE = "adapter_config.json", "adapter_model", "base.json"  # the last is ours alone
+PEFT_FILES = re.compile(r"adapter_config\.json|base\.json|adapter_model(\.safetensors|-\d+\.tmp)")
 
 
 def save(lm: LanguageModel, directory: str | Path) -> None:
@@ -455,30 +453,11 @@ def save(lm: LanguageModel, directory: str | Path) -> None:
     base = {"base_weights": lm.format, "base_sha256": base_sha256(lm, spec)}
     if spec.kind != "lora":
         config = {"model_type": lm.raw_config["model_type"], "adapters": asdict(spec), "base": lm.adapters.base}
-        write_directory(directory, config | base, [], tensors.items(), STEM)
+        write_directory(directory, {"config.json": config | base}, [], tensors.items(), STEM)
         return
-    # not by write_directory: its config.json would make transformers take the folder for a whole model
-    partial, old = (directory.with_name(directory.name + suffix) for suffix in (".partial", ".old"))
-    for path in (directory, partial, old):
-        if path.is_symlink() or (path.exists() and not path.is_dir()):
-            raise ValueError(f"cannot save to {path}: it is a {'link' if path.is_symlink() else 'file'}")
-        files = {PEFT_CONFIG, PEFT_BASE, f"{PEFT_STEM}.safetensors"}
-        others = sorted({p.name for p in path.iterdir()} - files) if path.exists() else []
-        if others:
-            raise ValueError(f"saving would delete {first_names(others)} in {path}; give a new directory")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, contents in ((PEFT_CONFIG, _peft_config(lm)), (PEFT_BASE, base)):
-        (partial / name).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-    values = {name: tensor.cpu().contiguous() for name, tensor in _peft_views(tensors).items()}
-    save_file(values, partial / f"{PEFT_STEM}.safetensors", {"format": "pt"})
-    for file in partial.iterdir():  # save_file lets only their owner read its files
-        file.chmod((partial / PEFT_CONFIG).stat().st_mode)
-    if directory.exists():
-        shutil.rmtree(old, ignore_errors=True)  # from a process killed before it could
-        os.replace(directory, old)
-    os.replace(partial, directory)
-    shutil.rmtree(old, ignore_errors=True)
+    # without a config.json, which would make transformers take the folder for a whole model
+    configs = {PEFT_CONFIG: _peft_config(lm), PEFT_BASE: base}
+    write_directory(directory, configs, [], _peft_views(tensors).items(), PEFT_STEM, PEFT_FILES)
 
 
 def load(lm: LanguageModel, directory: str | Path, any_base: bool = False) -> None:

@@ -130,7 +130,7 @@ def main() -> None:
     layer = 2 * sum(p.numel() for p in block_of(config).parameters())
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         directory = Path(folder) / "model"
-        write_directory(directory, raw, [], random_tensors(expected_shapes(config), args.device))
+        write_directory(directory, {"config.json": raw}, [], random_tensors(expected_shapes(config), args.device))
         print(f"one layer in bf16: {layer / 1e9:.3f} GB (10^9 bytes)")
         print(f"{'':12}{'s':>8}{'GB/s':>8}{'plain GB/s':>12}{'share':>8}{'host GB':>10}{'pinned':>8}{'GPU GB':>8}")
         for weights, cache, _ in ((w, c, i) for w in args.weights for c in CACHE for i in range(args.repeats)):

@@ -286,7 +286,7 @@ def main(argv: list[str]) -> int:
             files = [Path(temporary) / file for file in contents]
             for path in files:
                 path.write_text(contents[path.name], encoding="utf-8")
-            write_directory(args.out, raw, files, convert(tensors, raw))
+            write_directory(args.out, {"config.json": raw}, files, convert(tensors, raw))
     except (ValueError, OSError) as error:
         print(f"smollm2.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

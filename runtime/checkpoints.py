@@ -240,7 +240,7 @@ def _load_codes(
 def save_dense(directory: Path, raw_config: dict, format: str, weights: dict[str, Store], files: list[Path]) -> None:
     """Write a directory that transformers.from_pretrained loads: bf16 as it is, codes as the fp32 they stand for."""
     tensors = ((name, stored.dequantise().view(stored.shape)) for name, stored in weights.items())
-    write_directory(directory, _plain_config(raw_config, format), files, tensors)
+    write_directory(directory, {"config.json": _plain_config(raw_config, format)}, files, tensors)
 
 
 def save_stored(
@@ -250,7 +250,7 @@ def save_stored(
     tensors = ((name + suffix, t) for name, stored in weights.items() for suffix, t in stored.tensors().items())
     coded = format not in FLOATS
     config = _plain_config(raw_config, format) | ({CODES: {"weights": format, "residual": residual}} if coded else {})
-    write_directory(directory, config, files, tensors, CODES if coded else "model")
+    write_directory(directory, {"config.json": config}, files, tensors, CODES if coded else "model")
 
 
 def _plain_config(raw_config: dict, format: str) -> dict:
@@ -283,45 +283,47 @@ def companion_files(directory: Path) -> list[Path]:
 SHARD_BYTES = 2**31  # a file holds at most this, so saving needs no second copy of the model in memory
 
 
+# The files of a saved model; a directory that holds others is not replaced
+OURS = re.compile(
+    "|".join(map(re.escape, COMPANIONS)) + r"|config\.json|tokenizer.*|.*\.safetensors(\.index\.json)?|.*\.tmp"
+)
+
+
 def write_directory(
-    directory: Path, config: dict, other_files: list[Path], tensors: Iterable[tuple[str, Tensor]], stem: str = "model"
-) -> None:
-    """Write config.json, copies of other files, and the tensors.
+    directory: Path, configs: dict[str, dict], other_files: list[Path], tensors: Iterable[tuple[str, Tensor]],
+    stem: str = "model", ours: re.Pattern = OURS,
+) -> None:  # fmt: skip
+    """Write JSON files (name: contents), copies of other files, and the tensors.  ours: the names that it may replace.
 
     Everything is written beside the target and renamed at the end, so that a killed process leaves the old
     directory or the new one; the old one is called NAME.old for the instant between the two renames.
     """
     partial, old = (directory.with_name(directory.name + suffix) for suffix in (".partial", ".old"))
     for path in (directory, partial, old):
-        _refuse_foreign(path)
+        _refuse_foreign(path, ours)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name, config in configs.items():
+        (partial / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    mode = (partial / name).stat().st_mode
     for file in other_files:
         shutil.copyfile(file, partial / file.name)
     _write_shards(partial, tensors, stem)
     for file in partial.iterdir():  # save_file lets only their owner read its files
-        file.chmod((partial / "config.json").stat().st_mode)
+        file.chmod(mode)
     if directory.exists():
         shutil.rmtree(old, ignore_errors=True)  # from a process killed before it could
         os.replace(directory, old)
-        os.replace(partial, directory)
-        shutil.rmtree(old)
-    else:
-        os.replace(partial, directory)
+    os.replace(partial, directory)
+    shutil.rmtree(old, ignore_errors=True)  # also one that was left where there was no directory any more
 
 
-OURS = re.compile(
-    "|".join(map(re.escape, COMPANIONS)) + r"|config\.json|tokenizer.*|.*\.safetensors(\.index\.json)?|.*\.tmp"
-)
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Raises ValueError for a place that holds more than a saved model: replacing it would delete that."""
+def _refuse_foreign(path: Path, ours: re.Pattern) -> None:
+    """Raises ValueError for a place that holds more than what was saved there: replacing it would delete that."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ValueError(f"cannot save to {path}: it is a {'link' if path.is_symlink() else 'file'}")
     inside = path.iterdir() if path.exists() else ()
-    foreign = sorted(p.name for p in inside if p.is_dir() or not OURS.fullmatch(p.name))
+    foreign = sorted(p.name for p in inside if p.is_dir() or not ours.fullmatch(p.name))
     if foreign:
         raise ValueError(f"saving would delete {first_names(foreign)} in {path}; give a new directory")
 

@@ -23,6 +23,7 @@ import tensor_train
 import train
 from data.tasks import TINY
 from model import LanguageModel, load
+from runtime import checkpoints
 from runtime.checkpoints import weights_sha256, write_directory
 from tensor_train import TRAINED_VECTOR, Spec, attach
 
@@ -179,10 +180,10 @@ def test_saved_loras_come_back_to_the_bit(model_type, bases, tmp_path):
             assert weights_sha256(lm.weights) == before
 
 
-@pytest.mark.parametrize("fails_at", ["write_text", "save_file", "replace 1", "replace 2"])
+@pytest.mark.parametrize("fails_at", ["write_text", "save_file", "replace 1", "replace 2", "replace 3"])
 def test_a_failure_while_saving_loses_nothing(fails_at, bases, tmp_path, monkeypatch):
-    """Where it fails between the two renames, what was there is under NAME.old; the next saving ends as if nothing had
-    been."""
+    """The tensors' file is renamed, then the folder that was there, then the new one: where the last fails, what was
+    there is under NAME.old; the next saving ends as if nothing had been."""
     directory, place, replaced = bases["llama"][1], tmp_path / "a", []
     old, new = adapted(directory, lora()), adapted(directory, lora("mlp.up_proj"))
     tensor_train.save(old, place)
@@ -199,12 +200,12 @@ def test_a_failure_while_saving_loses_nothing(fails_at, bases, tmp_path, monkeyp
         if fails_at == "write_text":
             patch.setattr(Path, "write_text", fail)
         elif fails_at == "save_file":
-            patch.setattr(tensor_train, "save_file", fail)
+            patch.setattr(checkpoints, "save_file", fail)
         else:
             patch.setattr(os, "replace", replace_or_fail)
         with pytest.raises(OSError):
             tensor_train.save(new, place)
-    left = tmp_path / "a.old" if fails_at == "replace 2" else place
+    left = tmp_path / "a.old" if fails_at == "replace 3" else place
     assert {p.name: p.read_bytes() for p in left.iterdir()} == kept
     tensor_train.save(new, place)
     fresh = load(directory)
@@ -326,7 +327,7 @@ def test_a_lora_that_an_older_version_saved_is_read(bases, tmp_path):
     """Cores by our names, as the other kinds have them, and nothing of the base."""
     lm, fresh = adapted(bases["llama"][1], lora()), load(bases["llama"][1])
     config = {"model_type": "llama", "adapters": asdict(lora())}
-    write_directory(tmp_path / "a", config, [], lm.adapters.named(lm.weights).items(), "adapters")
+    write_directory(tmp_path / "a", {"config.json": config}, [], lm.adapters.named(lm.weights).items(), "adapters")
     tensor_train.load(fresh, tmp_path / "a")
     assert weights_sha256(fresh.weights) == weights_sha256(lm.weights)
 
