@@ -97,8 +97,7 @@ class Store:
     add_rounded(rows, delta, random_bits)           the grid point that w + delta becomes, [r, C] float32; no write
     bracket(places, t)                              of elements: the grid points nearest to w that are at least t
                                                     below and above it, [K] float32 each, in units [K] of their own
-    add_rounded_(rows, delta, random_bits)          moves there, the only method that writes -> [2] int64: how many
-                                                    elements changed, how many the edge of the grid held back
+    add_rounded_(rows, delta, random_bits)          moves there, the only method that writes -> landing_counts
     tensors()                                       what is saved and hashed, by suffix of the tensor's name
     """
 
@@ -118,6 +117,25 @@ class Store:
         code, step = self.code(places).float(), self.spacing(places)
         m = (torch.full_like(step, t) / step).ceil_()
         return code - m, code + m, step
+
+
+COUNTED, FARTHEST = 5, 2.0**16
+
+
+def landing_counts(old: Tensor, new: Tensor, lost: Tensor | None = None, spacing: float = 1.0) -> Tensor:
+    """How a step landed, [COUNTED] int64: elements that changed, elements that were to move, and of these how many the
+    edge of the grid held back; then, added up, how far they were to move and what the edge took of that, in spacings.
+
+    old, new: numbers on the grid, float32.  lost: how far beyond the edge each was to go (counted up to FARTHEST), 0
+    elsewhere; None for floats, which have no edge.
+    """
+    changed = new != old
+    if lost is None:
+        zero = torch.zeros_like(changed.sum())
+        return torch.stack((changed.sum(), changed.sum(), zero, zero, zero))
+    held, lost = lost > 0, lost.clamp(max=FARTHEST)
+    way, lost = (((new - old).abs() + lost) / spacing).long(), (lost / spacing).long()
+    return torch.stack((changed.sum(), (changed | held).sum(), held.sum(), way.sum(), lost.sum()))
 
 
 @dataclass
@@ -202,7 +220,7 @@ class FakeQuantised(Store):
         wanted = old + stochastic_round(delta / self.fine_step(rows), random_bits)
         new = wanted.clamp(-self.max_fine - 2 * self.half, self.max_fine)
         self.value[rows] = self.weight(new, rows)
-        return torch.stack(((new != old).sum(), (new != wanted).sum()))
+        return landing_counts(old, new, (wanted - new).abs())
 
 
 # ---------------------------------------------------------------- packed integer codes
@@ -325,9 +343,8 @@ class Integers(Store):
         fine_step = self.spacing(rows) * 2.0**-self.residual_bits
         wanted = stochastic_round(delta / fine_step, random_bits).add_(old)
         new = wanted.clamp(self.min_fine, self.max_fine)
-        counts = torch.stack(((new != old).sum(), (new != wanted).sum()))
         self.write(rows, new)
-        return counts
+        return landing_counts(old, new, (wanted - new).abs())
 
 
 def nearest_fine(x: Tensor, max_fine: int, residual_bits: int) -> Tensor:
@@ -398,6 +415,9 @@ def write_packed(packed: Tensor, rows: slice | Places, bits: int, numbers: Tenso
 # ---------------------------------------------------------------- fp8 codes, and plain floats
 
 
+FP8_SPACING = 2.0**-9  # of the smallest codes
+
+
 @dataclass
 class Fp8(Store):
     """A matrix kept as e4m3 codes [R, C] and one float32 scale per output channel [R, 1]: w = code * scale.
@@ -448,22 +468,22 @@ class Fp8(Store):
         return E4M3.round(below, outward(below < 0)).float(), E4M3.round(above, outward(above > 0)).float(), unit
 
     def rounded_code(self, rows: slice | Places, delta: Tensor, random_bits: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The code that w + delta becomes, [r, C] fp8, and whether the edge of the grid held it back, bool.
+        """The code that w + delta becomes, [r, C] fp8, and how far beyond the edge of the grid it was to go, float32.
 
         delta [r, C] float32.
         """
         wanted = (delta / self.unit(rows)).add_(self.code(rows))
-        return E4M3.round(wanted, random_bits), wanted.abs() > E4M3.max_value
+        return E4M3.round(wanted, random_bits), (wanted.abs() - E4M3.max_value).clamp_(min=0)
 
     def add_rounded(self, rows: slice | Tensor, delta: Tensor, random_bits: Tensor | None) -> Tensor:
         return self.rounded_code(rows, delta, random_bits)[0].float().mul_(self.unit(rows))
 
     def add_rounded_(self, rows: slice | Places, delta: Tensor, random_bits: Tensor | None) -> Tensor:
-        """w += delta, rounded onto the uneven grid.  delta [r, C] float32."""
+        """w += delta, rounded onto the uneven grid.  delta [r, C] float32.  Ways are counted in its least spacings."""
         old = self.code(rows)
-        new, held = self.rounded_code(rows, delta, random_bits)
+        new, lost = self.rounded_code(rows, delta, random_bits)
         self.codes.view(torch.uint8)[rows] = new.view(torch.uint8)
-        return torch.stack(((new.float() != old).sum(), held.sum()))
+        return landing_counts(old, new.float(), lost, FP8_SPACING)
 
 
 @dataclass
@@ -501,9 +521,9 @@ class Float(Store):
         """w += delta [r, C] float32."""
         old = self.dequantise(rows)
         new = round_to_bfloat16(old + delta, random_bits) if self.rounds else old + delta
-        changed = (new != old).sum()
+        counts = landing_counts(old, new)  # before old, which may be the same memory, is written
         self.value.view(self.matrix_shape)[rows] = new
-        return torch.stack((changed, torch.zeros_like(changed)))
+        return counts
 
 
 # ---------------------------------------------------------------- which tensor gets which store

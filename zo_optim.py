@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quant import E4M3, Places, Store, row_chunks
+from quant import COUNTED, E4M3, Places, Store, row_chunks
 from random_bits import Key, Purpose, bits16, bits32, philox_blocks, tensor_id
 
 # ---------------------------------------------------------------- one step
@@ -33,7 +33,7 @@ class Step(NamedTuple):
     plus: Tensor  # [Q] float64 on the CPU: L(w + eps u1)
     minus: Tensor  # [Q]: L(w - eps u1)
     projected_grads: Tensor  # [Q]: with the key, all that is needed to redo the update
-    counts: Tensor  # [2] int64 on the weights' device: elements changed, elements held back by the edge of their grid
+    counts: Tensor  # [5] int64 on the weights' device: quant.landing_counts
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def update(weights: dict[str, Store], projected_grads: Tensor, key: Key, zo: ZO,
     lengths = -lr * projected_grads / len(projected_grads)
     device = next(iter(weights.values())).device
     if not lengths.any():  # adding +0.0 would turn a stored -0.0 into +0.0
-        return torch.zeros(2, dtype=torch.int64, device=device)
+        return torch.zeros(COUNTED, dtype=torch.int64, device=device)
     factors = (lengths / zo.unit).float()
     factors = factors.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else factors
     return zo.add_directions_(weights, factors, key)
@@ -142,7 +142,7 @@ class ZO:
 
     def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
         """w <- round(w + sum of factor_q * direction_q): all that ever writes.  factors [Q] float32 -> counts."""
-        counts = torch.zeros(2, dtype=torch.int64, device=factors.device)
+        counts = torch.zeros(COUNTED, dtype=torch.int64, device=factors.device)
         rounding = Purpose.PROBE_ROUNDING if self.estimator == "q-rge1" else Purpose.UPDATE_ROUNDING  # u1, or u2
         for name, store in weights.items():
             key = key._replace(tensor=tensor_id(name))
@@ -221,7 +221,7 @@ class SparseZO(ZO):
 
     def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
         """One query after the other, as in QuZO's algorithm 1: two seldom meet in one element."""
-        counts = torch.zeros(2, dtype=torch.int64, device=factors.device)
+        counts = torch.zeros(COUNTED, dtype=torch.int64, device=factors.device)
         for name, store in weights.items():
             key = key._replace(tensor=tensor_id(name))
             for query, factor in enumerate(factors):

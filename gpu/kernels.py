@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu.graphs import CudaGraphed
-from quant import E4M3, GROUP_SIZE, Float, Fp8, Integers, Store, StoredWeights
+from quant import COUNTED, E4M3, FARTHEST, FP8_SPACING, GROUP_SIZE, Float, Fp8, Integers, Store, StoredWeights
 from random_bits import LOW, M0, M1, W0, W1, Key, Purpose, tensor_id
 from zo_optim import ZO, LossFn, quantile_knots
 
@@ -33,7 +33,8 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 NO_DIRECTION = tl.constexpr(-2)  # beside the levels of directions (_levels)
 SHARDS = 256  # of the counts, since programs that add to one number wait for one another
 EXACT = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where the definition rounds twice
-GROUP_, SHARDS_ = tl.constexpr(GROUP_SIZE), tl.constexpr(SHARDS)
+GROUP_, SHARDS_, COUNTED_ = tl.constexpr(GROUP_SIZE), tl.constexpr(SHARDS), tl.constexpr(COUNTED)
+FP8_SPACING_, FARTHEST_ = tl.constexpr(FP8_SPACING), tl.constexpr(FARTHEST)
 DIRECTION, PROBE_ROUNDING = tl.constexpr(int(Purpose.DIRECTION)), tl.constexpr(int(Purpose.PROBE_ROUNDING))
 WEIGHT_ROUNDING, PROBE_LANDING = tl.constexpr(int(Purpose.WEIGHT_ROUNDING)), tl.constexpr(int(Purpose.PROBE_LANDING))
 M0_, M1_, W0_, W1_ = tl.constexpr(M0), tl.constexpr(M1), tl.constexpr(W0), tl.constexpr(W1)
@@ -354,6 +355,30 @@ def _pair_kernel(
         tl.store(pair + to, minus.to(pair.dtype.element_ty), mask=live)
 
 
+@triton.jit
+def _count(counts, old, new, lost, live, KIND: tl.constexpr):
+    """quant.landing_counts, added to this program's row of counts.
+
+    Up to 65,535 elements, so that two counts share a sum; "relaxed", or all of the program's stores are waited for.
+    """
+    counts += tl.program_id(0) % SHARDS_ * COUNTED_
+    changed, held = live & (new != old), live & (lost > 0)
+    both = tl.sum(tl.where(changed, 1, 0) + tl.where(changed | held, 65536, 0))
+    tl.atomic_add(counts, (both & 0xFFFF).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts + 1, (both >> 16).to(tl.int64), sem="relaxed")
+    if KIND == "int8" or KIND == "int4" or KIND == "fp8":
+        lost = tl.where(held, tl.minimum(lost, FARTHEST_), 0.0)
+        way = tl.where(live, tl.abs(new - old), 0.0) + lost
+        if KIND == "fp8":
+            way, lost = (way * (1.0 / FP8_SPACING_)).to(tl.int64), (lost * (1.0 / FP8_SPACING_)).to(tl.int64)
+        elif len(way.shape) == 2:
+            way, lost = tl.sum(way, 1), tl.sum(lost, 1)  # a thread's own, whole numbers, and so few that it is exact
+        tl.atomic_add(counts + 3, tl.sum(way.to(tl.int64)), sem="relaxed")
+        if tl.max(tl.where(held, 1, 0)) > 0:
+            tl.atomic_add(counts + 2, tl.sum(tl.where(held, 1, 0)).to(tl.int64), sem="relaxed")
+            tl.atomic_add(counts + 4, tl.sum(lost.to(tl.int64)), sem="relaxed")
+
+
 @triton.jit(do_not_specialize=VARYING)
 def _update_kernel(
     value, scale, residual, counts, knots, factors, N, PER_ROW, MAGIC, SHIFT, step, tensor, query, k0, k1,
@@ -376,14 +401,11 @@ def _update_kernel(
         wanted = _stochastic_round(d, landing) + old
         bottom = -MAX - 1 if RESIDUAL else -MAX  # Integers.min_fine
         new = tl.minimum(tl.maximum(wanted, bottom), MAX)
-        held = new != wanted
+        lost = tl.abs(wanted - new)
     else:
         new = _add_rounded(old, d, landing, KIND, MAX)
-        held = tl.abs(d + old) > MAX
-    counts += tl.program_id(0) % SHARDS_ * 2
-    both = tl.sum(tl.where(live & (new != old), 1, 0) + tl.where(live & held, 65536, 0))
-    tl.atomic_add(counts, (both & 0xFFFF).to(tl.int64), sem="relaxed")  # or all of the program's stores are waited for
-    tl.atomic_add(counts + 1, (both >> 16).to(tl.int64), sem="relaxed")
+        lost = tl.maximum(tl.abs(d + old) - MAX, 0.0)
+    _count(counts, old, new, lost, live, KIND)
     if RESIDUAL:
         code = tl.floor((new + (1 << (RESIDUAL - 1))) * (1.0 / (1 << RESIDUAL)))
         _store_fields(residual, (new - code * (1 << RESIDUAL)).to(tl.int32), group, whole, RESIDUAL)
@@ -509,7 +531,7 @@ def _materialise(
 
 
 def step_(stored: Store, key: Key, factors: Tensor, zo: ZO, counts: Tensor) -> None:
-    """ZO.add_directions_ of one tensor in one kernel; adds to counts [SHARDS, 2] int64."""
+    """ZO.add_directions_ of one tensor in one kernel; adds to counts [SHARDS, COUNTED] int64."""
     value, scale, n, per_row, words = _arguments(stored, key)
     kind, largest = _kind(stored)
     bits = stored.residual_bits if isinstance(stored, Integers) else 0
@@ -543,7 +565,7 @@ class FusedZO(ZO):
         )  # fmt: skip
 
     def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
-        counts = torch.zeros(SHARDS, 2, dtype=torch.int64, device=factors.device)
+        counts = torch.zeros(SHARDS, COUNTED, dtype=torch.int64, device=factors.device)
         for name, store in weights.items():
             if self.nearest or not fits(store):
                 counts[0] += ZO.add_directions_(self, {name: store}, factors, key)

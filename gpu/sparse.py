@@ -17,10 +17,10 @@ from gpu.kernels import (  # fmt: skip
     DIRECTION,
     EXACT,
     SHARDS,
-    SHARDS_,
     VARYING,
     Graphed,
     _by_hand,
+    _count,
     _cut,
     _from_byte,
     _kind,
@@ -34,7 +34,7 @@ from gpu.kernels import (  # fmt: skip
     dequantised,
     fits,
 )
-from quant import E4M3, FakeQuantised, Float, Fp8, Integers, Store, group_size
+from quant import COUNTED, E4M3, FakeQuantised, Float, Fp8, Integers, Store, group_size
 from random_bits import LOW, Key, tensor_id
 from zo_optim import SparseZO
 
@@ -147,7 +147,7 @@ def _step_kernel(
         wanted = _stochastic_round(tl.div_rn(delta, unit * (1.0 / (1 << RESIDUAL))), landing) + old
         bottom = -MAX - 1 if RESIDUAL else -MAX  # Integers.min_fine
         new = tl.minimum(tl.maximum(wanted, bottom), MAX)
-        held, code = new != wanted, new
+        lost, code = tl.abs(wanted - new), new
         if RESIDUAL:
             code = tl.floor((new + (1 << (RESIDUAL - 1))) * (1.0 / (1 << RESIDUAL)))
             mask: tl.constexpr = (1 << RESIDUAL) - 1
@@ -161,17 +161,16 @@ def _step_kernel(
             tl.store(value + row * ((C + 1) // 2) + column // 2, byte.to(tl.uint8), mask=live)
     elif KIND == "fp8":
         wanted = tl.div_rn(delta, unit) + old
-        new, held = _round8(wanted, landing, 3, -6, 448.0), tl.abs(wanted) > 448.0
+        new = _round8(wanted, landing, 3, -6, 448.0)
+        lost = tl.maximum(tl.abs(wanted) - 448.0, 0.0)
         tl.store(value + at, _to_byte(new, BY_HAND), mask=live)
     else:
         new = old + delta
         if KIND == "bf16":
             new = _cut(new, landing, 16)
-        held = new != new
+        lost = new * 0.0
         tl.store(value + at, new.to(value.dtype.element_ty), mask=live)
-    counts += tl.program_id(0) % SHARDS_ * 2
-    tl.atomic_add(counts, tl.sum((live & (new != old)).to(tl.int64)), sem="relaxed")
-    tl.atomic_add(counts + 1, tl.sum((live & held).to(tl.int64)), sem="relaxed")
+    _count(counts, old, new, lost, live, KIND)
 
 
 def _arguments(store: Store, key: Key, zo: SparseZO) -> tuple:
@@ -216,7 +215,7 @@ class FusedSparseZO(SparseZO):
         return copies
 
     def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
-        counts = torch.zeros(SHARDS, 2, dtype=torch.int64, device=factors.device)
+        counts = torch.zeros(SHARDS, COUNTED, dtype=torch.int64, device=factors.device)
         for name, store in weights.items():
             if isinstance(store, FakeQuantised):
                 counts[0] += SparseZO.add_directions_(self, {name: store}, factors, key)

@@ -131,9 +131,9 @@ class StepRecorder:
         projected_grads = [] if step is None else step.projected_grads.tolist()
         row = {"step": number, "projected_grad": projected_grads, "loss": loss}
         if step is not None:
-            changed, clipped = (n / self.size for n in counts.tolist())
+            changed, moves, held_back, way, lost = counts.tolist()
             row |= {"plus": step.plus.tolist(), "minus": step.minus.tolist(), "queries": len(step.plus)}
-            row |= {"changed": changed, "clipped": clipped}
+            row |= {"changed": changed / self.size, "held_back": held_back / max(moves, 1), "lost": lost / max(way, 1)}
         self.folder.trajectory.write(" ".join(map(repr, projected_grads)) + "\n")
         self.folder.losses.append((number, loss))
         self.folder.metrics.write(json.dumps(row | metrics) + "\n")

@@ -166,7 +166,7 @@ def test_kernels_are_the_definitions(weights, residual, shape, zo):
         got, want = read(quick, fused(zo), step, **options), read(plain, zo, 0, **options)
         assert same_bits(got, want) if "as_codes" in options else torch.equal(got, want)
     total += moved_alike(plain, quick, [0.7, -1.3, 2.0][: zo.queries], 1, zo, 3.0)
-    assert total[0] > 0 and (total[1] > 0) == (weights not in ("fp32", "bf16"))
+    assert total[0] > 0 and (total[2] > 0) == (total[4] > 0) == (weights not in ("fp32", "bf16"))
 
 
 @inside

@@ -120,7 +120,7 @@ def test_the_run_folder_holds_what_it_promises(run):
         both = list(zip(row["plus"], row["minus"], strict=True))
         assert row["projected_grad"] == [(plus - minus) / (2 * config["flags"]["eps"]) for plus, minus in both]
         assert row["loss"] == pytest.approx(sum(map(sum, both)) / 6)
-        assert 0 <= row["clipped"] <= row["changed"] <= 1 and row["queries"] == 3 and row["tokens"] > 8
+        assert row["lost"] <= row["held_back"] <= 1 >= row["changed"] >= 0 and row["queries"] == 3 and row["tokens"] > 8
     assert "slope" not in (folder / "metrics.jsonl").read_text()
     best = min(devs, key=lambda row: row["dev_loss"])
     assert (result["dev"], result["dev_loss"], result["best_step"]) == (best["dev"], best["dev_loss"], best["step"])

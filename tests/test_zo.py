@@ -33,7 +33,7 @@ import tensor_train
 import zo_optim
 from data.scoring import BatchLoss, Encoded
 from model import LanguageModel, create
-from quant import FORMATS, Float, Store, StoredWeights, encode
+from quant import COUNTED, FORMATS, Float, Store, StoredWeights, encode
 from random_bits import Key, Purpose, bits32, tensor_id
 from runtime.checkpoints import weights_sha256
 from zo_optim import ZO, PerturbedWeights, SparseZO, direction, learning_rate, probe_losses, update, zo_step
@@ -145,7 +145,7 @@ def test_a_step_by_hand(weights, residual, way):
     assert torch.equal(done.projected_grads, g) and g.dtype == torch.float64
     assert len(set(g.tolist())) == Q and g.abs().min() > 0.01
 
-    counts, rounding = torch.zeros(2, dtype=torch.int64), U1 if zo.estimator == "q-rge1" else U2
+    counts, rounding = torch.zeros(COUNTED, dtype=torch.int64), U1 if zo.estimator == "q-rge1" else U2
     lengths = [-lr * g[q].item() / Q for q in range(Q)]
     for name, stored in want.items():
         R, C = stored.matrix_shape
@@ -332,7 +332,7 @@ def test_no_step_at_lr_0_changes_a_bit_of_any_format(weights, residual):
     for zo in (SparseZO(0.1, 2, cell=8), ZO(0.01, 2, bits=4), ZO(0.01, 2, bits=4, probe="codes")):
         for step in range(25):
             done = zo_step(store, loss_fn, Key(0, step), zo, 0.0)
-            assert done.counts.tolist() == [0, 0] and done.projected_grads.any()
+            assert not done.counts.any() and done.projected_grads.any()
     update(store, torch.zeros(2).double(), KEY, ZO(), 1e-3)  # a step of no length must not even add +0.0
     assert same(store, before) and torch.equal(torch.get_rng_state(), generator)
 
