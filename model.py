@@ -110,19 +110,12 @@ def rope_frequencies(rope: Rope, d: int, device: torch.device) -> Tensor:
     return frequency * (keep + (1 - keep) / rope.factor)
 
 
-def rope_waves(rope: Rope, d: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, T, d] of positions [B, T], float32.
-
-    dynamic: beyond the original context, the longest sequence decides by how much the base grows (NTK).
-    """
-    frequency = rope_frequencies(rope, d, positions.device)
-    if rope.kind == "dynamic":
-        original = rope.original_max_position_embeddings
-        growth = rope.factor * (positions.max() + 1).clamp(min=original) / original - (rope.factor - 1)
-        frequency = frequency * growth ** -(torch.arange(0, d, 2, device=positions.device) / (d - 2))
-    angles = positions[..., None] * frequency
-    angles = torch.cat((angles, angles), -1)
-    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+def dynamic_change(rope: Rope, d: int, positions: Tensor) -> Tensor:
+    """What dynamic scaling (NTK) multiplies frequencies by, [d/2] float32: beyond the original context, the longest
+    sequence, of positions [B, T], decides by how much the base grows."""
+    original = rope.original_max_position_embeddings
+    growth = rope.factor * (positions.max() + 1).clamp(min=original) / original - (rope.factor - 1)
+    return growth ** -(torch.arange(0, d, 2, device=positions.device) / (d - 2))
 
 
 def rotate(x_BTHd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
@@ -449,7 +442,12 @@ class Llama(LanguageModel):
         window, S = self.config.sliding_window, (tokens if mask is None else mask).shape[1]
         if window is not None and window < S and positions.max() >= window:  # the latter makes a host wait for a GPU
             raise ValueError(f"{int(positions.max()) + 1} tokens exceed the sliding window of {window}")
-        cos, sin = (x.to(self.dtype) for x in rope_waves(self.config.rope, self.config.head_dim, positions))
+        rope, d = self.config.rope, self.config.head_dim
+        frequency = rope_frequencies(rope, d, positions.device)
+        if rope.kind == "dynamic":
+            frequency = frequency * dynamic_change(rope, d, positions)
+        angles = (positions[..., None] * frequency).repeat(1, 1, 2)  # [B, T, d]
+        cos, sin = ((wave * rope.attention_factor).to(self.dtype) for wave in (angles.cos(), angles.sin()))
         for i in range(self.config.num_hidden_layers):
             last = i == self.config.num_hidden_layers - 1  # to all tokens of the others, the next block attends
             cached = () if cache is None else (cache, i)  # torch.compile would make a graph for every number

@@ -19,6 +19,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import gpu
@@ -29,7 +30,7 @@ from data.tasks import Splits, get_task, load_splits
 from data.tokenizer import Tokenizer
 from gpu.fp8_matmul import enable_fp8_matmul
 from model import LanguageModel, load
-from quant import Store, quantise_tokens
+from quant import INTEGERS, Store, quantise_tokens
 from random_bits import Key, permutation
 from runtime.checkpoints import holds_codes, save_stored, weights_sha256
 from runtime.config import FIRST_ORDER, Config, parse, probes_per_forward, recorded, spec_of, validate
@@ -37,28 +38,27 @@ from runtime.dry_run import longest_sequence, predict, table
 from runtime.first_order import adamw_step, make_trainable, optimizer
 from runtime.hub import PRESETS, raw_config, resolve
 from runtime.model_configs import config_of, read_config
-from runtime.run_folder import RecordedRun, RunFolder, StepRecorder, check_free, hashed, read_run
+from runtime.run_folder import DevRow, RecordedRun, RunFolder, StepRecorder, check_free, hashed, read_run
 from tensor_train import trained
-from zo_optim import ZO, SparseZO, adazeta_queries, epoch_of, learning_rate, update, zo_step
+from zo_optim import MEASURED, ZO, SparseZO, adazeta_queries, epoch_of, learning_rate, measured_rate, update, zo_step
 
 # ---------------------------------------------------------------- the loop
 
 
 def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: Progress) -> None:
-    """Run the loop.  The folder's model/ holds the best weights, or the last ones where none were evaluated."""
+    """Run the loop, to its last step or until the run has diverged.  The folder's model/ holds the best weights."""
     lm, n, weights = problem.lm, len(problem.train), trained(problem.lm)
     zo = gpu.estimator(estimator(c, lm), c.device, c.graphs) if c.optimizer == "zo" else None
     adamw = optimizer(weights, c.lr, c.weight_decay or 0.0) if c.optimizer == "adamw" else None
-    rate = rate_of(c)
     bar = tqdm(range(progress.steps, c.steps), unit="step", file=sys.stderr, dynamic_ncols=True)
     with StepRecorder(folder, size=parameters(weights)) as recorder:
         for step in bar:
-            if stop.signal:
+            if stop.signal or progress.diverged:
                 break
             # the batch
             examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, n)]
             loss_fn = BatchLoss.of(lm, examples, problem.pad, c.micro_batch_size, problem.multiple)
-            lr = rate(step)
+            lr = learning_rate(step, progress.rate, c.lr_schedule, c.steps, c.warmup)
 
             # two forward passes a query and an update; or, of the baselines, one forward and one backward pass
             if zo is not None:
@@ -73,23 +73,18 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
                 loss, forwards = sum(losses.sum(1).tolist()) / losses.numel(), losses.numel()
             else:
                 loss, forwards, done = adamw_step(adamw, loss_fn.parts(lm.stored_view()), lr), 1, None
-                check_finite(loss, step)
+                check_finite(loss, step + 1)
 
             # record
-            recorder.take(step + 1, loss, done, {"lr": lr, "tokens": sum(e.width for e in examples)})
-            progress.steps, progress.forwards = step + 1, progress.forwards + forwards
-            if done is not None:
-                progress.queries += len(done.projected_grads)
-                progress.squares += float(done.projected_grads.square().sum())
+            recorder.write((step + 1, loss, done, {"lr": lr, "tokens": sum(e.width for e in examples)}))
+            projected_grads = torch.zeros(0, dtype=torch.float64) if done is None else done.projected_grads
+            progress.count_step(projected_grads, forwards, loss)
 
             # evaluate
             if progress.steps % c.eval_every == 0 or progress.steps == c.steps:
                 recorder.write()
                 evaluate_and_keep_best(c, problem, folder, progress)
-            bar.set_postfix(loss=f"{loss:.3f}", dev=f"{folder.devs[-1].accuracy:.1%}" if folder.devs else "-")
-    if progress.best is None:
-        save(lm, folder.model)
-        progress.best_step, progress.best_forwards = progress.steps, progress.forwards
+            bar.set_postfix(loss=f"{loss:.3f}", dev=f"{folder.devs[-1].accuracy:.1%}", lr=f"{lr:.1e}")
 
 
 _order = lru_cache(maxsize=2)(permutation)  # a batch may span two epochs
@@ -99,11 +94,6 @@ def batch_indices(seed: int, step: int, batch_size: int, n: int) -> list[int]:
     """Examples of step `step` (from 0): one endless stream of keyed permutations, cut every batch_size."""
     positions = range(step * batch_size, (step + 1) * batch_size)
     return [int(_order(seed, p // n, n)[p % n]) for p in positions]
-
-
-def rate_of(c: Config) -> Callable[[int], float]:
-    """Learning rate by step; training and --replay share it so that they cannot disagree."""
-    return partial(learning_rate, lr=c.lr, schedule=c.lr_schedule, steps=c.steps, warmup=c.warmup)
 
 
 def estimator(c: Config, lm: LanguageModel) -> ZO:
@@ -119,33 +109,82 @@ def estimator(c: Config, lm: LanguageModel) -> ZO:
     )  # fmt: skip
 
 
+ENOUGH = 16  # steps in a row that go wrong in the same way: a run has then diverged
+
+
 @dataclass
 class Progress:
-    """How far a run is, and the weights to keep: those of the lowest dev loss, MeZO's rule.  Loss is a finer measure
-    than accuracy, which moves in steps of one example."""
+    """How far a run is, whether it has diverged, and the weights to keep: those of the lowest dev loss, MeZO's rule.
+    Loss is a finer measure than accuracy, which moves in steps of one example."""
 
+    guess: float  # the loss of a model that scores all options alike
+    rate: float = 0.0  # the learning rate before its schedule: the one that was given, or 0 until it has been measured
+    measured: int = 0  # by so many queries, the first ones; 0 where it was given
+    rate_by: Callable[[float], float] | None = None  # from the mean square of their projected gradients
     steps: int = 0
     forwards: int = 0  # of one batch through one copy of the weights; a backward pass is not counted
     queries: int = 0
     squares: float = 0.0  # sum of their projected gradients' squares
+    first_loss: float = math.inf  # that of the first step
+    still: int = 0  # steps in a row, up to the last, of which no probe changed the loss
+    astray: int = 0  # steps in a row, up to the last, whose loss was far above the first one's
+    diverged: str | None = None  # what went wrong, and what to try
     best_step: int = 0
     best_forwards: int = 0
     best: Quality | None = None
+
+    def count_step(self, projected_grads: Tensor, forwards: int, loss: float) -> None:
+        """Training and --resume count by the same record, so that a run that is taken up again ends as it would have.
+
+        projected_grads: [Q] float64, none of a first-order step.
+        """
+        self.first_loss = self.first_loss if self.steps else loss
+        self.steps, self.forwards = self.steps + 1, self.forwards + forwards
+        measuring = self.queries < self.measured
+        self.queries += len(projected_grads)
+        self.squares += float(projected_grads.square().sum())
+        if measuring and self.queries >= self.measured:
+            self.rate = self.rate_by(self.squares / self.queries)
+        limit, remedy = 2 * self.first_loss + 1, "a smaller --lr"
+        learnt = loss <= 1e-6  # no probe changes a loss of 0 either: nothing is left to learn
+        still = len(projected_grads) > 0 and not projected_grads.any() and not learnt
+        self.still = self.still + 1 if still else 0
+        self.astray = self.astray + 1 if loss > limit else 0
+        if self.still == ENOUGH:
+            if self.still == self.steps:
+                remedy = "a larger --eps, or a smaller one if it is far above the default"
+            self.diverged = f"no probe changed the loss in {ENOUGH} steps: start another run with {remedy}"
+        elif self.astray == ENOUGH:
+            self.diverged = f"the loss was above {limit:.3g} in {ENOUGH} steps: start another run with {remedy}"
+
+    def note_if_best(self, dev: Quality) -> bool:
+        """Whether the weights just evaluated are those to keep; if so, they are the ones to beat from now on.
+
+        Those of a dead model are not, though its loss, that of guessing, is lower than many a model's at the start.
+        Probes that change nothing give it away, or that very loss: no probe follows the step that killed it yet.
+        """
+        dead = self.still > 0 or abs(dev.loss - self.guess) < 1e-5  # a float32 mean of equal losses is off by 1e-6
+        if self.best is not None and (dead or dev.loss >= self.best.loss):
+            return False
+        self.best, self.best_step, self.best_forwards = dev, self.steps, self.forwards
+        return True
 
 
 def evaluate_and_keep_best(c: Config, problem: Problem, folder: RunFolder, progress: Progress) -> None:
     """Save before logging, so that the log never names weights that are not on disk."""
     dev = problem.quality(problem.dev)
-    check_finite(dev.loss, progress.steps - 1)
-    if progress.best is None or dev.loss < progress.best.loss:
-        progress.best, progress.best_step, progress.best_forwards = dev, progress.steps, progress.forwards
+    check_finite(dev.loss, progress.steps)
+    if progress.note_if_best(dev):
         save(problem.lm, folder.model)
-    folder.dev(progress.steps, progress.forwards, dev.accuracy, dev.loss, peak_memory(c.device))
+    row = DevRow(progress.steps, progress.forwards, dev.accuracy, dev.loss)
+    folder.dev(row, progress.best_step, peak_memory(c.device))
 
 
 def check_finite(loss: float, step: int) -> None:
+    """step: from 1; 0 is before the first."""
     if not math.isfinite(loss):
-        raise ValueError(f"the loss is not finite at step {step + 1}: try a smaller --lr")
+        advice = "try a smaller --lr" if step else "the model gives none before any step; try other --weights"
+        raise ValueError(f"the loss is not finite at step {step}: {advice}")
 
 
 def save(lm: LanguageModel, directory: Path) -> None:
@@ -274,8 +313,8 @@ def run(c: Config) -> dict:
     validate(c)
     if past is None:
         check_free(Path(c.out))
-    elif len(past.projected_grads) >= c.steps and (Path(c.out) / "result.json").is_file():
-        raise ValueError(f"{c.out} is complete: all {c.steps} steps were done")
+    else:
+        check_unfinished(c, past)
     if c.device.startswith("cuda:"):
         torch.cuda.set_device(c.device)  # kernels and memory figures go by the current device
     problem, splits = prepare(c)
@@ -291,25 +330,29 @@ def run(c: Config) -> dict:
     tqdm.write(f"{title}, {c.device}; run folder {c.out}", sys.stderr)
     zero_shot = folder.zero_shot = problem.quality(problem.test).accuracy
     tqdm.write(f"zero-shot test accuracy {zero_shot:.1%}", sys.stderr)
-    started = time.perf_counter()
-    progress = Progress()
+    progress = progress_of(past, c, problem.lm, guess=math.log(len(problem.dev[0].answers)))
     if past is not None:
         catch_up(c, problem.lm, past.projected_grads)
-        progress = progress_of(past)
-        due = progress.steps > 0 and (progress.steps % c.eval_every == 0 or progress.steps == c.steps)
-        if due and progress.steps not in [dev.step for dev in folder.devs]:  # the run was killed before that
-            evaluate_and_keep_best(c, problem, folder, progress)
+    due = progress.steps % c.eval_every == 0 or progress.steps == c.steps
+    if due and progress.steps not in [dev.step for dev in folder.devs]:  # a run begins, or was killed before that
+        evaluate_and_keep_best(c, problem, folder, progress)
+    started = time.perf_counter()
     train(c, problem, folder, stop, progress)
-    seconds, interrupted = time.perf_counter() - started, progress.steps < c.steps
+    seconds = time.perf_counter() - started
+    interrupted = progress.steps < c.steps and not progress.diverged
+    if not interrupted:
+        for line in ending(progress):
+            tqdm.write(line, sys.stderr)
     lm = restore_best(c, problem, folder.model)
     test = None if interrupted else problem.quality(problem.test).accuracy
     result = {
         "model": c.model, "task": c.task, "method": c.method, "weights": c.weights,
         "directions": c.direction_bits, "steps": progress.steps, "forwards": progress.forwards,
         "trainable_parameters": parameters(trained(lm)),
-        "zero_shot": zero_shot, "dev": progress.best.accuracy if progress.best else None,
-        "dev_loss": progress.best.loss if progress.best else None, "best_step": progress.best_step,
-        "best_forwards": progress.best_forwards, "test": test, "interrupted": interrupted, "seconds": round(seconds, 1),
+        "zero_shot": zero_shot, "dev": progress.best.accuracy, "dev_loss": progress.best.loss,
+        "best_step": progress.best_step, "best_forwards": progress.best_forwards,
+        "lr": progress.rate, "test": test,
+        "interrupted": interrupted, "diverged": progress.diverged, "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_memory(c.device), "reserved_memory_bytes": reserved_memory(c.device),
         "weights_sha256": weights_sha256(lm.weights), "out": c.out,
     }  # fmt: skip
@@ -324,25 +367,57 @@ def method_text(c: Config) -> str:
     return f"{c.method} on {c.weights} weights{directions.get(c.direction_bits, rounded)}"
 
 
-def progress_of(past: RecordedRun) -> Progress:
-    grads = past.projected_grads
-    progress = Progress(len(grads), sum(2 * len(of_step) for of_step in grads))
-    for of_step in grads:  # as train adds them up
-        progress.queries += len(of_step)
-        progress.squares += float(torch.tensor(of_step, dtype=torch.float64).square().sum())
-    for row in past.rows:
-        if "dev" in row and (progress.best is None or row["dev_loss"] < progress.best.loss):
-            progress.best = Quality(row["dev"], row["dev_loss"])
-            progress.best_step, progress.best_forwards = row["step"], row["forwards"]
+def ending(progress: Progress) -> list[str]:
+    """What the user should know of a run that came to a bad end or to nothing."""
+    lines = []
+    if progress.diverged:
+        lines.append(f"the run diverged at step {progress.steps}: {progress.diverged}")
+    if progress.best_step == 0:
+        advice = "" if progress.diverged else "; try another --lr"
+        lines.append(f"no evaluation had a lower dev loss than the start: model/ is what the run began with{advice}")
+    return lines
+
+
+def progress_of(past: RecordedRun | None, c: Config, lm: LanguageModel, guess: float = math.inf) -> Progress:
+    """The progress of a recorded run, or of one that begins.
+
+    Without --lr the first queries, at most an eighth of the steps', only measure the rate, by which replay and resume
+    measure it again.
+    """
+    progress = Progress(guess, c.lr or 0.0)
+    if c.lr is None:
+        dense = c.method == "quzo" and c.weights in INTEGERS and not c.residual and c.direction_bits != "sparse"
+        progress.measured = min(MEASURED, -(-c.steps // 8))
+        progress.rate_by = partial(measured_rate, d=parameters(trained(lm)), dense_on_codes=dense)
+    if past is not None:
+        grads = iter(past.projected_grads)
+        for row in past.rows:  # in the order in which train counted
+            if "dev" in row:
+                progress.note_if_best(Quality(row["dev"], row["dev_loss"]))
+            else:
+                of_step = next(grads)
+                progress.count_step(torch.tensor(of_step, dtype=torch.float64), 2 * len(of_step), row["loss"])
     return progress
 
 
 def catch_up(c: Config, lm: LanguageModel, steps: list[list[float]]) -> None:
     """Redo the first steps of a recorded run from their projected gradients, without a forward pass."""
-    zo, weights, rate = gpu.estimator(estimator(c, lm), c.device), trained(lm), rate_of(c)
+    zo, weights, progress = gpu.estimator(estimator(c, lm), c.device), trained(lm), progress_of(None, c, lm)
     for step, projected_grads in enumerate(steps):
         of_step = torch.tensor(projected_grads, dtype=torch.float64)
-        update(weights, of_step, Key(c.seed, step), zo, rate(step))
+        lr = learning_rate(step, progress.rate, c.lr_schedule, c.steps, c.warmup)
+        update(weights, of_step, Key(c.seed, step), zo, lr)
+        progress.count_step(of_step, 2 * len(of_step), math.inf)
+
+
+def check_unfinished(c: Config, past: RecordedRun) -> None:
+    """Raises ValueError where no step of the recorded run is left to be done."""
+    path = Path(c.out) / "result.json"
+    result = json.loads(path.read_text()) if path.is_file() else None  # a killed run has none
+    if result and result["diverged"]:
+        raise ValueError(f"{c.out} diverged at step {result['steps']}: {result['diverged']}")
+    if result and len(past.projected_grads) >= c.steps:
+        raise ValueError(f"{c.out} is complete: all {c.steps} steps were done")
 
 
 def check_same(past: RecordedRun, name: str, value: object) -> None:
@@ -406,14 +481,15 @@ def dry_run(c: Config) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    """Exit codes: 0, 2 for bad input, 1 for a machine that gave out, 130 for an interrupt (128 + SIGINT)."""
+    """Exit codes: 0, 2 for bad input, 130 for an interrupt (128 + SIGINT), and 1 for a run that diverged, a replay that
+    came to other weights, or a machine that gave out."""
     code, message = 0, ""
     try:
         c = parse(argv)
         of_a_run = c.resume or c.replay  # which has its own flags: given another one, it says so
         result = (replay if c.replay else dry_run if c.dry_run and not of_a_run else run)(c)
         print(json.dumps(result))
-        code = 130 if result.get("interrupted") else 0 if result.get("equal", True) else 1
+        code = 130 if result.get("interrupted") else 1 if result.get("diverged") or not result.get("equal", True) else 0
     except ValueError as error:
         code, message = 2, str(error)
     except torch.OutOfMemoryError as error:

@@ -346,6 +346,21 @@ def learning_rate(step: int, lr: float, schedule: str, steps: int, warmup: int =
     return lr if schedule == "constant" else lr * (1 - (step - warmup) / (steps - warmup))
 
 
+MEASURED = 32  # queries that only measure, where no rate is given; of short runs fewer
+
+
+def measured_rate(mean_square: float, d: int, dense_on_codes: bool = False) -> float:
+    """A learning rate from the first projected gradients (ours; docs/deviations.md).
+
+    To first order a step along u changes its batch's loss by lr g^2, whatever the model, the method, eps and d are:
+    that is to be 0.02 nats, and the rate 1e-3 at most, and 7,000 / d (1e-6 for 7 billion weights: QuZO's script).
+    mean_square: of some projected gradients at the first weights.  d: elements that are trained.
+    dense_on_codes: steps in every weight are rounded onto codes, whose noise grows with the rate: a quarter of it.
+    """
+    rate = min(0.02 / mean_square if mean_square else math.inf, 1e-3, 7000 / d)
+    return rate / 4 if dense_on_codes else rate
+
+
 def epoch_of(step: int, examples: int, batch_size: int) -> int:
     """The pass over the examples that a step (from 0) is in, as AdaZeta counts: in whole steps, the last one short."""
     return step // -(-examples // batch_size)

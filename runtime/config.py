@@ -78,7 +78,8 @@ class Config:
                                           "all of them where only adapters are trained, on a GPU)")  # fmt: skip
 
     steps: int | None = flag("steps", None, "number of updates")
-    lr: float | None = flag("steps", None, "learning rate")
+    lr: float | None = flag("steps", None, "learning rate; of zeroth order, unless given, what the first 32 projected "
+                                            "gradients ask for (zo_optim.measured_rate, ours)")  # fmt: skip
     lr_schedule: str | None = flag("steps", None, "constant, or linear down to 0", ("constant", "linear"))
     warmup: int = flag("steps", 0, "first steps, in which the learning rate rises from 0")
     weight_decay: float | None = flag("steps", None, "AdamW's, on matrices")
@@ -131,18 +132,19 @@ class Config:
 
 # MeZO: its paper's OPT recipe.  QuZO: its released Llama-2-7B full-parameter SST-2 script, which is for int4; int8
 # weights and the evaluation interval are ours.  First order: MeZO's recipe for it, 5 epochs of 1,000 examples; fo-ste
-# the same with QuZO's weights.  Tiny: ours, tuned on dev.
+# the same with QuZO's weights.  Tiny: ours, tuned on dev.  The rates of zeroth order (1e-6 of MeZO and QuZO, 1e-4 of
+# AdaZeta and MeZO-LoRA) are for large models: zo_optim.measured_rate takes their place.
 DEFAULTS = {
-    "mezo": dict(weights="bf16", direction_bits="full", steps=20000, lr=1e-6, lr_schedule="constant", eps=1e-3,
+    "mezo": dict(weights="bf16", direction_bits="full", steps=20000, lr_schedule="constant", eps=1e-3,
                  batch_size=16, eval_every=4000),
-    "quzo": dict(weights="int8", direction_bits="4", steps=6000, lr=1e-6, lr_schedule="linear", eps=1e-3,
+    "quzo": dict(weights="int8", direction_bits="4", steps=6000, lr_schedule="linear", eps=1e-3,
                  batch_size=16, eval_every=1000),
     "fo": dict(weights="fp32", steps=625, lr=1e-5, lr_schedule="linear", weight_decay=0.0, batch_size=8,
                eval_every=125),
     "fo-ste": dict(weights="int8", master="fp32", steps=625, lr=1e-5, lr_schedule="linear", weight_decay=0.0,
                    batch_size=8, eval_every=125),
-    "adazeta": dict(weights="bf16", steps=10000, lr=1e-4, lr_schedule="constant", eps=1e-3, batch_size=16,
-                    eval_every=200, direction_bits="full", alpha=0.85, beta=0.45, max_queries=20, bottleneck=64,
+    "adazeta": dict(weights="bf16", steps=10000, lr_schedule="constant", eps=1e-3, batch_size=16, eval_every=200,
+                    direction_bits="full", alpha=0.85, beta=0.45, max_queries=20, bottleneck=64,
                     tt_rank=5, norms=False, init="identity"),
     "loretta-adp": dict(weights="bf16", bottleneck=64, tt_rank=5, norms=True, init="identity"),
     "loretta-rep": dict(weights="bf16", bottleneck=8, tt_rank=8, lora_alpha=16.0, norms=True, init="identity"),
@@ -151,7 +153,7 @@ DEFAULTS = {
 OPTIMIZERS = {"quzo": "zo", "mezo": "zo", "adazeta": "zo"}  # of the others AdamW, as in the papers
 ADAPTER_DEFAULTS = {  # LoRETTA's large-model script, but for its evaluations; MeZO's OPT recipe for LoRA
     "adapters by adamw": dict(steps=375, lr=1e-4, lr_schedule="constant", batch_size=8, eval_every=125),
-    "adapters by zo": dict(steps=20000, lr=1e-4, lr_schedule="constant", eps=1e-2, batch_size=16, eval_every=4000,
+    "adapters by zo": dict(steps=20000, lr_schedule="constant", eps=1e-2, batch_size=16, eval_every=4000,
                            direction_bits="full"),
 }  # fmt: skip
 TINY_DEFAULTS = {

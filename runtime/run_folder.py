@@ -1,12 +1,12 @@
 """The run folder, which is the audit trail of one training run.
 
 config.json    the folder's format version, every flag, versions, git commit, hashes of the base weights and of the data
-metrics.jsonl  one line a step, and one a dev evaluation
+metrics.jsonl  one line a step, and one a dev evaluation, of which the first is before any step
 trajectory     one line a step: the projected gradient of each query, in digits that read back exactly.  With
                config.json and the base checkpoint it redoes every update (zo_optim.update) without a forward
-model/         the best-dev weights as they are stored, with config.json and tokenizer; model.load reads it
+model/         the best-dev weights so far as they are stored, with config.json and tokenizer; model.load reads it
 curve.svg      loss, dev loss and dev accuracy over steps
-result.json    the last line of standard output
+result.json    the last line of standard output; `diverged` says why a run stopped early, or is null
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ import torch
 from runtime.curve import curve_svg
 from zo_optim import Step
 
-FORMAT = 2  # of the folder; in format 1 projected gradients were called slopes
+# Of the folder.  1 called projected gradients slopes; 2 had no evaluation of step 0, and of a step's landing it had
+# `clipped` in the place of `held_back` and `lost`.
+FORMAT = 3
 
 
 class RecordedRun(NamedTuple):
@@ -73,21 +75,20 @@ class RunFolder:
         run |= {"data_sha256": hashed(data_files), "other_sha256": hashed(other_files)}
         self._write_json("config.json", run | {"base_weights_sha256": base_sha256})
 
-    def dev(self, step: int, forwards: int, accuracy: float, loss: float, peak_memory_bytes: int) -> None:
-        self.devs.append(DevRow(step, forwards, accuracy, loss))
-        row = {"step": step, "forwards": forwards, "dev": accuracy, "dev_loss": loss}
+    def dev(self, dev: DevRow, best_step: int, peak_memory_bytes: int) -> None:
+        self.devs.append(dev)
+        row = {"step": dev.step, "forwards": dev.forwards, "dev": dev.accuracy, "dev_loss": dev.loss}
         self.metrics.write(json.dumps(row | {"peak_memory_bytes": peak_memory_bytes}) + "\n")
-        self.draw()
+        self.draw(best_step)
 
     def result(self, result: dict) -> None:
         self._write_json("result.json", result)
-        self.draw()
+        self.draw(result["best_step"])
         self.metrics.close()
         self.trajectory.close()
 
-    def draw(self) -> None:
-        best = min(self.devs, key=lambda dev: dev.loss).step if self.devs else None
-        self._write("curve.svg", curve_svg(self.losses, self.devs, self.title, self.zero_shot, best))
+    def draw(self, best_step: int) -> None:
+        self._write("curve.svg", curve_svg(self.losses, self.devs, self.title, self.zero_shot, best_step))
 
     def _write_json(self, name: str, value: dict) -> None:
         self._write(name, json.dumps(value, indent=2) + "\n")
@@ -112,31 +113,32 @@ class StepRecorder:
     def __exit__(self, *error) -> None:
         self.write()
 
-    def take(self, number: int, loss: float, step: Step | None, metrics: dict) -> None:
-        """step: zo_optim.Step, or None of a first-order step; a recorded graph writes its counts anew next time."""
-        self.write()
-        counts = None if step is None else step.counts
-        if counts is not None and counts.is_cuda:
-            counts = counts.to("cpu", non_blocking=True)  # into pinned memory
-            self.counted = torch.cuda.Event()
-            self.counted.record()
-        self.waiting = number, loss, step, counts, metrics
+    def write(self, following: tuple[int, float, Step | None, dict] | None = None) -> None:
+        """Write the step that waits, if one does; the following one then waits.
 
-    def write(self) -> None:
-        if self.waiting is None:
-            return
-        if self.counted is not None:
-            self.counted.synchronize()
-        (number, loss, step, counts, metrics), self.waiting = self.waiting, None
-        projected_grads = [] if step is None else step.projected_grads.tolist()
-        row = {"step": number, "projected_grad": projected_grads, "loss": loss}
-        if step is not None:
-            changed, moves, held_back, way, lost = counts.tolist()
-            row |= {"plus": step.plus.tolist(), "minus": step.minus.tolist(), "queries": len(step.plus)}
-            row |= {"changed": changed / self.size, "held_back": held_back / max(moves, 1), "lost": lost / max(way, 1)}
-        self.folder.trajectory.write(" ".join(map(repr, projected_grads)) + "\n")
-        self.folder.losses.append((number, loss))
-        self.folder.metrics.write(json.dumps(row | metrics) + "\n")
+        following: its number, its loss, its zo_optim.Step (None of a first-order step), and more for its line.
+        """
+        if self.waiting is not None:
+            if self.counted is not None:
+                self.counted.synchronize()
+            (number, loss, step, counts, more), self.waiting = self.waiting, None
+            projected_grads = [] if step is None else step.projected_grads.tolist()
+            row = {"step": number, "projected_grad": projected_grads, "loss": loss}
+            if step is not None:
+                changed, moves, held, way, lost = counts.tolist()
+                row |= {"plus": step.plus.tolist(), "minus": step.minus.tolist(), "queries": len(step.plus)}
+                row |= {"changed": changed / self.size, "held_back": held / max(moves, 1), "lost": lost / max(way, 1)}
+            self.folder.trajectory.write(" ".join(map(repr, projected_grads)) + "\n")
+            self.folder.losses.append((number, loss))
+            self.folder.metrics.write(json.dumps(row | more) + "\n")
+        if following is not None:
+            number, loss, step, more = following
+            counts = None if step is None else step.counts
+            if counts is not None and counts.is_cuda:
+                counts = counts.to("cpu", non_blocking=True)  # into pinned memory; a graph writes its counts anew
+                self.counted = torch.cuda.Event()
+                self.counted.record()
+            self.waiting = number, loss, step, counts, more
 
 
 def hashed(files: list[Path]) -> dict[str, str]:

@@ -405,7 +405,8 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         patch.setattr(train, "load_splits", lambda *args: real(*args)._replace(train=real(*args).train[:16],
                                                                                dev=real(*args).dev[:4]))  # fmt: skip
         for method in ("lora", "adazeta"):
-            assert train.main([*SHORT, "--method", method, "--out", str(folder / method)]) == 0
+            assert train.main([*SHORT, "--method", method, "--seed", "2", "--out", str(folder / method)]) == 0
+            assert json.loads((folder / method / "result.json").read_text())["best_step"] == 2  # not the start
         yield {method: folder / method for method in ("lora", "adazeta")}
 
 

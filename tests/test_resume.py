@@ -10,21 +10,25 @@ from pathlib import Path
 import pytest
 
 import train
+from data.tasks import TINY
 from runtime.config import Config, parse, recorded
 from runtime.run_folder import read_run, read_trajectory
 
-FLAGS = "--steps 8 --eval-every 3 --num-eval 16 --batch-size 8 --lr 1e-3 --device cpu".split()
+FLAGS = "--steps 8 --eval-every 3 --num-eval 16 --batch-size 8 --seed 1 --device cpu".split()
 RUNS = {
     "int8": "",
-    "int4, sparse, clipped": "--weights int4 --queries 4 --clip 0.1",  # from the fifth step on
+    "int4, sparse, clipped": "--weights int4 --queries 4 --clip 0.1 --seed 0",  # from the fifth step on
     "residual, two queries": "--weights int8 --residual 4 --queries 2 --lr-schedule constant",
     "fp32, warmup": "--method mezo --warmup 6 --lr-schedule linear",
     "adazeta": "--method adazeta --alpha 2 --beta 1 --max-queries 2 --batch-size 43",  # two epochs
     "adapters on int4": "--method lora --optimizer zo --weights int4",
 }
+RUNS = {name: f"--lr 1e-3 {flags}" for name, flags in RUNS.items()} | {
+    "measured rate": f"--model {TINY / 'model'} --task tiny --weights int4 --calibrate 0 --queries 2",
+}
 PLACES = {  # lines written before the kill, steps that are then whole.  A step has a line in trajectory, then one in
-    "step 1": (0, 0), "trajectory": (9, 4), "metrics": (10, 4), "dev": (13, 6),  # metrics.jsonl, where dev has one too
-    "last dev": (18, 8),
+    "start": (0, 0), "step 1": (1, 0), "trajectory": (10, 4), "metrics": (11, 4),  # metrics.jsonl, where dev has one
+    "dev": (14, 6), "last dev": (19, 8),  # too, also before step 1
 }  # fmt: skip
 full = pytest.mark.full
 
@@ -89,7 +93,7 @@ def same(result: dict, other: dict) -> bool:
 
 def assert_finished_alike(capsys, cut: Path, whole: Path, expected: dict) -> None:
     code, result = run(capsys, "--resume", str(cut))
-    assert code == 0 and same(result, expected)
+    assert code == (1 if expected["diverged"] else 0) and same(result, expected)
     assert (cut / "trajectory").read_text() == (whole / "trajectory").read_text()
     rows = [[json.loads(line) for line in (folder / "metrics.jsonl").open()] for folder in (cut, whole)]
     assert len(rows[0]) == len(rows[1]) and all(map(same, *rows))
@@ -106,12 +110,34 @@ def test_a_killed_run_is_finished_to_the_same_bits(capsys, tmp_path, wholes, nam
     """The second evaluation, of step 6, may have kept its weights and not have been recorded."""
     flags, (lines, steps), cut = RUNS[name], PLACES[place], tmp_path / "cut"
     whole, expected = wholes(capsys, flags)
+    assert expected["best_step"] >= 6  # the weights that are compared have steps of both processes
     with pytest.MonkeyPatch.context() as patch:
         kill_after(patch, lines)
         assert run(capsys, *FLAGS, *flags.split(), "--out", str(cut))[0] == 130
     assert len(read_run(cut).projected_grads) == steps and not (cut / "result.json").exists()
     assert len(read_trajectory(cut / "trajectory")) == steps + (place == "metrics")  # a step's line is there first
     assert_finished_alike(capsys, cut, whole, expected)
+
+
+def test_a_diverged_run_has_no_next_step(capsys, tmp_path, wholes):
+    """A kill while its steps are counted changes nothing, nor one after the last of them.  It can be redone, not taken
+    up: its result stays."""
+    flags, cut = "--lr 10 --steps 40", tmp_path / "cut"
+    whole, expected = wholes(capsys, flags)
+    assert expected["diverged"] and 16 < expected["steps"] < 30 and expected["best_step"] == 0
+    with pytest.MonkeyPatch.context() as patch:
+        kill_after(patch, 1 + 2 * 12 + 4)
+        assert run(capsys, *FLAGS, *flags.split(), "--out", str(cut))[0] == 130
+    assert len(read_run(cut).projected_grads) == 12
+    assert_finished_alike(capsys, cut, whole, expected)
+    (cut / "result.json").unlink()
+    assert_finished_alike(capsys, cut, whole, expected)
+    before = (cut / "result.json").read_bytes()
+    assert train.main(["--resume", str(cut)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and (cut / "result.json").read_bytes() == before
+    message = f"train.py: {cut} diverged at step {expected['steps']}: {expected['diverged']}\n"
+    assert said.err == message and "start another run with a smaller --lr" in message
 
 
 @full
@@ -173,8 +199,8 @@ def test_what_cannot_be_taken_up_is_one_line(capsys, tmp_path, wholes):
         refused("got dry_run", way, str(whole), "--dry-run")
         refused("cannot be read as a run folder", way, str(tmp_path / "none"))
         for changed, message in (
-            (older, "its format is 1, this version reads 2"), (config | {"format": 1}, "its format is 1"),
-            (config | {"format": 3}, f"its format is 3, this version reads 2; use the commit {config['git_commit']}"),
+            (older, "its format is 1, this version reads 3"), (config | {"format": 2}, "its format is 2"),
+            (config | {"format": 4}, f"its format is 4, this version reads 3; use the commit {config['git_commit']}"),
             ({"model_type": "llama"}, "config.json is not that of a run"),
             (config | {"flags": config["flags"] | {"new": 1}}, "flags differ in new"),
             (config | {"flags": config["flags"] | {"optimizer": "adamw"}}, "AdamW's moments are not kept"),

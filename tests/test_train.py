@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -32,10 +33,11 @@ from runtime.config import ADAPTERS, METHODS, RANGES, Config, check_products, pa
 from runtime.dry_run import predict
 from runtime.run_folder import read_trajectory
 from tensor_train import TRAINED_VECTOR, attach
-from zo_optim import ZO, SparseZO, update
+from zo_optim import ZO, SparseZO, measured_rate, update
 
 ROOT = Path(train.__file__).parent
 SHORT = "--steps 4 --eval-every 2 --batch-size 8 --num-eval 16".split()
+NOTHING_BETTER = "no evaluation had a lower dev loss than the start"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that share a core with others wait for one another
 full = pytest.mark.full
 
@@ -97,6 +99,15 @@ def base_of(flags: dict) -> LanguageModel:
     return lm
 
 
+def kept(folder: Path, flags: dict) -> LanguageModel:
+    """What a run's model/ holds, adapters around the embedded model."""
+    if flags["method"] not in ADAPTERS:
+        return load(folder / "model", weights=flags["weights"], residual=flags["residual"])
+    lm = load(TINY / "model", weights=flags["weights"])
+    tensor_train.load(lm, folder / "model")
+    return lm
+
+
 def tensors_of(lm: LanguageModel) -> dict[str, torch.Tensor]:
     return {f"{name}{suffix}": t for name, stored in lm.weights.items() for suffix, t in stored.tensors().items()}
 
@@ -111,26 +122,27 @@ def test_the_run_folder_holds_what_it_promises(run):
         "config.json", "curve.svg", "metrics.jsonl", "model", "result.json", "trajectory"
     ]  # fmt: skip
     assert json.loads((folder / "result.json").read_text()) == result and result["directions"] == "4"
-    assert config["format"] == 2 and set(config["flags"]) == {f.name for f in fields(Config)}
+    assert config["format"] == 3 and set(config["flags"]) == {f.name for f in fields(Config)}
     assert {"python", "torch", "numpy", "safetensors"} <= set(config["versions"])
     assert set(config["data_sha256"]) == {"train.tsv", "dev.tsv", "test.tsv"}
     steps, devs = done.rows("loss"), done.rows("dev")
-    assert [row["step"] for row in steps] == [1, 2, 3, 4] and [row["step"] for row in devs] == [2, 4]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4] and [row["step"] for row in devs] == [0, 2, 4]
     for row in steps:
         both = list(zip(row["plus"], row["minus"], strict=True))
         assert row["projected_grad"] == [(plus - minus) / (2 * config["flags"]["eps"]) for plus, minus in both]
         assert row["loss"] == pytest.approx(sum(map(sum, both)) / 6)
-        assert row["lost"] <= row["held_back"] <= 1 >= row["changed"] >= 0 and row["queries"] == 3 and row["tokens"] > 8
+        assert all(0 <= row[share] <= 1 for share in ("changed", "held_back", "lost"))
+        assert row["queries"] == 3 and row["tokens"] > 8
     assert "slope" not in (folder / "metrics.jsonl").read_text()
     best = min(devs, key=lambda row: row["dev_loss"])
     assert (result["dev"], result["dev_loss"], result["best_step"]) == (best["dev"], best["dev_loss"], best["step"])
-    assert [row["forwards"] for row in devs] == [12, 24] and result["best_forwards"] == 6 * best["step"]
+    assert [row["forwards"] for row in devs] == [0, 12, 24] and result["best_forwards"] == 6 * best["step"]
     assert "24 forwards" in (folder / "curve.svg").read_text()
 
 
 def test_the_weights_of_the_lowest_dev_loss_are_kept(run, monkeypatch):
-    """Loss and not accuracy, and the first of equal ones."""
-    qualities = iter([(0.6, 0.9), (0.5, 0.7), (0.9, 0.8), (0.8, 0.7)])
+    """Loss and not accuracy, and the first of equal ones; the start is one of them."""
+    qualities = iter([(0.4, 1.0), (0.6, 0.9), (0.5, 0.7), (0.9, 0.8), (0.8, 0.7)])
     evaluate = train.Problem.quality
 
     def stated(problem, split):
@@ -139,7 +151,20 @@ def test_the_weights_of_the_lowest_dev_loss_are_kept(run, monkeypatch):
     monkeypatch.setattr(train.Problem, "quality", stated)
     done = run("--eval-every 1 --lr 1e-3")
     assert (done.result["best_step"], done.result["dev"], done.result["dev_loss"]) == (2, 0.5, 0.7)
-    assert redone(done, 2) == done.result["weights_sha256"]
+    assert redone(done, 2) == done.result["weights_sha256"] and NOTHING_BETTER not in done.log
+
+
+def test_the_start_is_kept_where_nothing_was_better(run):
+    """A loss as low as the start's is not lower."""
+    done = run("--lr 0 --eval-every 1")
+    devs, result = done.rows("dev"), done.result
+    assert [(row["step"], row["forwards"]) for row in devs] == [(step, 2 * step) for step in range(5)]
+    assert len({row["dev_loss"] for row in devs}) == 1
+    assert (result["best_step"], result["best_forwards"], result["steps"], result["diverged"]) == (0, 0, 4, None)
+    assert result["dev_loss"] == devs[0]["dev_loss"] and result["test"] == result["zero_shot"]
+    assert done.log.splitlines()[-1] == f"{NOTHING_BETTER}: model/ is what the run began with; try another --lr"
+    assert weights_sha256(kept(done.folder, done.config()["flags"]).weights) == done.config()["base_weights_sha256"]
+    assert "best step 0: " in (done.folder / "curve.svg").read_text()
 
 
 def rate(flags: dict, step: int) -> float:
@@ -173,7 +198,7 @@ EVERY = [  # method, format and flags of which the update or what is kept knows;
         "--method mezo", "--weights int4 --residual 4 --oracle", "--weights fp8", "--direction-bits sparse",
         "--weights int4 --cell 64 --queries 3 --estimator random", "--estimator q-rge1 --probe codes --queries 2",
         "--method loretta-adp --weights int8",
-        "--estimator random --activations int8", "--method loretta-rep --weights int4",
+        "--estimator random --activations int8 --seed 1", "--method loretta-rep --weights int4",
         "--method adazeta --weights fp8", "--method loretta-adp --optimizer zo --direction-bits 4",
         "--method loretta-rep --optimizer zo --weights bf16", "--method lora --init released --weights fp8",
         "--method lora --optimizer zo --weights int8", "--method fo", "--method fo --weights bf16 --weight-decay 0.1",
@@ -200,17 +225,33 @@ def test_a_run_is_what_its_record_says(run, flags):
         assert redone(done, result["best_step"]) == result["weights_sha256"]
     else:
         assert result["forwards"] == 4 and not any(recorded)
-    if flags["method"] in ADAPTERS:
-        saved = load(TINY / "model", weights=flags["weights"])
-        tensor_train.load(saved, done.folder / "model")
-    else:
-        saved = load(done.folder / "model", weights=flags["weights"], residual=flags["residual"])
+    saved = kept(done.folder, flags)
     assert weights_sha256(saved.weights) == weights_sha256(done.lm.weights) == result["weights_sha256"]
     before, after, trained = tensors_of(base), tensors_of(saved), set(tensor_train.trained(saved))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and {name.removesuffix(".residual") for name in moved} <= trained
     assert result["trainable_parameters"] == sum(saved.weights[name].shape.numel() for name in trained)
     assert predict(Config(**flags), saved.raw_config, 16)["trainable_parameters"] == result["trainable_parameters"]
+
+
+def test_a_rate_that_was_not_given_is_measured(run):
+    """The embedded model as one of any directory.  Of 24 steps the first 3 only measure: lr mean(g^2) is 0.02, but the
+    rate is 1e-3 at most, and 7000 / d; of dense steps on codes a quarter.  Then comes its schedule."""
+    for flags, queries, share in (
+        ("--weights int4 --eval-every 3", 1, 1), ("--direction-bits 4 --queries 2", 2, 0.25),
+        ("--direction-bits 4 --residual 4", 1, 1), ("--method mezo --weights fp32 --lr-schedule linear", 1, 1),
+        ("--method adazeta --queries 1 --lr-schedule linear", 1, 1),
+    ):  # fmt: skip
+        done = run(f"--model {TINY / 'model'} --task tiny --batch-size 4 --steps 24 --calibrate 0 {flags}")
+        rows, first = done.rows("loss"), -(-3 // queries)
+        squares = [g**2 for row in rows[:first] for g in row["projected_grad"]]
+        wanted = share * min(0.02 * len(squares) / sum(squares), 1e-3, 7000 / done.result["trainable_parameters"])
+        constant = done.config()["flags"]["lr_schedule"] == "constant"
+        lrs = [0.0 if row["step"] <= first else wanted * (1 if constant else (25 - row["step"]) / 24) for row in rows]
+        assert [row["lr"] for row in rows] == pytest.approx(lrs, rel=1e-9) and done.config()["flags"]["lr"] is None
+        assert all((row["changed"] > 0) == (row["step"] > first) for row in rows)
+    assert measured_rate(0.0, 7) == measured_rate(1e-9, 10**6) == 1e-3 and measured_rate(1.0, 7 * 10**9) == 1e-6
+    assert measured_rate(1000.0, 10**6) == 2e-5
 
 
 NORMS = {"model.norm.weight", *(f"model.layers.{i}.{n}_layernorm.weight" for i in range(3)
@@ -308,18 +349,90 @@ def test_cuda_and_cpu_take_the_same_first_steps(run):
 
 @pytest.mark.parametrize("method, stops_at, steps", [("adazeta", 2, 1), ("lora --eval-every 2", 4, 3),
                                                      ("fo --eval-every 2", 2, 2)])  # fmt: skip
-def test_a_diverging_run_says_so_and_keeps_its_record(capsys, tmp_path, method, stops_at, steps):
-    """By a rate far too large: at a probe, at a step with weights to keep from before, at an evaluation."""
+def test_a_loss_that_is_not_finite_ends_a_run_with_its_record(capsys, tmp_path, method, stops_at, steps):
+    """By a rate far too large: at a probe, at a step after an evaluation, at an evaluation.  The start is kept."""
     flags = f"--method {method} --weights fp32 --lr 1e6".split()
     assert train.main([*SHORT, *flags, "--out", str(tmp_path / "run")]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert f"the loss is not finite at step {stops_at}: try a smaller --lr" in message
     assert len(read_trajectory(tmp_path / "run" / "trajectory")) == steps
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
-    if "lora" in method:
-        tensor_train.load(load(TINY / "model"), tmp_path / "run" / "model")
-    else:
-        assert not (tmp_path / "run" / "model").exists()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert weights_sha256(kept(tmp_path / "run", config["flags"]).weights) == config["base_weights_sha256"]
+
+
+def test_a_model_that_is_not_finite_before_any_step_is_not_blamed_on_the_rate(run, monkeypatch):
+    monkeypatch.setattr(train.Problem, "quality", lambda *args: train.Quality(0.5, float("nan")))
+    with pytest.raises(ValueError, match="not finite at step 0: the model gives none before any step"):
+        run("--steps 1", again=True)
+
+
+DIVERGING = {  # flags: the advice, and whether the model dies, which its dev loss then does not tell from a better one
+    "--lr 10": ("a smaller --lr", True), "--method adazeta --lr 10": ("a smaller --lr", True),
+    "--lr 0.05": ("a smaller --lr", False), "--eps 1e3": ("a larger --eps, or a smaller one if", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", DIVERGING)
+def test_a_diverging_run_stops_and_says_what_to_try(capsys, tmp_path, flags):
+    """After 16 steps in a row of which no probe changed the loss, or whose loss was above 2 first + 1.  The guess of a
+    dead model, ln 2, is lower than the start's loss, and is not kept, nor drawn as the best."""
+    advice, dies = DIVERGING[flags]
+    folder = tmp_path / "run"
+    assert train.main([*SHORT, *f"--steps 60 --eval-every 1 {flags} --out {folder}".split()]) == 1
+    out, err = capsys.readouterr()
+    result, config = json.loads(out), json.loads((folder / "config.json").read_text())
+    assert json.loads((folder / "result.json").read_text()) == result and not result["interrupted"]
+    assert f"start another run with {advice}" in result["diverged"]
+    assert f"the run diverged at step {result['steps']}: {result['diverged']}" in err
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps, devs = [row for row in rows if "loss" in row], [row for row in rows if "dev" in row]
+    still = "".join("x" if not any(row["projected_grad"]) else "." for row in steps)
+    astray = "".join("x" if row["loss"] > 2 * steps[0]["loss"] + 1 else "." for row in steps)
+    assert min((way + 16 * "x").index(16 * "x") for way in (still, astray)) + 16 == len(steps) == result["steps"] < 60
+    assert [row["step"] for row in devs] == list(range(len(steps) + 1))
+    alive = [row for row in devs if not row["step"] or abs(row["dev_loss"] - math.log(2)) > 1e-6]
+    best = min(alive, key=lambda row: row["dev_loss"])
+    assert dies == (min(row["dev_loss"] for row in devs) < best["dev_loss"])
+    assert (result["best_step"], result["dev_loss"]) == (best["step"], best["dev_loss"])
+    assert f"best step {best['step']}: " in (folder / "curve.svg").read_text()
+    assert (NOTHING_BETTER in err) == (best["step"] == 0) and result["test"] is not None
+    sha256 = weights_sha256(kept(folder, config["flags"]).weights)
+    assert (sha256 == config["base_weights_sha256"]) == (best["step"] == 0) and sha256 == result["weights_sha256"]
+
+
+def test_what_counts_as_diverged():
+    """16 in a row and no fewer; a loss of 0 has nothing to change, and first-order steps have no probes."""
+    zeros, one, none = (torch.tensor(g, dtype=torch.float64) for g in ([0.0, -0.0], [0.0, 1e-300], []))
+
+    def ended(*steps: tuple[torch.Tensor, float]) -> str | None:
+        progress = train.Progress(guess=math.log(2))
+        for projected_grads, loss in steps:
+            progress.count_step(projected_grads, 4, loss)
+        return progress.diverged
+
+    assert "larger --eps" in ended(*16 * [(zeros, 0.7)])
+    assert "smaller --lr" in ended((one, 0.7), *16 * [(zeros, 0.7)])
+    assert "above 2.4" in ended((none, 0.7), *16 * [(none, 2.41)])
+    for steps in (
+        15 * [(zeros, 0.7)], 100 * [(zeros, 0.0)], 100 * [(none, 0.7)], 9 * [*15 * [(zeros, 0.7)], (one, 0.7)],
+        [(one, 0.7), *15 * [(one, 2.41)]], [(one, 0.7), *100 * [(one, 2.39)]],
+        [(one, 0.7), *9 * [*15 * [(one, 2.41)], (one, 2.39)]], [(one, 0.7), *9 * [*8 * [(zeros, 0.7)], (one, 2.41)]],
+    ):  # fmt: skip
+        assert ended(*steps) is None
+
+
+def test_a_dead_model_is_not_kept():
+    """Its loss is ln 2; or another, but no probe changes it.  One with little left to learn is alive."""
+    zeros, one = (torch.tensor([g], dtype=torch.float64) for g in (0.0, 1.0))
+    for g, loss, dev_loss, keeps in (
+        (one, 0.8, 0.6, True), (one, 0.8, math.log(2), False), (zeros, 0.8, 0.6, False), (zeros, 0.0, 0.6, True),
+    ):  # fmt: skip
+        progress = train.Progress(guess=math.log(2))
+        assert progress.note_if_best(train.Quality(0.5, 1.0))
+        progress.count_step(g, 2, loss)
+        assert progress.note_if_best(train.Quality(0.5, dev_loss)) == keeps
+        assert (progress.best.loss, progress.best_step) == ((dev_loss, 1) if keeps else (1.0, 0))
 
 
 def test_a_machine_that_gives_out_gets_one_line_and_exit_code_1(capsys, monkeypatch):
@@ -345,7 +458,7 @@ def test_the_last_line_is_json_and_progress_is_elsewhere(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     promised = (
-        "model task method weights directions steps forwards trainable_parameters zero_shot dev test seconds "
+        "model task method weights directions steps forwards trainable_parameters zero_shot dev test diverged seconds "
         "peak_memory_bytes weights_sha256 out"
     )
     assert set(promised.split()) <= set(json.loads(done.stdout))
@@ -412,7 +525,7 @@ GIVEN = {  # flags, beside --model roberta-base: what they come to
     "--model tiny --weights int8 --direction-bits sparse": dict(direction_bits="sparse", eps=1e-3, cell=64),
     "--model tiny --weights int4": dict(direction_bits="sparse", eps=1e-3, cell=64, calibrate=0, estimator=None),
     "--model tiny --weights fp8": dict(direction_bits="sparse", eps=1e-3, cell=64),
-    "--method mezo": dict(direction_bits="full", eps=1e-3, cell=None, steps=20000, lr=1e-6, batch_size=16,
+    "--method mezo": dict(direction_bits="full", eps=1e-3, cell=None, steps=20000, lr=None, batch_size=16,
                           weights="bf16"),
     "--method adazeta --weights int4": dict(direction_bits="full", cell=None),
     "--method fo": dict(direction_bits=None, eps=None, cell=None),
