@@ -23,6 +23,7 @@ DAMPING = 0.01  # times the mean of H's diagonal, is added to it (the paper's)
 CLIPS = 20  # scales that are tried, from a group's largest size down to 0.4 of it
 COLUMNS = 64  # at a time: later ones are made good by one product
 SEQUENCES = 16  # a forward
+ROW = 256  # tokens
 MOMENT_BYTES = 2**31  # all H that are held at a time; layers that exceed it wait for another pass
 
 
@@ -34,11 +35,15 @@ def calibrate(
     """Turn a model's float matrices into codes, in place, as the forward passes of these token sequences would have it.
 
     lm: a model.LanguageModel whose stores are floats, which may be elsewhere than on the device where all is computed
-    and the codes will be: of the floats only a layer at a time is there.  Layers come in order, each with the inputs
-    that it gets from the ones before, as these are rounded by then.  Tables that are only looked up are rounded to
-    nearest.
+    and the codes will be: of the floats only a layer at a time is there.  They come in order.  As many as MOMENT_BYTES
+    allows share a pass, each with the inputs that it gets from those of earlier passes as they are rounded by then, and
+    from those of its own as they were (a pass for each layer is no better: NOTES.md).  Tables that are only looked up
+    are rounded to nearest.  The sequences are read a second time, laid end to end in rows of ROW tokens: a first
+    token's inputs are like no others', and in short prompts they would count for much (NOTES.md).
     """
     lm.device = torch.device(device)
+    row, tokens = min(ROW, lm.config.longest), [token for sequence in sequences for token in sequence]
+    sequences = sequences + [tokens[i : i + row] for i in range(0, len(tokens) - row + 1, row)]
     shapes = {name: store.matrix_shape for name, store in lm.weights.items() if len(store.shape) >= 2}
     waiting = [name for name in lm.weights if name in shapes and name not in (lm.embedding, lm.decoder)]
     waiting.append(lm.decoder)

@@ -26,10 +26,10 @@ ZO = "--weights fp32 --lr-schedule constant --eps 1e-3"
 SCHEDULES = {"paper's schedule": (0.85, 0.45, 20), "released schedule": (0.85, 0.622, 15)}
 
 
-def steps_of(task: str, alpha: float, beta: float, max_queries: int) -> int:
+def steps_of(task: str, alpha: float, beta: float, max_queries: int, queries: int = QUERIES) -> int:
     """How many steps AdaZeta needs to spend the budget of queries; the last step is whole."""
     step, asked = 0, 0
-    while asked < QUERIES:
+    while asked < queries:
         asked += adazeta_queries(epoch_of(step, EXAMPLES[task], BATCH), alpha, beta, max_queries)
         step += 1
     return step

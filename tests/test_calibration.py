@@ -132,6 +132,18 @@ def test_a_calibrated_model_keeps_its_logits_better(raw, weights, residual):
         assert all(isinstance(s, FakeQuantised) for s in oracle.weights.values() if len(s.shape) == 2)
 
 
+@pytest.mark.parametrize("row, most, found", [(5, 64, [5, 5]), (64, 4, [4, 4, 4]), (14, 64, []), (13, 64, [13])])
+def test_sequences_are_read_end_to_end_too(monkeypatch, row, most, found):
+    """Of 13 tokens, in rows of so many, but no longer than the model allows; what is left over is not."""
+    seen = []
+    monkeypatch.setattr(calibration, "second_moments", lambda lm, sequences, names: seen.extend(sequences) or {})
+    monkeypatch.setattr(calibration, "ROW", row)
+    calibrate(tiny(tiny_llama(max_position_embeddings=most)), SEQUENCES, "int4")
+    tokens, rows = sum(SEQUENCES, []), seen[len(SEQUENCES) :]
+    assert seen[: len(SEQUENCES)] == SEQUENCES and list(map(len, rows)) == found
+    assert sum(rows, []) == tokens[: sum(found)]
+
+
 def test_layers_wait_for_another_pass_where_moments_would_not_fit(monkeypatch):
     passes = []
 
