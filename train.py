@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -120,7 +120,8 @@ class Progress:
     guess: float  # the loss of a model that scores all options alike
     rate: float = 0.0  # the learning rate before its schedule: the one that was given, or 0 until it has been measured
     measured: int = 0  # by so many queries, the first ones; 0 where it was given
-    rate_by: Callable[[float], float] | None = None  # from the mean square of their projected gradients
+    rate_by: Callable[[list[float]], float] | None = None  # from their projected gradients
+    first_grads: list[float] = field(default_factory=list)  # those
     steps: int = 0
     forwards: int = 0  # of one batch through one copy of the weights; a backward pass is not counted
     queries: int = 0
@@ -143,8 +144,9 @@ class Progress:
         measuring = self.queries < self.measured
         self.queries += len(projected_grads)
         self.squares += float(projected_grads.square().sum())
-        if measuring and self.queries >= self.measured:
-            self.rate = self.rate_by(self.squares / self.queries)
+        if measuring:
+            self.first_grads += projected_grads.tolist()
+            self.rate = self.rate_by(self.first_grads) if self.queries >= self.measured else 0.0
         limit, remedy = 2 * self.first_loss + 1, "a smaller --lr"
         learnt = loss <= 1e-6  # no probe changes a loss of 0 either: nothing is left to learn
         still = len(projected_grads) > 0 and not projected_grads.any() and not learnt

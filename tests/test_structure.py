@@ -186,10 +186,15 @@ def test_commands_of_the_documents_parse():
 @pytest.mark.full
 @pytest.mark.parametrize("model", ["zollama-28m", "zoroberta-26m"])
 def test_commands_of_the_readme_run_on_a_real_model(model, real_model, real_data, tmp_path, monkeypatch):
-    """One step each, on a few examples."""
+    """One step each, on a few examples, of which few are read to calibrate."""
     load_splits, directory = train.load_splits, real_model(model)
+
+    def few(*args):
+        splits = load_splits(*args)
+        return splits._replace(train=splits.train[:16], dev=splits.dev[:8])
+
     short = ["--steps", "1", "--batch-size", "4", "--data-dir", str(real_data("k-shot").parent), "--device", "cpu"]
-    monkeypatch.setattr(train, "load_splits", lambda *args: load_splits(*args)._replace(dev=load_splits(*args).dev[:8]))
+    monkeypatch.setattr(train, "load_splits", few)
     for at, flags in enumerate(flags for flags in commands(README) if "--model DIR" in flags):
         given = [*flags.replace("DIR", str(directory)).split(), *short, "--num-eval", "8"]
         assert train.main([*given, "--out", str(tmp_path / str(at))]) == 0, flags
