@@ -353,13 +353,13 @@ def measured_rate(first_grads: list[float], d: int, dense_on_codes: bool = False
     """A learning rate from the first projected gradients (ours; docs/deviations.md).
 
     To first order a step along u changes its batch's loss by lr g^2, whatever the model, the method, eps and d are:
-    that is to be 0.02 nats, and the rate 1e-3 at most, and 7,000 / d (1e-6 for 7 billion weights: QuZO's script).
+    that is to be 0.03 nats, and the rate 1e-3 at most, and 7,000 / d (1e-6 for 7 billion weights: QuZO's script).
     first_grads: at the first weights.  Half of normal numbers are within 0.6745 standard deviations: so g^2 is taken
     from the median, which a few outliers (fp8's) do not move.  d: elements that are trained.
     dense_on_codes: steps in every weight are rounded onto codes, whose noise grows with the rate: a quarter of it.
     """
     mean_square = (median(map(abs, first_grads)) / NormalDist().inv_cdf(0.75)) ** 2
-    rate = min(0.02 / mean_square if mean_square else math.inf, 1e-3, 7000 / d)
+    rate = min(0.03 / mean_square if mean_square else math.inf, 1e-3, 7000 / d)
     return rate / 4 if dense_on_codes else rate
 
 
