@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -390,7 +390,9 @@ class LanguageModel:
         weights = {name: view.read(prefix + name) for name, _ in part.named_parameters()}
         return functional_call(part, weights, (x, *context))
 
-    def generate(self, tokens: Tensor, max_new_tokens: int, mask: Tensor | None = None) -> Tensor:
+    def generate(
+        self, tokens: Tensor, max_new_tokens: int, mask: Tensor | None = None, ends: Sequence[int] = ()
+    ) -> Tensor:
         raise ValueError(f"{type(self).__name__} is a masked language model and does not generate")
 
     def save(self, directory: str | Path) -> None:
@@ -456,24 +458,28 @@ class Llama(LanguageModel):
         return self.apply(self.norm, "model.norm.", view, x + y)
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, max_new_tokens: int, mask: Tensor | None = None) -> Tensor:
+    def generate(
+        self, tokens: Tensor, max_new_tokens: int, mask: Tensor | None = None, ends: Sequence[int] = ()
+    ) -> Tensor:
         """Greedy: tokens [B, T] (left-padded where mask is 0) -> [B, T + new], new <= max_new_tokens.
 
-        Stops when every row has produced an end token; rows that end early are filled with the padding token.
+        Stops when every row has produced an end token, the checkpoint's or one of `ends`; rows that end early are
+        filled with the padding token.
         """
         mask = torch.ones_like(tokens) if mask is None else mask
         if not mask[:, -1].all():
             raise ValueError("generation needs left padding: the last token of every row must be real")
         eos = self.config.eos_token_id
-        ends = torch.tensor([eos] if isinstance(eos, int) else eos or [], device=tokens.device)
-        pad = self.config.pad_token_id if self.config.pad_token_id is not None else (ends.tolist() or [0])[0]
+        stops = [eos] if isinstance(eos, int) else list(eos or [])
+        pad = self.config.pad_token_id if self.config.pad_token_id is not None else (stops or [0])[0]
+        stops = torch.tensor([*stops, *ends], dtype=torch.int64, device=tokens.device)
         cache, view, new = KVCache(), self.stored_view(), tokens
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
             last = self.hidden(new, mask, view, cache=cache)[:, :, -1]
             new = self.score(last, view)[0].argmax(-1, keepdim=True).masked_fill(done[:, None], pad)
             tokens, mask = torch.cat((tokens, new), 1), torch.cat((mask, torch.ones_like(new)), 1)
-            done |= torch.isin(new[:, 0], ends)
+            done |= torch.isin(new[:, 0], stops)
             if done.all():
                 break
         return tokens

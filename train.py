@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,15 +26,17 @@ from tqdm import tqdm
 import gpu
 import tensor_train
 from calibration import calibrate
-from data.scoring import BatchLoss, Encoded, Encoder, Quality, evaluate
-from data.tasks import Splits, get_task, load_splits
+from data.files import Splits, load_splits
+from data.metrics import Prediction, measure
+from data.scoring import BatchLoss, Encoded, Encoder, evaluate, write
+from data.tasks import Task, get_task
 from data.tokenizer import Tokenizer
 from gpu.fp8_matmul import enable_fp8_matmul
 from model import LanguageModel, load
 from quant import INTEGERS, Store, quantise_tokens
 from random_bits import Key, permutation
 from runtime.checkpoints import holds_codes, save_stored, weights_sha256
-from runtime.config import FIRST_ORDER, Config, parse, probes_per_forward, recorded, spec_of, validate
+from runtime.config import FIRST_ORDER, Config, max_length, parse, probes_per_forward, recorded, spec_of, validate
 from runtime.dry_run import longest_sequence, predict, table
 from runtime.first_order import adamw_step, make_trainable, optimizer
 from runtime.hub import PRESETS, raw_config, resolve
@@ -57,7 +60,7 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
                 break
             # the batch
             examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, n)]
-            loss_fn = BatchLoss.of(lm, examples, problem.pad, c.micro_batch_size, problem.multiple)
+            loss_fn = BatchLoss.of(lm, examples, problem.pad, c.micro_batch_size, problem.multiple, problem.task.loss)
             lr = learning_rate(step, progress.rate, c.lr_schedule, c.steps, c.warmup)
 
             # two forward passes a query and an update; or, of the baselines, one forward and one backward pass
@@ -84,7 +87,7 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
             if progress.steps % c.eval_every == 0 or progress.steps == c.steps:
                 recorder.write()
                 evaluate_and_keep_best(c, problem, folder, progress)
-            bar.set_postfix(loss=f"{loss:.3f}", dev=f"{folder.devs[-1].accuracy:.1%}", lr=f"{lr:.1e}")
+            bar.set_postfix(loss=f"{loss:.3f}", dev=f"{folder.devs[-1].loss:.3f}", lr=f"{lr:.1e}")
 
 
 _order = lru_cache(maxsize=2)(permutation)  # a batch may span two epochs
@@ -110,6 +113,11 @@ def estimator(c: Config, lm: LanguageModel) -> ZO:
 
 
 ENOUGH = 16  # steps in a row that go wrong in the same way: a run has then diverged
+
+
+class Quality(NamedTuple):
+    metric: float | None  # the task's
+    loss: float
 
 
 @dataclass
@@ -178,7 +186,7 @@ def evaluate_and_keep_best(c: Config, problem: Problem, folder: RunFolder, progr
     check_finite(dev.loss, progress.steps)
     if progress.note_if_best(dev):
         save(problem.lm, folder.model)
-    row = DevRow(progress.steps, progress.forwards, dev.accuracy, dev.loss)
+    row = DevRow(progress.steps, progress.forwards, dev.metric, dev.loss)
     folder.dev(row, progress.best_step, peak_memory(c.device))
 
 
@@ -205,15 +213,24 @@ class Problem:
     """A model and a task, encoded: all that the loop needs."""
 
     lm: LanguageModel
+    task: Task
+    tokenizer: Tokenizer
     train: list[Encoded]
     dev: list[Encoded]
-    test: list[Encoded]
+    tests: dict[str, list[Encoded]]
     pad: int
     batch_size: int  # of evaluations
     multiple: int = 1  # a step's batches have a multiple of this many tokens
 
     def quality(self, split: list[Encoded]) -> Quality:
-        return evaluate(self.lm, split, self.pad, self.batch_size)
+        """Its metric is None where text would have to be written, which takes too long for every evaluation."""
+        loss, predictions = evaluate(self.lm, split, self.pad, self.batch_size, self.task.loss)
+        return Quality(None if self.task.generates else measure(self.task.metric, predictions), loss)
+
+    def answers(self, split: list[Encoded]) -> list[Prediction]:
+        if self.task.generates:
+            return write(self.lm, split, self.tokenizer, self.pad, self.batch_size)
+        return evaluate(self.lm, split, self.pad, self.batch_size, self.task.loss).predictions
 
 
 def prepare(c: Config) -> tuple[Problem, Splits]:
@@ -222,12 +239,15 @@ def prepare(c: Config) -> tuple[Problem, Splits]:
     splits = load_splits(task, c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval)
     directory = resolve(c.model)
     config, _ = read_config(directory)
-    encode = Encoder(Tokenizer(directory), task, config, c.max_length)
-    train, dev, test = ([encode(example) for example in split] for split in splits[:3])
+    tokenizer = Tokenizer(directory)
+    encode = Encoder(tokenizer, task, config, max_length(c, config.masked))
+    train = [encode(row, right_alone=True) for row in splits.train]
+    dev = [encode(row) for row in splits.dev]
+    tests = {split: [encode(row) for row in rows] for split, rows in splits.tests.items()}
     batch_size = 2 * c.micro_batch_size  # an evaluation has one copy of the weights where a step has two
     pad, multiple = config.pad_token_id or 0, multiple_of(c, config.longest)
     lm = load_base(c, directory, [example.sequences[0] for example in train[: c.calibrate]])
-    return Problem(lm, train, dev, test, pad, batch_size, multiple), splits
+    return Problem(lm, task, tokenizer, train, dev, tests, pad, batch_size, multiple), splits
 
 
 def multiple_of(c: Config, longest: int) -> int:
@@ -292,6 +312,22 @@ def set_up_forwards(c: Config, lm: LanguageModel) -> None:
 # ---------------------------------------------------------------- runs, resumed and replayed
 
 
+def sizes(problem: Problem) -> str:
+    """How many examples there are, and how many did not fit."""
+    splits = {"train": problem.train, "dev": problem.dev} | problem.tests
+    lines = [", ".join(f"{len(rows):,} {split}" for split, rows in splits.items()) + " examples"]
+    for split, rows in splits.items():
+        cut = sum(row.cut > 0 for row in rows)
+        if cut:
+            most = max(row.cut for row in rows)
+            lines.append(f"{cut} of {split} are longer than --max-length: their passages lost up to {most:,} tokens")
+    return "; ".join(lines)
+
+
+def shown(metric: float | None) -> str:
+    return "-" if metric is None else f"{100 * metric:.1f} %"
+
+
 class Stop:
     """Ctrl-C and SIGTERM end the loop after the step at hand, whose record is then whole; twice, at once."""
 
@@ -329,10 +365,12 @@ def run(c: Config) -> dict:
     if past is None:
         folder.write_config(dataclasses.asdict(c), sha256, splits.files, problem.lm.other_files)
     stop = Stop()
-    tqdm.write(f"{title}, {c.device}; run folder {c.out}", sys.stderr)
-    zero_shot = folder.zero_shot = problem.quality(problem.test).accuracy
-    tqdm.write(f"zero-shot test accuracy {zero_shot:.1%}", sys.stderr)
-    progress = progress_of(past, c, problem.lm, guess=math.log(len(problem.dev[0].answers)))
+    tqdm.write(f"{title}, {c.device}; {sizes(problem)}; run folder {c.out}", sys.stderr)
+    metric = problem.task.metric
+    zero_shot = folder.zero_shot = measure(metric, problem.answers(problem.tests["test"]))
+    tqdm.write(f"zero-shot test {metric} {shown(zero_shot)}", sys.stderr)
+    of_guessing = len(problem.dev[0].answers) if problem.task.loss == "options" else problem.lm.config.vocab_size
+    progress = progress_of(past, c, problem.lm, guess=math.log(of_guessing))
     if past is not None:
         catch_up(c, problem.lm, past.projected_grads)
     due = progress.steps % c.eval_every == 0 or progress.steps == c.steps
@@ -346,14 +384,18 @@ def run(c: Config) -> dict:
         for line in ending(progress):
             tqdm.write(line, sys.stderr)
     lm = restore_best(c, problem, folder.model)
-    test = None if interrupted else problem.quality(problem.test).accuracy
+    found = {} if interrupted else {split: problem.answers(rows) for split, rows in problem.tests.items()}
+    folder.predictions(found)
+    names = (metric, *problem.task.also)
+    measured = {split: {name: measure(name, answers) for name in names} for split, answers in found.items()}
     result = {
         "model": c.model, "task": c.task, "method": c.method, "weights": c.weights,
         "directions": c.direction_bits, "steps": progress.steps, "forwards": progress.forwards,
         "trainable_parameters": parameters(trained(lm)),
-        "zero_shot": zero_shot, "dev": progress.best.accuracy, "dev_loss": progress.best.loss,
+        "zero_shot": zero_shot, "dev": progress.best.metric, "dev_loss": progress.best.loss,
         "best_step": progress.best_step, "best_forwards": progress.best_forwards,
-        "lr": progress.rate, "test": test,
+        "lr": progress.rate, "metric": metric, "test": measured["test"][metric] if measured else None,
+        "tests": measured,
         "interrupted": interrupted, "diverged": progress.diverged, "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_memory(c.device), "reserved_memory_bytes": reserved_memory(c.device),
         "weights_sha256": weights_sha256(lm.weights), "out": c.out,
@@ -475,7 +517,7 @@ def dry_run(c: Config) -> dict:
     validate(c)
     raw = raw_config(c.model)
     longest = longest_sequence(c)
-    predicted = predict(c, raw, longest or min(c.max_length, config_of(raw).longest))
+    predicted = predict(c, raw, longest or max_length(c, config_of(raw).masked))
     if longest is None:
         print("no data or no tokenizer is here: sequences are taken to be as long as --max-length and the model allow")
     print(table(predicted))

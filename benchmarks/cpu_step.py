@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from data.files import load_splits
 from data.scoring import Batch, BatchLoss, Encoder, collate
-from data.tasks import get_task, load_splits
+from data.tasks import get_task
 from data.tokenizer import Tokenizer
 from model import LanguageModel, load
 from random_bits import Key

@@ -21,6 +21,7 @@ import torch
 
 import gpu
 from data.scoring import BatchLoss, Encoded, evaluate
+from data.tasks import TASKS
 from model import create
 from random_bits import Key
 from runtime.config import Config, parse
@@ -53,7 +54,7 @@ def build(c: Config, raw: dict) -> Problem:
         lm.format = c.weights
         lm.weights = make_trainable(lm.weights, c.weights if c.method == "fo-ste" else None, DTYPES[weights])
     set_up_forwards(c, lm)
-    return Problem(lm, [], [], [], 0, c.batch_size)
+    return Problem(lm, TASKS["sst2"], None, [], [], {}, 0, c.batch_size)
 
 
 def examples(c: Config, tokens: int, vocabulary: int) -> list[Encoded]:

@@ -18,17 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.scoring import Encoded, score_batches
+from data.scoring import Encoded
 from runtime.config import parse
 from train import Problem, prepare
 
 
 def differences(problem: Problem, split: list[Encoded]) -> tuple[Tensor, Tensor]:
-    """Score of the second option less that of the first, and labels: [N] float32 and [N] int64, in order of length."""
-    batches = score_batches(problem.lm, split, problem.pad, problem.batch_size)
-    scores, labels = map(torch.cat, zip(*batches, strict=True))
-    first, second = scores.cpu().unbind(1)
-    return second - first, labels.cpu()
+    """Score of the second option less that of the first, and labels: [N] float32 and [N] int64."""
+    first, second = torch.tensor([answer.scores for answer in problem.answers(split)]).unbind(1)
+    return second - first, torch.tensor([encoded.label for encoded in split])
 
 
 def accuracy(difference: Tensor, labels: Tensor, constant: float = 0.0) -> float:
@@ -55,7 +53,7 @@ def loss(difference: Tensor, labels: Tensor) -> float:
 
 def opinion(problem: Problem) -> dict[str, float]:
     """The figures that are printed, by name."""
-    test, constant = differences(problem, problem.test), best_constant(*differences(problem, problem.dev))
+    test, constant = differences(problem, problem.tests["test"]), best_constant(*differences(problem, problem.dev))
     return {"test": accuracy(*test), "test_loss": loss(*test), "constant": constant,
             "test_without_constant": accuracy(*test, constant), "auc": auc(*test)}  # fmt: skip
 

@@ -19,6 +19,7 @@ import torch
 
 import tensor_train
 from benchmarks.memory import build, examples, step_function
+from data.tasks import TASKS
 from runtime.config import Config, parse, spec_of, validate
 from runtime.hub import raw_config
 from train import Problem, load_base, peak_memory
@@ -30,7 +31,7 @@ LR = 1e-30  # a whole step, and yet every way meets the same weights
 def problem_of(c: Config, raw: dict) -> Problem:
     directory = Path(c.model)
     if directory.is_dir():
-        return Problem(load_base(c, directory), [], [], [], 0, c.batch_size)
+        return Problem(load_base(c, directory), TASKS["sst2"], None, [], [], {}, 0, c.batch_size)
     problem = build(c, raw)
     tensor_train.attach(problem.lm, spec_of(c, raw["model_type"]), c.seed)
     return problem

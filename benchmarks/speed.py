@@ -44,6 +44,7 @@ from benchmarks.peers import (
     transformers_model,
 )
 from data.scoring import BatchLoss, Encoded, collate
+from data.tasks import TASKS
 from model import LanguageModel
 from runtime.config import Config, parse, spec_of
 from runtime.hub import check_known, raw_config
@@ -152,7 +153,7 @@ def clear(device: str) -> None:
 def problem_of(case: Case, c: Config, raw: dict) -> Problem:
     """A problem without files and with random weights; its lm may be transformers' model."""
     if case.peer and PEERS[case.peer][1] is transformers_loss:
-        return Problem(transformers_model(raw, c.device), [], [], [], 0, c.batch_size)
+        return Problem(transformers_model(raw, c.device), TASKS["sst2"], None, [], [], {}, 0, c.batch_size)
     return build(c, raw)
 
 

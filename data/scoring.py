@@ -1,16 +1,17 @@
-"""From examples to option scores: encode, batch, and read the model's opinion of every option.
+"""From examples to losses, option scores and written answers: encode, batch, and ask the model.
 
 A causal model scores an option by the mean log-probability of its tokens after the prompt (MeZO's protocol).
 Where every option is one token, one forward per example is enough, and the softmax over options cancels the
 vocabulary's normaliser, so the options' logits alone are the scores.  A masked model is read at the mask.
+The loss is the options' cross-entropy, or language modelling of the right answer alone (tasks.Task.loss).
 
-Shape key: P perturbed copies, B examples, O options, T tokens, M answer tokens.
+Shape key: P perturbed copies, B examples, O options (the most of any example), T tokens, M answer tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os.path import commonprefix  # of any sequences
 from typing import NamedTuple
 
@@ -18,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.tasks import Example, Task
+from data.metrics import Prediction
+from data.tasks import MASK, Example, Row, Task
 from data.tokenizer import Tokenizer
 
-MASK = "<mask>"
+WRITTEN = 50  # new tokens at most, where text is written (MeZO)
 
 
 @dataclass
@@ -30,12 +32,14 @@ class Encoded:
 
     sequences: list[list[int]]
     answers: list[list[int]]  # the options' own tokens; with one shared sequence each is a single token
-    at: int  # where the shared sequence is read; in the other case the answers are at the sequences' ends
+    at: int  # where the shared sequence is read; in the other case -1: the answers are at the sequences' ends
     label: int
+    example: Example | None = field(default=None, compare=False)
+    cut: int = field(default=0, compare=False)  # tokens that its passage lost
 
     def __post_init__(self):
         self.branched = branches_of(self)
-        self.width = len(self.sequences[0] if len(self.sequences) == 1 else self.branched.tokens)  # in a forward
+        self.width = len(self.sequences[0] if self.at >= 0 else self.branched.tokens)  # in a forward
 
 
 @dataclass
@@ -49,9 +53,10 @@ class Batch:
     at: Tensor  # [M] and at which position: the token before the answer, or the mask
     words: Tensor | None  # [O] the options' token ids
     target: Tensor  # [M] answer token of each read
-    owner: Tensor  # [M] in [0, B * O): the option that a read belongs to
-    lengths: Tensor  # [B * O] tokens of each option
+    owner: Tensor  # [M] in [0, B * O): the option that a read belongs to; B * O: none, the read fills M up
+    lengths: Tensor  # [B * O] tokens of each option, 0 where an example has fewer than O
     branch: Tensor | None  # [B, T]; None where all options are read off one token
+    terms: Tensor  # [B] of how many terms an example's loss is: 1, or the tokens of its right answer
 
 
 class Encoder:
@@ -67,56 +72,75 @@ class Encoder:
         if config.masked:
             self.end = self.end or [config.eos_token_id]
             self.mask_id = tokenizer.id_of(MASK)
-            self.label_words = [self._one_token(option) for option in task.options]
 
-    def _one_token(self, word: str) -> int:
-        ids = self.tokenizer.encode(word)
-        if len(ids) != 1:
-            raise ValueError(f"label word {word!r} must be one token at the mask, got {len(ids)}: {ids}")
-        return ids[0]
+    def __call__(self, row: Row, right_alone: bool = False) -> Encoded:
+        """right_alone: without the other options, where the loss is the right answer's alone.
 
-    def __call__(self, example: Example) -> Encoded:
-        """Raises ValueError where tokenizer, model and task do not fit together."""
-        encoded = self._cloze(example) if self.config.masked else self._prompt(example)
+        Raises ValueError where tokenizer, model and task do not fit together, or the file's row has no such example.
+        """
+        example = self.task.example(row, self.config.masked)
+        if right_alone and self.task.loss == "answer":
+            example = example._replace(options=(example.options[example.label],), label=0)
+        try:
+            encoded = self._cloze(example) if self.config.masked else self._prompt(example)
+        except ValueError as error:
+            raise ValueError(f"{row.place}: {error}") from None
         if len(set(map(tuple, encoded.answers))) < len(encoded.answers):
-            raise ValueError(f"the tokenizer cannot tell the options apart: {list(self.task.options)}")
+            raise ValueError(f"{row.place}: the tokenizer cannot tell the options apart: {list(example.options)}")
         for token in {*encoded.sequences[0], *(token for answer in encoded.answers for token in answer)}:
             if not 0 <= token < self.config.vocab_size:
                 raise ValueError(f"token id {token} is outside the model's vocabulary of {self.config.vocab_size}")
         return encoded
 
-    def _room(self, others: int) -> int:
-        """The number of the text's tokens that fit beside `others` more."""
+    def _kept(self, passage: int, others: int) -> int:
+        """How many of the passage's tokens fit beside `others` more, which are never cut."""
         if self.max_length <= others:
             raise ValueError(f"{self.max_length} tokens leave no room for the text beside {others} others")
-        return self.max_length - others
+        return min(passage, self.max_length - others)
 
     def _cloze(self, example: Example) -> Encoded:
-        """<s> sentence joint <mask> . </s>, or <s> <mask> : sentence </s>; a sentence too long loses its end."""
-        sentence, joint, after = (self.tokenizer.encode(text) if text else [] for text in self.task.cloze(example))
-        special = len(self.begin) + 1 + len(self.end)
-        if self.task.mask_first:
-            after = after[: self._room(special)]
-        else:
-            sentence = sentence[: self._room(len(joint) + len(after) + special)]
-        before = [*self.begin, *sentence, *joint]
-        sequence = [*before, self.mask_id, *after, *self.end]
-        return Encoded([sequence], [[word] for word in self.label_words], len(before), example.label)
+        """<s> text <mask> text </s>, each piece encoded by itself (LM-BFF); a passage too long loses its end."""
+        pieces, at = [], example.passage
+        for i, piece in enumerate(example.pieces):  # literal ones may hold the mask
+            before, mask, after = piece.partition(MASK) if i != at else (piece, "", "")
+            pieces.append([*self._ids(before), *([self.mask_id] if mask else []), *self._ids(after)])
+        passage = len(pieces[at])
+        kept = self._kept(passage, sum(map(len, pieces)) - passage + len(self.begin) + len(self.end))
+        pieces[at] = pieces[at][:kept]
+        sequence = [*self.begin, *(token for piece in pieces for token in piece), *self.end]
+        words = [self._label_word(option) for option in example.options]
+        return Encoded([sequence], words, sequence.index(self.mask_id), example.label, example, passage - kept)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text) if text else []
+
+    def _label_word(self, option: str) -> list[int]:
+        word = " " + option.strip()  # as within a text
+        ids = self.tokenizer.encode(word)
+        if len(ids) != 1:
+            raise ValueError(f"label word {word!r} must be one token at the mask, got {len(ids)}: {ids}")
+        return ids
 
     def _prompt(self, example: Example) -> Encoded:
         """<s> prompt option, without <s> where the tokenizer has none.  A long prompt loses its beginning (MeZO), but
-        never the begin token.  An end token that the tokenizer would add has no place before an option."""
-        prompt = self.tokenizer.encode(self.task.prompt(example))
-        full = [self.tokenizer.encode(self.task.prompt(example) + option) for option in self.task.options]
+        never the begin token nor what follows the passage.  An end token that the tokenizer would add has no place
+        before an option."""
+        text = "".join(example.pieces)
+        prompt = self.tokenizer.encode(text)
+        full = [self.tokenizer.encode(text + option) for option in example.options]
         # an option's tokens are counted, not searched: a tokenizer may merge across the seam
         answers = [ids[len(prompt) :] or ids[-1:] for ids in full]
         shared = all(ids[:-1] == prompt and len(answer) == 1 for ids, answer in zip(full, answers, strict=True))
-        begin, room = self.begin, self._room(len(self.begin) + max(map(len, answers)))
-        if shared and self.share:
-            sequence = begin + prompt[-room:]
-            return Encoded([sequence], answers, len(sequence) - 1, example.label)
-        sequences = [begin + ids[-(room + len(answer)) :] for ids, answer in zip(full, answers, strict=True)]
-        return Encoded(sequences, answers, -1, example.label)
+        longest = WRITTEN if self.task.generates else max(map(len, answers))
+        longest = max(longest, *map(len, answers))
+        passage = len(self.tokenizer.encode("".join(example.pieces[: example.passage + 1])))
+        kept = len(prompt) - passage + self._kept(passage, len(prompt) - passage + longest + len(self.begin))
+        cut = max(0, len(prompt) - kept)
+        if shared and self.share and len(answers) > 1:
+            sequence = self.begin + prompt[cut:]
+            return Encoded([sequence], answers, len(sequence) - 1, example.label, example, cut)
+        sequences = [self.begin + ids[cut:] for ids in full]
+        return Encoded(sequences, answers, -1, example.label, example, cut)
 
 
 class Branched(NamedTuple):
@@ -130,7 +154,7 @@ class Branched(NamedTuple):
 def branches_of(e: Encoded) -> Branched:
     """The options' common beginning once, then the rest of each; an option's last token is only predicted."""
     sequences = e.sequences
-    if len(sequences) == 1 and len(e.answers) > 1:
+    if e.at >= 0:
         sequences = [sequences[0] + answer for answer in e.answers]
     bodies = [sequence[:-1] for sequence in sequences]
     same = len(commonprefix(bodies))
@@ -143,17 +167,20 @@ def branches_of(e: Encoded) -> Branched:
     return Branched(tokens, branch, reads)
 
 
-def collate(examples: list[Encoded], pad: int, device: torch.device, tokens: int = 0) -> Batch:
+def collate(
+    examples: list[Encoded], pad: int, device: torch.device, tokens: int = 0, multiple: int = 1, loss: str = "options"
+) -> Batch:
     """Examples -> one batch.  If any example needs the tokens of its options, all are read so: scores then compare.
 
-    tokens: T is at least that.
+    tokens: T is at least that.  M is a multiple of `multiple`.
     """
-    shared = all(len(e.sequences) == 1 for e in examples) and len({str(e.answers) for e in examples}) == 1
+    shared = all(e.at >= 0 for e in examples) and len({str(e.answers) for e in examples}) == 1
+    options = max(len(e.answers) for e in examples)
     if shared:
         rows, branches = [e.sequences[0] for e in examples], None
         reads = [(i, e.at, 0, 0) for i, e in enumerate(examples)]
     else:
-        branched, options = [e.branched for e in examples], len(examples[0].answers)
+        branched = [e.branched for e in examples]
         rows, branches = [b.tokens for b in branched], [b.branch for b in branched]
         reads = [(i, at, token, i * options + option) for i, b in enumerate(branched) for at, token, option in b.reads]
     T = max(tokens, *map(len, rows))
@@ -161,25 +188,38 @@ def collate(examples: list[Encoded], pad: int, device: torch.device, tokens: int
     mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])
     branch = None if shared else torch.tensor([b + [0] * (T - len(b)) for b in branches])
     labels = torch.tensor([e.label for e in examples])
-    lengths = torch.tensor([len(a) for e in examples for a in e.answers])
+    lengths = torch.tensor([n for e in examples for n in [*map(len, e.answers), *[0] * (options - len(e.answers))]])
     words = torch.tensor([a[0] for a in examples[0].answers]) if shared else None
     row, at, target, owner = torch.tensor(reads).unbind(1)
-    tensors = (ids, mask, labels, row, at, words, target, owner, lengths, branch)
+    terms = torch.tensor([1 if loss == "options" else len(e.answers[e.label]) for e in examples])
+    tensors = (ids, mask, labels, row, at, words, target, owner, lengths, branch, terms)
     pin = device.type == "cuda"  # from pageable memory, CUDA would first finish all that it has
     return Batch(*(t if t is None else (t.pin_memory() if pin else t).to(device, non_blocking=pin) for t in tensors))
 
 
-def option_scores(lm, batch: Batch, view) -> Tensor:
-    """[P, B, O] float32, comparable within an example: softmax over O is the model's choice."""
+def option_scores(lm, batch: Batch, view, loss: str = "options") -> tuple[Tensor, Tensor]:
+    """-> scores [P, B, O] float32 and losses [P], a sum of batch.terms.
+
+    Scores are comparable within an example: softmax over O is the model's choice; -inf where there is no such option.
+    loss "options": the right option's cross-entropy, summed over examples.  "answer": -log p summed over the tokens of
+    the right answers, so that all of a batch's tokens weigh the same (MeZO).
+    """
     branches = {} if batch.branch is None else {"branch": batch.branch}  # a masked model has none
     mask = batch.mask if lm.config.masked else None  # left to right nothing sees the padding
     hidden = lm.hidden(batch.tokens, mask, view, wanted=(batch.row, batch.at), **branches)  # [P, M, D]
     if batch.words is not None:
-        return lm.score(hidden, view, batch.words)
-    log_p = F.log_softmax(lm.score(hidden, view), -1)
-    log_p = log_p.gather(-1, batch.target.expand(len(log_p), -1)[..., None])[..., 0]  # [P, M]
-    sums = log_p.new_zeros(len(log_p), len(batch.lengths)).index_add_(1, batch.owner, log_p)
-    return (sums / batch.lengths).view(len(log_p), len(batch.labels), -1)
+        scores = lm.score(hidden, view, batch.words)
+    else:
+        log_p = F.log_softmax(lm.score(hidden, view), -1)
+        log_p = log_p.gather(-1, batch.target.expand(len(log_p), -1)[..., None])[..., 0]  # [P, M]
+        sums = log_p.new_zeros(len(log_p), len(batch.lengths) + 1).index_add_(1, batch.owner, log_p)[:, :-1]
+        means = (sums / batch.lengths.clamp(min=1)).masked_fill(batch.lengths == 0, -torch.inf)
+        scores = means.view(len(log_p), len(batch.labels), -1)
+    if loss == "options":
+        losses = [F.cross_entropy(of_copy, batch.labels, reduction="sum") for of_copy in scores]
+    else:
+        losses = [-(of_copy.gather(1, batch.labels[:, None])[:, 0] * batch.terms).sum() for of_copy in scores]
+    return scores, torch.stack(losses)
 
 
 @dataclass
@@ -188,28 +228,27 @@ class BatchLoss:
 
     lm: object  # a model.LanguageModel
     batches: list[Batch]  # one after the other, to bound memory
+    loss: str = "options"
 
     @classmethod
-    def of(cls, lm, examples: list[Encoded], pad: int, micro_batch_size: int, multiple: int = 1) -> BatchLoss:
+    def of(
+        cls, lm, examples: list[Encoded], pad: int, micro_batch_size: int, multiple: int = 1, loss: str = "options"
+    ) -> BatchLoss:
         """micro_batch_size examples a batch.  multiple > 1: all have one length, a multiple of that many tokens."""
         T = -(-max(e.width for e in examples) // multiple) * multiple if multiple > 1 else 0
-        starts = range(0, len(examples), micro_batch_size)
-        return cls(lm, [collate(examples[i : i + micro_batch_size], pad, lm.device, T) for i in starts])
+        parts = [examples[i : i + micro_batch_size] for i in range(0, len(examples), micro_batch_size)]
+        return cls(lm, [collate(part, pad, lm.device, T, multiple, loss) for part in parts], loss)
 
     def __call__(self, view) -> Tensor:
-        """-> [P] float32: means of the right option's cross-entropy."""
-        n, total = sum(len(batch.labels) for batch in self.batches), 0.0
-        for batch in self.batches:
-            scores = option_scores(self.lm, batch, view)
-            losses = torch.stack([F.cross_entropy(of_copy, batch.labels) for of_copy in scores])
-            total = total + losses * (len(batch.labels) / n)
-        return total
+        """-> [P] float32: means over all batches."""
+        n = sum(batch.terms.sum() for batch in self.batches)
+        return sum(option_scores(self.lm, batch, view, self.loss)[1] / n for batch in self.batches)
 
     def parts(self, view) -> Iterator[Tensor]:
         """[P] for each batch, which add up to the loss: a backward pass frees one batch's activations at a time."""
-        n = sum(len(batch.labels) for batch in self.batches)
+        n = sum(batch.terms.sum() for batch in self.batches)
         for batch in self.batches:
-            yield BatchLoss(self.lm, [batch])(view) * (len(batch.labels) / n)
+            yield BatchLoss(self.lm, [batch], self.loss)(view) * (batch.terms.sum() / n)
 
     def tensors(self) -> list[Tensor | None]:
         return [tensor for batch in self.batches for tensor in vars(batch).values()]
@@ -217,27 +256,48 @@ class BatchLoss:
     def with_tensors(self, tensors: list[Tensor | None]) -> BatchLoss:
         """This loss with other tensors() of the same shapes."""
         n = len(tensors) // len(self.batches)
-        return BatchLoss(self.lm, [Batch(*tensors[i : i + n]) for i in range(0, len(tensors), n)])
+        batches = [Batch(*tensors[i : i + n]) for i in range(0, len(tensors), n)]
+        return BatchLoss(self.lm, batches, self.loss)
 
 
-class Quality(NamedTuple):
-    accuracy: float  # share of examples whose right option scores highest
-    loss: float  # mean cross-entropy of the right option
+# ---------------------------------------------------------------- evaluation, with the weights as they are stored
+
+
+class Evaluation(NamedTuple):
+    loss: float
+    predictions: list[Prediction]  # in the examples' order
 
 
 @torch.no_grad()
-def score_batches(lm, encoded: list[Encoded], pad: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scores [B, O] and labels [B] of a split in batches, with the weights as they are stored.  In order of length."""
-    in_order, view = sorted(encoded, key=lambda e: len(e.sequences[0])), lm.stored_view()  # less padding
+def evaluate(lm, encoded: list[Encoded], pad: int, batch_size: int, loss: str = "options") -> Evaluation:
+    """The mean loss on a split, and what the model chooses."""
+    in_order, view = sorted(range(len(encoded)), key=lambda i: len(encoded[i].sequences[0])), lm.stored_view()
+    chosen, total, n = {}, 0.0, 0
+    for start in range(0, len(in_order), batch_size):  # of like lengths: less padding
+        at = in_order[start : start + batch_size]
+        batch = collate([encoded[i] for i in at], pad, lm.device, loss=loss)
+        (scores,), (sum_of_losses,) = option_scores(lm, batch, view, loss)
+        total, n = total + float(sum_of_losses), n + int(batch.terms.sum())
+        for i, option, of_one in zip(at, scores.argmax(-1).tolist(), scores.tolist(), strict=True):
+            example = encoded[i].example
+            names = example.names or example.options
+            of_one = tuple(of_one[: len(names)])
+            chosen[i] = Prediction(names[option].strip(), option, example.golds, example.group, of_one, names)
+    return Evaluation(total / n, [chosen[i] for i in range(len(encoded))])
+
+
+@torch.no_grad()
+def write(lm, encoded: list[Encoded], tokenizer: Tokenizer, pad: int, batch_size: int) -> list[Prediction]:
+    """What the model writes after each prompt, greedily, up to a new line; in the examples' order."""
+    prompts = [e.sequences[0][: -len(e.answers[0])] for e in encoded]
+    in_order, line_ends = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), tokenizer.line_ends()
+    written = {}
     for start in range(0, len(in_order), batch_size):
-        batch = collate(in_order[start : start + batch_size], pad, lm.device)
-        yield option_scores(lm, batch, view)[0], batch.labels
-
-
-def evaluate(lm, encoded: list[Encoded], pad: int, batch_size: int) -> Quality:
-    """Quality on a split, with the weights as they are stored."""
-    right, loss = 0, 0.0
-    for scores, labels in score_batches(lm, encoded, pad, batch_size):
-        right += int((scores.argmax(-1) == labels).sum())
-        loss += float(F.cross_entropy(scores, labels, reduction="sum"))
-    return Quality(right / len(encoded), loss / len(encoded))
+        at = in_order[start : start + batch_size]
+        T = max(len(prompts[i]) for i in at)
+        ids = torch.tensor([[pad] * (T - len(prompts[i])) + prompts[i] for i in at], device=lm.device)
+        mask = torch.tensor([[0] * (T - len(prompts[i])) + [1] * len(prompts[i]) for i in at], device=lm.device)
+        for i, new in zip(at, lm.generate(ids, WRITTEN, mask, line_ends)[:, T:].tolist(), strict=True):
+            text = tokenizer.decode(new).partition("\n")[0].strip()
+            written[i] = Prediction(text, 0, encoded[i].example.golds, encoded[i].example.group, (), ())
+    return [written[i] for i in range(len(encoded))]

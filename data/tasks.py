@@ -1,146 +1,302 @@
-"""The tasks: where their official files are, how an example becomes a prompt, and which words answer it.
+"""The tasks, one record each: how an example becomes a prompt, what may follow it, and where the official files are.
 
-Prompts for causal models follow MeZO's large-model protocol, cloze texts for masked models its k-shot protocol
-(after LM-BFF).  Metric: accuracy.
+A user's own task is a JSON file of the same fields (docs/own_data.md).  Prompts for causal models and losses are those
+of MeZO's large-model protocol, cloze texts for masked models and label words those of its k-shot protocol (LM-BFF's).
 """
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator
-from dataclasses import dataclass
+import dataclasses
+import json
+import string
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
+from typing import Any, NamedTuple
 
 TINY = Path(__file__).parent / "tiny"
+MASK = "<mask>"
+
+
+class Row(NamedTuple):
+    """An example as a file has it."""
+
+    place: str  # file:line, for errors
+    fields: dict[str, Any]
 
 
 class Example(NamedTuple):
-    sentence: str
-    label: int
+    """An example as a model of one kind reads it."""
+
+    pieces: tuple[str, ...]  # the prompt, or the cloze text with its <mask>: literal text and fields, in turn
+    passage: int  # which piece loses tokens where all of them are too many
+    options: tuple[str, ...]  # what may follow the prompt or stand at the mask; of a text to write, the answer to learn
+    label: int  # the right option, or the first of those
+    golds: tuple  # all right options' indices, or all right answers of a text to write
+    group: str = ""  # which question this is an answer to, where a metric counts a question's answers together
+    names: tuple[str, ...] = ()  # what metrics call the options, unless as they are
+
+
+# ---------------------------------------------------------------- templates: "{field}" or "{field:filter}"
+
+
+def _as_question(text: str) -> str:
+    text = text[:1].upper() + text[1:]
+    return text if text.endswith("?") else text + "?"
+
+
+def _lower_first_word(text: str) -> str:
+    first, space, rest = text.partition(" ")
+    return text if first == "I" else first.lower() + space + rest
+
+
+FILTERS: dict[str, Callable[[str], str]] = {
+    "strip": str.strip,
+    "lower": str.lower,
+    "lower_first": lambda text: text[:1].lower() + text[1:],
+    "lower_first_word": _lower_first_word,  # MeZO's COPA
+    "without_last": lambda text: text[:-1],
+    "without_period": lambda text: text.rstrip().removesuffix("."),
+    "as_question": _as_question,  # MeZO's BoolQ
+    "dashes": lambda text: text.replace("@highlight\n", "- "),  # MeZO's ReCoRD
+    "conjunction": {"cause": "because", "effect": "so"}.__getitem__,
+}
+
+
+def render(template: str, fields: dict[str, Any]) -> tuple[list[str], list[str | None]]:
+    """-> its pieces, and of each the field that it comes from, or None.  Raises ValueError for a field it has not.
+
+    >>> render("{s:lower} It was", {"s": "Fine"})
+    (['fine', ' It was'], ['s', None])
+    """
+    pieces, names = [], []
+    for literal, name, filters, _ in string.Formatter().parse(template):
+        if literal:
+            pieces, names = [*pieces, literal], [*names, None]
+        if name is not None:
+            try:
+                value, _ = string.Formatter().get_field(name, (), fields)  # "target[span1_text]" is a field of a field
+            except (KeyError, IndexError, AttributeError, TypeError):
+                raise ValueError(f"there is no field {name!r}; there are: {', '.join(map(repr, fields))}") from None
+            text = plain(value)
+            for each in filter(None, filters.split("|")):
+                text = FILTERS[each](text)
+            pieces, names = [*pieces, text], [*names, name]
+    return pieces, names
+
+
+def plain(value: Any) -> str:
+    """A field's value as text: JSON's true is "true", and 1 is "1"."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+# ---------------------------------------------------------------- a task
 
 
 @dataclass(frozen=True)
 class Task:
-    """Single-sentence classification: `{sentence}{joint}{option}`; as a cloze text `{sentence}{joint}<mask>.`, or
-    `<mask>: {sentence}` where the mask is first."""
+    """One of four kinds, by what follows the prompt.
+
+    options a dict: a word for each value of the field `label`.  options a list of templates: one for each choice, and
+    `label` is the index of the right one.  options the name of a field: a list of choices of the example's own, and
+    `label` names a list of the indices of the right ones.  answer a template: text is written, up to a new line, and
+    what it is compared with is all that `label` holds, a text or a list of texts, of which the first is learnt.
+    """
 
     name: str
-    folder: str | Path  # under --data-dir, as the benchmark is distributed; a Path: its own, read whole
-    joint: str
-    options: tuple[str, ...]  # with the space that goes before them; the label is the index
-    ending: str = "tsv"  # of its files; csv: `label,sentence`, without a header
-    mask_first: bool = False
+    prompt: str | None = None  # for causal models
+    cloze: str | None = None  # for masked models, with one <mask>
+    options: dict[str, str] | tuple[str, ...] | str | None = None
+    answer: str | None = None
+    label: str = "label"
+    group: str | None = None  # a field
+    names: str | None = None  # a field that lists what metrics call the options
+    passage: str | None = None  # the field that loses tokens where all are too many; by default the first
+    loss: str = "options"  # cross-entropy over the options' scores; "answer": language modelling of the right one alone
+    metric: str = "accuracy"
+    also: tuple[str, ...] = ()  # metrics that the benchmark itself reports
+    files: dict[str, str] = field(default_factory=dict)  # of train, dev and test; without dev it is drawn from train
+    k_shot: dict[str, str] = field(default_factory=dict)  # the same for --k
+    num_dev: int = 500  # examples drawn from train
+    columns: tuple[str, ...] = ()  # of .csv and .tsv files that have no header
+    rename: dict[str, str] = field(default_factory=dict)  # a file's field: its name here
+    layout: str | None = None  # how the files nest examples (data/files.py); by default what their names end in says it
+    quoting: str | None = None  # "csv" or "none"; by default csv files quote and tsv files do not (GLUE's way)
+    folder: Path | None = None  # that its files are in; None: --data-dir
 
     @property
-    def embedded(self) -> bool:
-        return isinstance(self.folder, Path)
+    def generates(self) -> bool:
+        return self.answer is not None
 
-    def prompt(self, example: Example) -> str:
-        return example.sentence + self.joint
+    def example(self, row: Row, masked: bool) -> Example:
+        """Raises ValueError, with the place, for a field that is not there or a label that is not known."""
+        template = self.cloze if masked else self.prompt
+        if template is None:
+            kind, name = ("masked", "cloze text") if masked else ("causal", "prompt")
+            raise ValueError(f"task {self.name} has no {name}: a {kind} model cannot learn it")
+        try:
+            pieces, names = render(template, row.fields)
+            options, golds = self._options(row.fields)
+            group = "" if self.group is None else render("{" + self.group + "}", row.fields)[0][0]
+        except (ValueError, KeyError) as error:
+            message = error if isinstance(error, ValueError) else f"the value {error} has no place in a template"
+            raise ValueError(f"{row.place}: {message}") from None
+        passages = [i for i, name in enumerate(names) if name and name.partition("[")[0] == (self.passage or name)]
+        label = 0 if self.generates else golds[0]
+        names = () if self.names is None else tuple(row.fields[self.names])
+        return Example(tuple(pieces), passages[0], options, label, golds, group, names)
 
-    def cloze(self, example: Example) -> tuple[str, str, str]:
-        """Two texts before the mask and one after it.  The one that holds the sentence may be cut to length."""
-        return ("", "", f": {example.sentence}") if self.mask_first else (example.sentence, self.joint, ".")
+    def _options(self, fields: dict[str, Any]) -> tuple[tuple[str, ...], tuple]:
+        """The options, and which are right; or the answer to learn, and all that are right."""
+        if self.label not in fields:
+            raise ValueError(f"there is no field {self.label!r}; there are: {', '.join(map(repr, fields))}")
+        label = fields[self.label]
+        if self.generates:
+            answers = tuple(map(plain, label)) if isinstance(label, list) else (plain(label),)
+            if not answers:
+                raise ValueError(f"{self.label!r} holds no answer")
+            return ("".join(render(self.answer, fields | {self.label: answers[0]})[0]),), answers
+        if isinstance(self.options, dict):
+            if plain(label) not in self.options:
+                known = ", ".join(map(repr, self.options))
+                raise ValueError(f"the {self.label} must be one of {known}, got {plain(label)!r}")
+            return tuple(self.options.values()), (list(self.options).index(plain(label)),)
+        if isinstance(self.options, str):
+            if self.options not in fields:
+                raise ValueError(f"there is no field {self.options!r}; there are: {', '.join(map(repr, fields))}")
+            options = tuple(map(plain, fields[self.options]))
+        else:
+            options = tuple("".join(render(option, fields)[0]) for option in self.options)
+        golds = tuple(label) if isinstance(label, list) else (int(label),)
+        if not golds or not all(0 <= gold < len(options) for gold in golds):
+            raise ValueError(f"the {self.label} must be one of 0 to {len(options) - 1}, got {label!r}")
+        return options, golds
 
 
-TASKS = {
-    "sst2": Task("sst2", "SST-2", " It was", (" terrible", " great")),
-    "trec": Task("trec", "trec", " Type:", (" Description", " Entity", " Expression", " Human", " Location", " Number"),
-                 "csv", mask_first=True),  # for causal models the prompt is ours
-    "tiny": Task("tiny", TINY, " it was", (" terrible", " great")),
-}
+# ---------------------------------------------------------------- the papers' tasks
+
+
+def _k_shot(folder: str, ending: str = "tsv", **other: str) -> dict[str, str]:
+    names = {"train": "train", "dev": "dev", "test": "test"} | other
+    return {split: f"k-shot/{folder}/{{k}}-{{seed}}/{name}.{ending}" for split, name in names.items()}
+
+
+def _jsonl(folder: str) -> dict[str, str]:
+    return {"train": f"{folder}/train.jsonl", "test": f"{folder}/val.jsonl"}
+
+
+YES_NO = {"true": "Yes", "false": "No"}
+NO_YES = {"false": "No", "true": "Yes"}
+INFERENCE = "{sentence1:without_last}?<mask>, {sentence2:lower_first}"  # of two sentences (LM-BFF)
+INFERRED = {"entailment": "Yes", "neutral": "Maybe", "contradiction": "No"}
+MATCHED = {"dev": "dev_matched", "test": "test_matched", "test_mismatched": "test_mismatched"}
+TREC = dict(enumerate(" Description, Entity, Expression, Human, Location, Number".split(",")))
+
+TASKS = {task.name: task for task in (
+    Task("sst2", "{sentence:strip} It was", "{sentence:strip} It was<mask>.", {"0": " terrible", "1": " great"},
+         files={"train": "SST-2/train.tsv", "test": "SST-2/dev.tsv"}, k_shot=_k_shot("SST-2")),
+    Task("rte", "{premise}\nDoes this mean that \"{hypothesis}\" is true? Yes or No?\n",
+         "{premise:without_last}?<mask>, {hypothesis:lower_first}", {"entailment": "Yes", "not_entailment": "No"},
+         files=_jsonl("RTE"), k_shot=_k_shot("RTE"), rename={"sentence1": "premise", "sentence2": "hypothesis"}),
+    Task("cb", "Suppose {premise} Can we infer that \"{hypothesis}\"? Yes, No, or Maybe?\n",
+         options={"entailment": "Yes", "contradiction": "No", "neutral": "Maybe"}, files=_jsonl("CB"),
+         also=("f1_macro",), num_dev=100),
+    Task("boolq", "{passage} {question:as_question}\n", options=YES_NO, files=_jsonl("BoolQ")),
+    Task("wsc", "{text}\nIn the previous sentence, does the pronoun \"{target[span2_text]:lower}\" refer to "
+         "{target[span1_text]}? Yes or No?\n", options=NO_YES, files=_jsonl("WSC"),
+         num_dev=100),  # ours: MeZO's 500 would leave 54 to train with
+    Task("wic", "Does the word \"{word}\" have the same meaning in these two sentences? Yes, No?\n"
+         "{sentence1}\n{sentence2}\n", options=NO_YES, files=_jsonl("WiC"), passage="sentence1"),
+    Task("multirc", "{paragraph}\nQuestion: {question}\nI found this answer \"{answer}\". Is that correct? "
+         "Yes or No?\n", options={"0": "No", "1": "Yes"}, files=_jsonl("MultiRC"), layout="multirc", group="group",
+         also=("f1a", "exact_questions")),
+    Task("copa", "{premise:without_period} {question:conjunction} ",
+         options=("{choice1:lower_first_word}", "{choice2:lower_first_word}"), files=_jsonl("COPA"), loss="answer",
+         num_dev=100),
+    Task("record", "{passage:dashes}\n-", options="choices", files=_jsonl("ReCoRD"), layout="record", loss="answer",
+         names="entities", also=("f1",)),
+    Task("squad", "Title: {title}\nContext: {context}\nQuestion: {question:strip}\nAnswer:", answer=" {answers}\n",
+         label="answers", passage="context", files={"train": "squad/train-v1.1.json", "test": "squad/dev-v1.1.json"},
+         layout="squad", loss="answer", metric="f1", also=("exact_match",)),
+    Task("drop", "Passage: {context}\nQuestion: {question:strip}\nAnswer:", answer=" {answers}\n", label="answers",
+         files={"train": "drop/drop_dataset_train.json", "test": "drop/drop_dataset_dev.json"},
+         layout="drop", loss="answer", metric="f1", also=("exact_match",)),
+    Task("sst5", cloze="{sentence:strip} It was<mask>.", k_shot=_k_shot("sst-5", "csv"), columns=("label", "sentence"),
+         options=dict(zip("01234", ("terrible", "bad", "okay", "good", "great"), strict=True))),
+    Task("snli", cloze=INFERENCE, options=INFERRED, label="gold_label", k_shot=_k_shot("SNLI"),
+         layout="annotated"),
+    Task("mnli", cloze=INFERENCE, options=INFERRED, label="gold_label",
+         k_shot=_k_shot("MNLI", **MATCHED), layout="annotated"),
+    # in MeZO for masked models alone: its prompt for causal ones is ours
+    Task("trec", "{sentence:strip} Type:", "<mask>: {sentence:strip}", {str(i): word for i, word in TREC.items()},
+         k_shot=_k_shot("trec", "csv"), columns=("label", "sentence")),
+    Task("tiny", "{sentence:strip} it was", options={"0": " terrible", "1": " great"}, folder=TINY,
+         files={split: f"{split}.tsv" for split in ("train", "dev", "test")}),
+)}  # fmt: skip
 
 
 def get_task(name: str) -> Task:
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
-    return TASKS[name]
+    """One of TASKS, or the one that a .json file describes, whose files are then beside it."""
+    if name in TASKS:
+        return TASKS[name]
+    if not name.endswith(".json"):
+        raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}, or a .json file that describes your own")
+    return read_task(Path(name))
 
 
-# ---------------------------------------------------------------- official files
+OWN = [f.name for f in dataclasses.fields(Task) if f.name not in ("name", "folder", "k_shot", "layout")]
 
 
-def read_examples(path: Path, classes: int) -> list[Example]:
-    """A .tsv file with the header `sentence<TAB>label`, or a .csv file of `label,sentence` without one -> examples.
-
-    Raises ValueError for a missing file, another layout, or a label that is not an integer below `classes`.
-    """
-    rows = _csv_rows(path) if path.suffix == ".csv" else _tsv_rows(path)
-    examples = []
-    for number, sentence, label in rows:
-        if label not in map(str, range(classes)):
-            raise ValueError(f"{path}:{number}: the label must be one of 0 to {classes - 1}, got {label!r}")
-        examples.append(Example(sentence.strip(), int(label)))
-    if not examples:
-        raise ValueError(f"{path} holds no examples")
-    return examples
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; see README.md for where to get the official files")
+def read_task(path: Path) -> Task:
+    """A user's own task.  Raises ValueError, with the file and the field, for what no task can have."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+        given = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} must hold one object, as in docs/own_data.md")
+    for name in given:
+        if name not in OWN:
+            raise ValueError(f"{path}: unknown field {name!r}; known: {', '.join(OWN)}")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if "answer" in given:
+        given = {"loss": "answer", "metric": "f1"} | given
+    task = Task(path.stem, **given, folder=path.parent)
+    templates = (fault for name in ("prompt", "cloze", "answer") for fault in _of_template(task, name))
+    for fault in (*_faults(task), *templates):
+        raise ValueError(f"{path}: {fault}")
+    return task
 
 
-def _tsv_rows(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Line number, sentence, label."""
-    # not splitlines, which also splits at characters that sentences may hold, such as U+2028
-    lines = _read(path).rstrip("\n").split("\n")
-    header = lines[0].split("\t")
-    if header != ["sentence", "label"]:
-        raise ValueError(f"{path}: the columns must be sentence and label, got {header}")
-    for number, line in enumerate(lines[1:], start=2):
-        cells = line.split("\t")
-        if len(cells) != 2:
-            raise ValueError(f"{path}:{number}: expected 2 columns, got {len(cells)}")
-        yield number, *cells
+def _faults(task: Task) -> Iterator[str]:
+    """What is wrong with a task of a user's, but for its templates."""
+    if task.prompt is None and task.cloze is None:
+        yield '"prompt" is missing (for a masked model: "cloze")'
+    if task.cloze is not None and task.cloze.count(MASK) != 1:
+        yield f"cloze must have one {MASK}"
+    if (task.options is None) == (task.answer is None):
+        yield 'one of "options" and "answer" is needed'
+    if not isinstance(task.options, str | None) and len(task.options) < 2:
+        yield "there must be two options or more"
+    for name, choices in (("loss", ("options", "answer")), ("quoting", (None, "csv", "none"))):
+        if getattr(task, name) not in choices:
+            yield f"{name} must be one of {', '.join(map(repr, filter(None, choices)))}, got {getattr(task, name)!r}"
+    if not isinstance(task.files, dict) or not {"train", "test"} <= set(task.files):
+        yield '"files" must name a train and a test file'
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, str, str]]:
-    for number, cells in enumerate(csv.reader(io.StringIO(_read(path), newline="")), start=1):
-        if len(cells) != 2:
-            raise ValueError(f"{path}:{number}: expected label,sentence, got {len(cells)} columns")
-        yield number, cells[1], cells[0]
-
-
-class Splits(NamedTuple):
-    train: list[Example]
-    dev: list[Example]
-    test: list[Example]
-    files: list[Path]  # what they were read from, for the run's record
-
-
-def load_splits(
-    task: Task, data_dir: str | None, k: int | None, data_seed: int | None, num_train: int | None,
-    num_dev: int | None, num_eval: int,
-) -> Splits:  # fmt: skip
-    """Train and dev to learn from, test to report.
-
-    With k: the published few-shot files, k-shot/TASK/K-SEED/{train,dev,test}.tsv.  Without: MeZO's large-model
-    protocol, num_train + num_dev examples drawn from train.tsv by a numpy permutation of data_seed (dev is the
-    end of the draw) and num_eval from the labelled dev.tsv.  An embedded task reads its own folder whole.
-    """
-    classes = len(task.options)
-    if task.embedded or k:
-        folder = task.folder if task.embedded else Path(data_dir) / "k-shot" / task.folder / f"{k}-{data_seed}"
-        files = [folder / f"{split}.{task.ending}" for split in ("train", "dev", "test")]
-        train, dev, test = (read_examples(file, classes) for file in files)
-        return Splits(train, dev, test[:num_eval], files)
-    files = [Path(data_dir) / task.folder / f"{split}.{task.ending}" for split in ("train", "dev")]
-    pool, held_out = (read_examples(file, classes) for file in files)
-    if len(pool) < num_train + num_dev:
-        raise ValueError(f"{files[0]} holds {len(pool)} examples, fewer than {num_train} train + {num_dev} dev")
-    drawn = _draw(pool, data_seed, num_train + num_dev)
-    return Splits(drawn[:num_train], drawn[num_train:], _draw(held_out, data_seed, num_eval), files)
-
-
-def _draw(pool: list[Example], seed: int, n: int) -> list[Example]:
-    """MeZO's draw; RandomState, because numpy's newer generators would choose other examples."""
-    return [pool[i] for i in np.random.RandomState(seed).permutation(len(pool))[:n]]
+def _of_template(task: Task, name: str) -> Iterator[str]:
+    template = getattr(task, name)
+    if template is None:
+        return
+    try:
+        parsed = list(string.Formatter().parse(template))
+    except ValueError as error:
+        yield f"{name}: {error}; a brace of the text itself is written twice"
+        return
+    if not any(field for _, field, _, _ in parsed):
+        yield f'{name} has no field: write its name in braces, as in "{{text}}"'
+    for filters in (filters for _, _, filters, _ in parsed if filters):
+        for each in filters.split("|"):
+            if each not in FILTERS:
+                yield f"{name}: unknown filter {each!r}; known: {', '.join(FILTERS)}"

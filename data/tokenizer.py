@@ -80,6 +80,15 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
 
+    def line_ends(self) -> list[int]:
+        """The ids of all pieces that hold a new line."""
+        if isinstance(self._tokenizer, tokenizers.Tokenizer):
+            pieces = self._tokenizer.get_vocab(with_added_tokens=True).items()
+        else:
+            pieces = ((self._tokenizer.id_to_piece(i), i) for i in range(self._tokenizer.get_piece_size()))
+        signs = ("\n", "\u010a", "<0x0A>")  # as it is; as byte-level BPE spells it; as sentencepiece spells a byte
+        return sorted(i for piece, i in pieces if any(sign in piece for sign in signs))
+
     def id_of(self, piece: str) -> int:
         """The id of one piece by its spelling, such as <mask>."""
         if isinstance(self._tokenizer, tokenizers.Tokenizer):

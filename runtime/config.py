@@ -35,7 +35,9 @@ class Config:
     """Every flag.  None: from DEFAULTS where it has an entry for the method, else it does not apply."""
 
     model: str = flag("model and data", "tiny", f"a checkpoint directory, or one of {', '.join(PRESETS)}")
-    task: str | None = flag("model and data", None, "what to learn; tiny for the tiny model, else sst2", tuple(TASKS))
+    task: str | None = flag("model and data", None, f"what to learn: {', '.join(TASKS)}; or a .json "
+                             "file that describes your own (docs/own_data.md) [tiny for the tiny model, else sst2]"
+                             )  # fmt: skip
     data_dir: str | None = flag("model and data", None, "folder of the official files, SST-2/train.tsv and so on")
     k: int | None = flag("model and data", None, "examples a class, from the k-shot files, "
                                                  "k-shot/SST-2/512-42/train.tsv and so on")  # fmt: skip
@@ -43,7 +45,8 @@ class Config:
     num_train: int | None = flag("model and data", None, "training examples drawn from the full files")
     num_dev: int | None = flag("model and data", None, "dev examples drawn from the full files")
     num_eval: int = flag("model and data", 1000, "test examples at most")
-    max_length: int = flag("model and data", 2048, "longest sequence in tokens; the model's own limit also holds")
+    max_length: int | None = flag("model and data", None, "longest sequence in tokens, at most the model's own limit "
+                                                          "[2048, of masked models 128]")  # fmt: skip
 
     method: str = flag("method", "quzo", "quzo: low-bit directions and weights; mezo: Gaussian directions; fo: AdamW; "
                                          "fo-ste: AdamW through fake-quantised weights; the others train adapters "
@@ -179,8 +182,8 @@ SPARSE_DEFAULTS = {
 CALIBRATION = 1024  # prompts, where a format is coarse enough to need any: int4 and fp8 of a real model
 
 FILE_DEFAULTS = {  # of tasks that are read from files: which few-shot split, or how MeZO draws from the full ones
-    "k-shot files": dict(data_dir="datasets", data_seed=42),
-    "full files": dict(data_dir="datasets", data_seed=0, num_train=1000, num_dev=500),
+    "k-shot files": dict(data_seed=42),
+    "full files": dict(data_seed=0, num_train=1000),
 }
 
 
@@ -243,8 +246,11 @@ def resolve_defaults(c: Config) -> Config:
     elif c.method != "adazeta" and optimizer == "zo":
         table["queries"] = 1
     table["task"] = c.task or ("tiny" if c.model == "tiny" else "sst2")
-    if not get_task(table["task"]).embedded:
-        table |= FILE_DEFAULTS["k-shot files" if c.k else "full files"]
+    task = get_task(table["task"])
+    if task.folder is None:
+        table["data_dir"] = "datasets"
+    if c.k or "dev" not in task.files:
+        table |= FILE_DEFAULTS["k-shot files" if c.k else "full files"] | ({} if c.k else {"num_dev": task.num_dev})
     coarse = (c.weights or table["weights"]) in ("int4", "fp8") and c.method not in FIRST_ORDER
     table["calibrate"] = CALIBRATION if coarse and c.model != "tiny" else 0
     table["device"] = best_device() if c.device == "auto" else c.device
@@ -258,6 +264,11 @@ def resolve_defaults(c: Config) -> Config:
         graphs=zo if c.graphs is None else c.graphs,
         micro_batch_size=c.batch_size if c.micro_batch_size is None else c.micro_batch_size,
     )
+
+
+def max_length(c: Config, masked: bool) -> int:
+    """Tokens of the longest sequence; MeZO's, and LM-BFF's of masked models."""
+    return c.max_length or (128 if masked else 2048)
 
 
 def expects_triton() -> bool:
@@ -331,12 +342,16 @@ def validate(c: Config) -> None:
         value = getattr(c, name)
         if value is not None and not low <= value <= high:  # NaN fails too
             raise ValueError(f"--{name.replace('_', '-')} must be in [{low}, {high}], got {value}")
-    embedded = get_task(c.task).embedded
-    drawn = ("num_train", "num_dev")
-    for name in ("data_dir", "k", "data_seed", *drawn) if embedded else drawn if c.k else ():
-        if getattr(c, name) is not None:
-            beside = f"task {c.task}, which has its own files" if embedded else "--k, whose files are read whole"
-            raise ValueError(f"--{name.replace('_', '-')} means nothing beside {beside}")
+    task = get_task(c.task)
+    whole = ("data_seed", "num_train", "num_dev") if "dev" in task.files and not c.k else ()
+    for names, beside in (
+        (("data_dir",) if task.folder else (), f"task {c.task}, which has its own files"),
+        (("num_train", "num_dev") if c.k else (), "--k, which says how many examples there are"),
+        (whole, f"task {c.task}, whose files are read whole"),
+    ):
+        for name in names:
+            if getattr(c, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} means nothing beside {beside}")
     check_format(c.weights, c.residual, c.oracle)
     check_method(c)
     check_products(c)

@@ -36,7 +36,7 @@ def curve_svg(
     """
     train = [(step, loss) for step, loss in block_means(losses, MAX_POINTS) if math.isfinite(loss)]
     dev = [(step, loss) for step, _, _, loss in devs if math.isfinite(loss)]
-    accuracy = [(step, value) for step, _, value, _ in devs]
+    accuracy = [(step, value) for step, _, value, _ in devs if value is not None]
     last_step = max([step for step, _ in losses + accuracy], default=0) or 1
     loss_ticks = ticks(max([loss for _, loss in train + dev], default=1.0) or 1.0)
     max_loss = loss_ticks[-1]

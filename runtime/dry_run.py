@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
+from data.files import load_splits
 from data.scoring import Encoder
-from data.tasks import get_task, load_splits
+from data.tasks import get_task
 from data.tokenizer import Tokenizer
 from model import expected_shapes, llama_parts, roberta_parts
 from quant import tensor_specs
-from runtime.config import Config, probes_per_forward, spec_of
+from runtime.config import Config, max_length, probes_per_forward, spec_of
 from runtime.hub import resolve
 from runtime.model_configs import LlamaConfig, config_of, read_config
 from tensor_train import Spec, install, is_norm, targets_of
@@ -174,9 +175,11 @@ def longest_sequence(c: Config) -> int | None:
     """Tokens of the task's longest sequence, where its files and the tokenizer are at hand."""
     task = get_task(c.task)
     here = Path(c.model).is_dir() or c.model == "tiny"
-    if not here or not (task.embedded or Path(c.data_dir).is_dir()):
+    if not here or not (task.folder or Path(c.data_dir).is_dir()):
         return None
     directory = resolve(c.model)
     splits = load_splits(task, c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval)
-    encode = Encoder(Tokenizer(directory), task, read_config(directory)[0], c.max_length)
-    return max(encode(example).width for split in splits[:3] for example in split)
+    config = read_config(directory)[0]
+    encode = Encoder(Tokenizer(directory), task, config, max_length(c, config.masked))
+    rows = [*splits.train, *splits.dev, *(row for rows in splits.tests.values() for row in rows)]
+    return max(encode(row, right_alone=True).width for row in rows)

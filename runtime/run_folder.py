@@ -4,6 +4,7 @@ config.json    the folder's format version, every flag, versions, git commit, ha
 metrics.jsonl  one line a step, and one a dev evaluation, of which the first is before any step
 trajectory     one line a step: the projected gradient of each query, in digits that read back exactly.  With
                config.json and the base checkpoint it redoes every update (zo_optim.update) without a forward
+predictions.jsonl  what the weights of the lowest dev loss answer to each test example
 model/         the best-dev weights so far as they are stored, with config.json and tokenizer; model.load reads it
 curve.svg      loss, dev loss and dev accuracy over steps
 result.json    the last line of standard output; `diverged` says why a run stopped early, or is null
@@ -25,6 +26,7 @@ import sentencepiece
 import tokenizers
 import torch
 
+from data.metrics import Prediction
 from runtime.curve import curve_svg
 from zo_optim import Step
 
@@ -44,7 +46,7 @@ class RecordedRun(NamedTuple):
 class DevRow(NamedTuple):
     step: int
     forwards: int  # in all steps until then, each of one batch through one copy of the weights
-    accuracy: float
+    metric: float | None  # None where text would have to be written
     loss: float
 
 
@@ -75,9 +77,17 @@ class RunFolder:
         run |= {"data_sha256": hashed(data_files), "other_sha256": hashed(other_files)}
         self._write_json("config.json", run | {"base_weights_sha256": base_sha256})
 
+    def predictions(self, found: dict[str, list[Prediction]]) -> None:
+        """What was answered to each example of each test split, in order."""
+        lines = [
+            json.dumps({"split": split, "prediction": p.text, "golds": p.texts, "scores": p.scores}, ensure_ascii=False)
+            for split, predictions in found.items() for p in predictions
+        ]  # fmt: skip
+        self._write("predictions.jsonl", "".join(line + "\n" for line in lines))
+
     def dev(self, dev: DevRow, best_step: int, peak_memory_bytes: int) -> None:
         self.devs.append(dev)
-        row = {"step": dev.step, "forwards": dev.forwards, "dev": dev.accuracy, "dev_loss": dev.loss}
+        row = {"step": dev.step, "forwards": dev.forwards, "dev": dev.metric, "dev_loss": dev.loss}
         self.metrics.write(json.dumps(row | {"peak_memory_bytes": peak_memory_bytes}) + "\n")
         self.draw(best_step)
 

@@ -5,7 +5,8 @@ from helpers import tiny_roberta
 
 from benchmarks.adapters import EXAMPLES, QUERIES, arms_of
 from benchmarks.speed import SHAPES
-from data.tasks import get_task, load_splits
+from data.files import load_splits
+from data.tasks import get_task
 from runtime.config import Config, parse, validate
 from runtime.dry_run import predict
 from zo_optim import adazeta_queries, epoch_of

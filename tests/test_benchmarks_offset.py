@@ -32,9 +32,9 @@ def test_ties_are_half_right():
 def test_the_embedded_models_opinion():
     """Oracle: the loop's evaluation.  Each example's part in the loss says which option is which, and whose label."""
     problem, _ = prepare(parse([]))
-    dev, test = differences(problem, problem.dev), differences(problem, problem.test)
-    got, quality = opinion(problem), problem.quality(problem.test)
-    assert got["test"] == quality.accuracy and got["test_loss"] == pytest.approx(quality.loss, rel=1e-6)
+    dev, test = differences(problem, problem.dev), differences(problem, problem.tests["test"])
+    got, quality = opinion(problem), problem.quality(problem.tests["test"])
+    assert got["test"] == quality.metric and got["test_loss"] == pytest.approx(quality.loss, rel=1e-6)
     assert loss(test[0], test[1].flip(0)) != pytest.approx(quality.loss, rel=1e-3)
     assert got["constant"] == best_constant(*dev) and got["auc"] == auc(*test)
     assert got["test_without_constant"] == accuracy(test[0] - got["constant"], test[1]) != got["test"]

@@ -173,7 +173,7 @@ def test_the_task_gives_the_length_where_its_files_are_at_hand(capsys):
     train.main(["--dry-run"])
     longest = json.loads(capsys.readouterr().out.splitlines()[-1])["tokens_a_sequence"]
     problem, _ = train.prepare(train.parse([]))
-    assert longest == max(len(e.sequences[0]) for e in [*problem.train, *problem.dev, *problem.test])
+    assert longest == max(len(e.sequences[0]) for e in [*problem.train, *problem.dev, *problem.tests["test"]])
 
 
 def test_a_bad_config_is_one_line(tmp_path, capsys):

@@ -16,12 +16,21 @@ import sentencepiece
 import tokenizers
 import torch
 import transformers
-from helpers import largest_gap, oracle_logits, padded_batch, random_oracle, read_oracle, tiny_llama, tiny_roberta
+from helpers import (
+    largest_gap,
+    oracle_logits,
+    padded_batch,
+    random_oracle,
+    read_oracle,
+    review,
+    tiny_llama,
+    tiny_roberta,
+)  # fmt: skip
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
 from data.scoring import Encoder
-from data.tasks import TASKS, Example, Task
+from data.tasks import TASKS, Task
 from data.tokenizer import Tokenizer
 from model import create, load
 from runtime.checkpoints import companion_files
@@ -252,22 +261,22 @@ def test_a_prompts_ids_are_those_of_transformers(case, tmp_path):
         config, theirs = read_config(directory)[0], transformers.AutoTokenizer.from_pretrained(directory)
         encode = Encoder(Tokenizer(directory), SST2, config, 64)
         for sentence in ("a great film", "it was terrible , a film"):
-            example = Example(sentence, 0)
-            want = theirs(SST2.prompt(example)).input_ids
+            example = review(sentence, 0)
+            want = theirs(f"{sentence} It was").input_ids
             assert all(sequence[: len(want)] == want for sequence in encode(example).sequences)
             assert want[: len(begin)] == begin and want[len(begin)] > 2
-        long = encode(Example("great film , " * 40, 0)).sequences  # one alone is without its option, the 64th token
+        long = encode(review("great film , " * 40, 0)).sequences  # one alone is without its option, the 64th token
         assert len(long[0]) == 64 - (len(long) == 1) and long[0][: len(begin)] == begin
 
 
 def test_an_end_token_has_no_place_before_an_option(tmp_path):
     """Which transformers puts at the end of every text."""
     write_tokenizer_json(tmp_path, BOTH_ENDS)
-    tokenizer, prompt = Tokenizer(tmp_path), SST2.prompt(Example("a great film", 0))
+    tokenizer, prompt = Tokenizer(tmp_path), "a great film It was"
     write_json(tmp_path / "config.json", tiny_llama(vocab_size=400))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)(prompt).input_ids
     assert [*tokenizer.begin, *tokenizer.encode(prompt), *tokenizer.end] == theirs and tokenizer.end == [1]
-    encoded = Encoder(tokenizer, SST2, config_of(tiny_llama(vocab_size=400)), 64)(Example("a great film", 0))
+    encoded = Encoder(tokenizer, SST2, config_of(tiny_llama(vocab_size=400)), 64)(review("a great film", 0))
     assert encoded.sequences[0] == theirs[:-1]
 
 
@@ -283,7 +292,7 @@ def test_a_begin_token_that_the_tokenizer_lacks_is_refused(tmp_path):
             Tokenizer(tmp_path)
 
 
-CLOZE = Task("t", "", " It was", (" terrible", " great"))
+CLOZE = Task("t", cloze="{sentence} It was<mask>.", options={"0": " terrible", "1": " great"})
 MASK_OBJECT = {"content": "<mask>", "lstrip": True, "rstrip": False, "normalized": False, "single_word": False}
 LATER = len(BPE["vocab"])
 MASKED = {  # what else is there, and whether there is a tokenizer.json
@@ -316,7 +325,7 @@ def test_robertas_files_give_the_ids_of_transformers(files, post_processor, tmp_
         for text in (TEXT, " great", "naïve café, 中文, 😀", "  two  spaces ", "a <film> , a <mask> .", ""):
             assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
         encode = Encoder(ours, CLOZE, read_config(directory)[0], 64)
-        assert encode(Example("a great film", 0)).sequences == [theirs("a great film It was<mask>.").input_ids]
+        assert encode(review("a great film", 0)).sequences == [theirs("a great film It was<mask>.").input_ids]
         assert ours.decode(ours.encode(TEXT)).strip() == TEXT
 
 

@@ -60,8 +60,10 @@ MAY_IMPORT = {  # of our modules; one that is not listed is free but for the tes
     "runtime.curve": "",
     "runtime.first_order": "quant",
     "data.tasks": "",
+    "data.files": "data.tasks",
+    "data.metrics": "",
     "data.tokenizer": "",
-    "data.scoring": "data.tasks data.tokenizer",
+    "data.scoring": "data.metrics data.tasks data.tokenizer",
 }
 
 
@@ -69,7 +71,8 @@ def test_no_imports_go_in_a_circle():
     assert circles({name: sorted(used) for name, used in GRAPH.items()}) == []
     for name, tree in TREES.items():  # what the graph would not see
         assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level], name
-        assert name in TESTS or not calls(name) & {"import_module", "importlib.import_module", "__import__"}, name
+        free = name in TESTS or name == "data.metrics"  # which imports what a user's own task names
+        assert free or not calls(name) & {"import_module", "importlib.import_module", "__import__"}, name
 
 
 def test_arrows_go_one_way():

@@ -120,7 +120,7 @@ def test_the_run_folder_holds_what_it_promises(run):
     done = run("--queries 3")
     result, folder, config = done.result, done.folder, done.config()
     assert sorted(p.name for p in folder.iterdir()) == [
-        "config.json", "curve.svg", "metrics.jsonl", "model", "result.json", "trajectory"
+        "config.json", "curve.svg", "metrics.jsonl", "model", "predictions.jsonl", "result.json", "trajectory"
     ]  # fmt: skip
     assert json.loads((folder / "result.json").read_text()) == result and result["directions"] == "4"
     assert config["format"] == 3 and set(config["flags"]) == {f.name for f in fields(Config)}
@@ -139,6 +139,9 @@ def test_the_run_folder_holds_what_it_promises(run):
     assert (result["dev"], result["dev_loss"], result["best_step"]) == (best["dev"], best["dev_loss"], best["step"])
     assert [row["forwards"] for row in devs] == [0, 12, 24] and result["best_forwards"] == 6 * best["step"]
     assert "24 forwards" in (folder / "curve.svg").read_text()
+    answers = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    right = [a["prediction"] in a["golds"] and len(a["scores"]) == 2 for a in answers]
+    assert sum(right) / len(right) == result["test"] == result["tests"]["test"]["accuracy"] and len(right) > 8
 
 
 def test_the_weights_of_the_lowest_dev_loss_are_kept(run, monkeypatch):
@@ -617,8 +620,8 @@ def bad_files(tmp: Path) -> dict[str, str]:
         f"--model {empty} --task tiny": "no config.json",
         f"--model {pickled} --task tiny": "pickles can run code and are never loaded",
         f"--model {nan} --task tiny": "model.norm.weight holds NaN",
-        f"{sst2} --k 16": "train.tsv:2: the label must be one of 0 to 1, got 'positive'",
-        f"{sst2} --k 512": "512-42/train.tsv is missing",
+        f"{sst2} --k 16": "train.tsv:2: the label must be one of '0', '1', got 'positive'",
+        f"{sst2} --k 512": "512-42 is missing; there are 16-42",
         f"{sst2} --k 16 --num-dev 5": "--num-dev means nothing beside --k",
         f"--out {held}": "not empty",
         f"--out {held / 'result.json' / 'run'}": "not a folder",
