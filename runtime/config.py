@@ -343,7 +343,7 @@ def validate(c: Config) -> None:
         if value is not None and not low <= value <= high:  # NaN fails too
             raise ValueError(f"--{name.replace('_', '-')} must be in [{low}, {high}], got {value}")
     task = get_task(c.task)
-    whole = ("data_seed", "num_train", "num_dev") if "dev" in task.files and not c.k else ()
+    whole = ("k", "data_seed", "num_train", "num_dev") if "dev" in task.files else ()
     for names, beside in (
         (("data_dir",) if task.folder else (), f"task {c.task}, which has its own files"),
         (("num_train", "num_dev") if c.k else (), "--k, which says how many examples there are"),
