@@ -626,17 +626,20 @@ def load(
     directory: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    weights: str = "fp32",
+    weights: str | None = None,
     residual: int = 0,
     oracle: bool = False,
 ) -> LanguageModel:
     """Load a checkpoint directory: config.json and safetensors, one tensor at a time into its final store.
 
-    weights is how matrices are stored (quant.FORMATS), residual the extra bits of integer codes, oracle keeps those
-    as fake-quantised fp32 (quant.FakeQuantised); dtype is what matrices are multiplied in.  Raises ValueError for
-    anything missing, unexpected, wrongly shaped, not finite, corrupt, or of an unknown architecture.
+    weights is how matrices are stored (quant.FORMATS), residual the extra bits of integer codes; where weights is None,
+    codes stay what they are and floats become fp32.  oracle keeps codes as fake-quantised fp32 (quant.FakeQuantised);
+    dtype is what matrices are multiplied in.  Raises ValueError for anything missing, unexpected, wrongly shaped, not
+    finite, corrupt, or of an unknown architecture.
     """
     directory, (config, raw), stored_as = Path(directory), read_config(directory), {}
+    if weights is None:
+        weights, residual = checkpoints.stored_format(raw) if checkpoints.holds_codes(directory) else ("fp32", 0)
     if config.tie_word_embeddings and not checkpoints.holds_codes(directory):
         tied, stored_as = stored_ties(directory, config)
         config, raw = replace(config, tie_word_embeddings=tied), raw | {"tie_word_embeddings": tied}

@@ -13,11 +13,10 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,22 +24,19 @@ from tqdm import tqdm
 
 import gpu
 import tensor_train
-from calibration import calibrate
-from data.files import Splits, load_splits
-from data.metrics import Prediction, measure
-from data.scoring import BatchLoss, Encoded, Encoder, evaluate, write
-from data.tasks import Task, get_task
-from data.tokenizer import Tokenizer
-from gpu.fp8_matmul import enable_fp8_matmul
-from model import LanguageModel, load
-from quant import INTEGERS, Store, quantise_tokens
+from data.metrics import measure
+from data.scoring import BatchLoss
+from model import LanguageModel
+from quant import INTEGERS, Store
 from random_bits import Key, permutation
-from runtime.checkpoints import holds_codes, save_stored, weights_sha256
-from runtime.config import FIRST_ORDER, Config, max_length, parse, probes_per_forward, recorded, spec_of, validate
+from runtime.ask import ask
+from runtime.checkpoints import save_stored, weights_sha256
+from runtime.config import Config, max_length, parse, probes_per_forward, recorded, validate
 from runtime.dry_run import longest_sequence, predict, table
-from runtime.first_order import adamw_step, make_trainable, optimizer
-from runtime.hub import PRESETS, raw_config, resolve
-from runtime.model_configs import config_of, read_config
+from runtime.first_order import adamw_step, optimizer
+from runtime.hub import raw_config, resolve
+from runtime.model_configs import config_of
+from runtime.problem import Problem, Quality, load_base, prepare, restore_best, sizes
 from runtime.run_folder import DevRow, RecordedRun, RunFolder, StepRecorder, check_free, hashed, read_run
 from tensor_train import trained
 from zo_optim import MEASURED, ZO, SparseZO, adazeta_queries, epoch_of, learning_rate, measured_rate, update, zo_step
@@ -113,11 +109,6 @@ def estimator(c: Config, lm: LanguageModel) -> ZO:
 
 
 ENOUGH = 16  # steps in a row that go wrong in the same way: a run has then diverged
-
-
-class Quality(NamedTuple):
-    metric: float | None  # the task's
-    loss: float
 
 
 @dataclass
@@ -205,123 +196,7 @@ def save(lm: LanguageModel, directory: Path) -> None:
         tensor_train.save(lm, directory)
 
 
-# ---------------------------------------------------------------- from flags to a model and a task
-
-
-@dataclass
-class Problem:
-    """A model and a task, encoded: all that the loop needs."""
-
-    lm: LanguageModel
-    task: Task
-    tokenizer: Tokenizer
-    train: list[Encoded]
-    dev: list[Encoded]
-    tests: dict[str, list[Encoded]]
-    pad: int
-    batch_size: int  # of evaluations
-    multiple: int = 1  # a step's batches have a multiple of this many tokens
-
-    def quality(self, split: list[Encoded]) -> Quality:
-        """Its metric is None where text would have to be written, which takes too long for every evaluation."""
-        loss, predictions = evaluate(self.lm, split, self.pad, self.batch_size, self.task.loss)
-        return Quality(None if self.task.generates else measure(self.task.metric, predictions), loss)
-
-    def answers(self, split: list[Encoded]) -> list[Prediction]:
-        if self.task.generates:
-            return write(self.lm, split, self.tokenizer, self.pad, self.batch_size)
-        return evaluate(self.lm, split, self.pad, self.batch_size, self.task.loss).predictions
-
-
-def prepare(c: Config) -> tuple[Problem, Splits]:
-    """Read everything.  The weights come last: an error elsewhere is then found before gigabytes are read."""
-    task = get_task(c.task)
-    splits = load_splits(task, c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval)
-    directory = resolve(c.model)
-    config, _ = read_config(directory)
-    tokenizer = Tokenizer(directory)
-    encode = Encoder(tokenizer, task, config, max_length(c, config.masked))
-    train = [encode(row, right_alone=True) for row in splits.train]
-    dev = [encode(row) for row in splits.dev]
-    tests = {split: [encode(row) for row in rows] for split, rows in splits.tests.items()}
-    batch_size = 2 * c.micro_batch_size  # an evaluation has one copy of the weights where a step has two
-    pad, multiple = config.pad_token_id or 0, multiple_of(c, config.longest)
-    lm = load_base(c, directory, [example.sequences[0] for example in train[: c.calibrate]])
-    return Problem(lm, task, tokenizer, train, dev, tests, pad, batch_size, multiple), splits
-
-
-def multiple_of(c: Config, longest: int) -> int:
-    """On a GPU lengths are rounded up to a multiple of 8, where the model's longest sequence allows: eight lengths then
-    share a graph.  --no-graphs rounds too, so that it gives the same bits."""
-    return 8 if c.device.startswith("cuda") and c.optimizer == "zo" and longest % 8 == 0 else 1
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # outside of products
-
-
-def load_base(c: Config, directory: Path, prompts: list[list[int]]) -> LanguageModel:
-    """The model to train: with adapters around it, or as floats that take a gradient, or as it is stored.
-
-    prompts: tokens whose forward passes decide how its weights are rounded; where none, each to its nearest code.
-    """
-    if c.method not in FIRST_ORDER:
-        lm = load_weights(c, directory, prompts)
-        spec = spec_of(c, lm.raw_config["model_type"])
-        if spec is not None:
-            tensor_train.attach(lm, spec, c.seed)
-            preset = PRESETS.get(c.model)
-            lm.adapters.base = preset if isinstance(preset, str) else str(directory.absolute())
-            if c.adapters is not None:
-                tensor_train.load(lm, c.adapters)
-            lm.weights[tensor_train.TRAINED_VECTOR].value.requires_grad_(c.optimizer == "adamw")
-        return lm
-    lm = load(directory, c.device, DTYPES[c.compute], c.master or c.weights)
-    set_up_forwards(c, lm)
-    lm.format = c.weights
-    format = c.weights if c.method == "fo-ste" else None
-    lm.weights = make_trainable(lm.weights, format, DTYPES[c.master or c.weights])
-    return lm
-
-
-def load_weights(c: Config, directory: Path, prompts: Sequence[list[int]] = ()) -> LanguageModel:
-    """A checkpoint, or a run's best weights, as the run stores them."""
-    if prompts and not holds_codes(directory):
-        lm = load(directory, "cpu", DTYPES[c.compute], "bf16" if is_bf16(read_config(directory)[1]) else "fp32")
-        calibrate(lm, list(prompts), c.weights, c.residual, c.oracle, c.device)
-    else:
-        lm = load(directory, c.device, DTYPES[c.compute], c.weights, c.residual, c.oracle)
-    set_up_forwards(c, lm)
-    return lm
-
-
-def is_bf16(raw: dict) -> bool:
-    """Whether a checkpoint's floats are bf16, so that bf16 stores hold them exactly."""
-    return (raw.get("dtype") or raw.get("torch_dtype")) == "bfloat16"
-
-
-def set_up_forwards(c: Config, lm: LanguageModel) -> None:
-    gpu.install(lm)
-    if c.activations != "none":
-        lm.round_inputs(partial(quantise_tokens, kind=c.activations))
-    if c.compute == "fp8":
-        enable_fp8_matmul(lm)
-    if c.compile:
-        lm.compile_blocks()
-
-
 # ---------------------------------------------------------------- runs, resumed and replayed
-
-
-def sizes(problem: Problem) -> str:
-    """How many examples there are, and how many did not fit."""
-    splits = {"train": problem.train, "dev": problem.dev} | problem.tests
-    lines = [", ".join(f"{len(rows):,} {split}" for split, rows in splits.items()) + " examples"]
-    for split, rows in splits.items():
-        cut = sum(row.cut > 0 for row in rows)
-        if cut:
-            most = max(row.cut for row in rows)
-            lines.append(f"{cut} of {split} are longer than --max-length: their passages lost up to {most:,} tokens")
-    return "; ".join(lines)
 
 
 def shown(metric: float | None) -> str:
@@ -383,7 +258,7 @@ def run(c: Config) -> dict:
     if not interrupted:
         for line in ending(progress):
             tqdm.write(line, sys.stderr)
-    lm = restore_best(c, problem, folder.model)
+    lm = problem.lm = restore_best(c, problem.lm, folder.model)
     found = {} if interrupted else {split: problem.answers(rows) for split, rows in problem.tests.items()}
     folder.predictions(found)
     names = (metric, *problem.task.also)
@@ -471,16 +346,6 @@ def check_same(past: RecordedRun, name: str, value: object) -> None:
         raise ValueError(f"the run's {name} is {past.config[name]}, that of the files at hand {value}")
 
 
-def restore_best(c: Config, problem: Problem, directory: Path) -> LanguageModel:
-    """The weights of the lowest dev loss, in place of the last ones."""
-    if problem.lm.adapters is None:
-        del problem.lm  # before the best weights are read into its place
-        problem.lm = load_weights(c, directory)
-    else:
-        tensor_train.load(problem.lm, directory)
-    return problem.lm
-
-
 def parameters(weights: dict[str, Store]) -> int:
     return sum(math.prod(stored.shape) for stored in weights.values())
 
@@ -531,6 +396,10 @@ def main(argv: list[str]) -> int:
     code, message = 0, ""
     try:
         c = parse(argv)
+        if c.asks:
+            for line in ask(c):
+                print(json.dumps(line, ensure_ascii=False))
+            return 0
         of_a_run = c.resume or c.replay  # which has its own flags: given another one, it says so
         result = (replay if c.replay else dry_run if c.dry_run and not of_a_run else run)(c)
         print(json.dumps(result))

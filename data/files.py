@@ -107,23 +107,20 @@ def _plain_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
             yield number, line.removesuffix("\r").split(delimiter)
 
 
-def _quoted_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _quoted_rows(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
     """Strictly, or a quote that is never closed swallows what follows it."""
-    limit = csv.field_size_limit(len(text) + 1)  # LONGEST_TEXT says it better
+    reader, rows, start = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), [], 1
+    limit = csv.field_size_limit(max(len(text), 1))  # the module's; LONGEST_TEXT says it better
     try:
-        reader, start = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), 1
-        while True:
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise ValueError(f"{path}:{start}: a quote that begins here does not end well: {error}") from None
+        for cells in reader:
             if any(cell.strip() for cell in cells):
-                yield start, cells
+                rows.append((start, cells))
             start = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}:{start}: a quote that begins here does not end well: {error}") from None
     finally:
         csv.field_size_limit(limit)
+    return rows
 
 
 def _multirc(path: Path, text: str, task: Task) -> Iterator[tuple[int, Fields]]:

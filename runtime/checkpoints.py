@@ -183,6 +183,14 @@ def holds_codes(directory: Path) -> bool:
     return any(directory.glob(f"{CODES}*.safetensors"))
 
 
+def stored_format(raw_config: dict) -> tuple[str, int]:
+    """How a directory's matrices are stored: weights and residual of codes, or the floats that it has."""
+    held = raw_config.get(CODES)
+    if isinstance(held, dict) and held.keys() == {"weights", "residual"}:
+        return held["weights"], held["residual"]
+    return "bf16" if (raw_config.get("dtype") or raw_config.get("torch_dtype")) == "bfloat16" else "fp32", 0
+
+
 def _is_finite(file: Path, name: str, tensor: Tensor) -> Tensor:
     """A bool on the tensor's device: to ask for its value would make the host wait for a GPU.
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import json
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import torch
 
 from data.tasks import TASKS, get_task
 from quant import ACTIVATIONS, FLOATS, FORMATS, RESIDUALS, check_format
+from runtime.checkpoints import stored_format
 from runtime.hub import PRESETS, check_known
 from tensor_train import Spec, check_base
 
@@ -130,7 +133,21 @@ class Config:
                               )  # fmt: skip
     replay: str | None = flag("run", None, "a run folder: redo its updates from the base weights without a forward and "
                                            "say whether the weights are those that it recorded")  # fmt: skip
+    show: int | None = flag("instead of a run", None, "print the first examples as the model reads them, and stop")
+    evaluate: str | None = flag("instead of a run", None, "a run folder or a checkpoint directory: its metrics on dev "
+                                                          "and test, or what the next flags ask of it")  # fmt: skip
+    predict: str | None = flag("instead of a run", None, "a .jsonl, .csv or .tsv file: what --evaluate's or --model's "
+                                                         "weights answer to each of its rows")  # fmt: skip
+    generate: str | None = flag("instead of a run", None, "a text, which they continue")
+    export: str | None = flag("instead of a run", None, "a new directory: a plain checkpoint of them for transformers, "
+                                                        "adapters merged where they can be")  # fmt: skip
     dry_run: bool = flag("run", False, "print what the run would hold in memory, from shapes alone, and stop")
+
+
+    @property
+    def asks(self) -> bool:
+        """Whether a model is asked something instead of trained."""
+        return any(value is not None for value in (self.show, self.evaluate, self.predict, self.generate, self.export))
 
 
 # MeZO: its paper's OPT recipe.  QuZO: its released Llama-2-7B full-parameter SST-2 script, which is for int4; int8
@@ -213,7 +230,11 @@ def parse(argv: list[str]) -> Config:
             options |= {"type": kinds[f.type.removesuffix(" | None")], "choices": f.metadata["choices"]}
         groups[title].add_argument("--" + f.name.replace("_", "-"), default=f.default, **options)
     c = Config(**vars(parser.parse_args(argv)))
-    return c if c.resume or c.replay else resolve_defaults(c)
+    return c if c.resume or c.replay or names_a_run(c.evaluate) else resolve_defaults(c)
+
+
+def names_a_run(path: str | None) -> bool:
+    return path is not None and (Path(path) / "trajectory").is_file()
 
 
 def default_text(f: dataclasses.Field) -> str:
@@ -251,10 +272,14 @@ def resolve_defaults(c: Config) -> Config:
         table["data_dir"] = "datasets"
     if c.k or "dev" not in task.files:
         table |= FILE_DEFAULTS["k-shot files" if c.k else "full files"] | ({} if c.k else {"num_dev": task.num_dev})
+    if c.evaluate is not None:  # a checkpoint is evaluated as it is
+        weights, residual = as_stored(Path(c.evaluate))
+        c = c if c.weights else dataclasses.replace(c, weights=weights, residual=residual)
     coarse = (c.weights or table["weights"]) in ("int4", "fp8") and c.method not in FIRST_ORDER
     table["calibrate"] = CALIBRATION if coarse and c.model != "tiny" else 0
     table["device"] = best_device() if c.device == "auto" else c.device
-    table["out"] = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{table['task']}-{Path(c.model).name}-{c.method}"
+    name = f"{Path(table['task']).stem}-{Path(c.model).name}-{c.method}"
+    table["out"] = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}-{os.getpid()}"  # of runs that begin at once too
     c = dataclasses.replace(c, **{n: v for n, v in table.items() if getattr(c, n) in (None, "auto")})
     zo = optimizer == "zo" and c.device.startswith("cuda") and expects_triton()
     return dataclasses.replace(
@@ -264,6 +289,12 @@ def resolve_defaults(c: Config) -> Config:
         graphs=zo if c.graphs is None else c.graphs,
         micro_batch_size=c.batch_size if c.micro_batch_size is None else c.micro_batch_size,
     )
+
+
+def as_stored(directory: Path) -> tuple[str, int]:
+    path = directory / "config.json"
+    raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # what it lacks is said later
+    return stored_format(raw)
 
 
 def max_length(c: Config, masked: bool) -> int:
@@ -300,6 +331,19 @@ def suits_codes(c: Config) -> bool:
     return whole and (c.weights, c.activations, c.optimizer) == ("fp8", "fp8", "zo")
 
 
+def of_the_run(c: Config) -> Config:
+    """The flags of the run that --evaluate names, with those that were given beside it."""
+    try:
+        flags = json.loads((Path(c.evaluate) / "config.json").read_text())["flags"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{c.evaluate} cannot be read as a run folder: {error}") from None
+    fields = {f.name: f.default for f in dataclasses.fields(Config)}
+    given = {name: getattr(c, name) for name, default in fields.items() if getattr(c, name) != default}
+    known = {name: value for name, value in flags.items() if name in fields}
+    device = best_device() if c.device == "auto" else c.device
+    return Config(**known | given | {"device": device, "compile": False, "graphs": False, "calibrate": 0})
+
+
 MOVED = ("model", "adapters", "data_dir", "device")  # what may be elsewhere when a run is taken up again
 
 
@@ -327,7 +371,7 @@ RANGES = {
     "steps": COUNT, "batch_size": COUNT, "micro_batch_size": COUNT, "eval_every": COUNT, "num_train": COUNT,
     "num_dev": COUNT, "num_eval": COUNT, "k": COUNT, "max_length": COUNT, "queries": (1, 2**28 - 1),
     "probes_per_forward": COUNT, "max_queries": (1, 2**28 - 1), "alpha": (0, 1e6), "beta": (0, 10),
-    "calibrate": (0, 2**20), "bottleneck": (1, 2**16), "tt_rank": (1, 2**16), "lora_rank": (1, 2**16),
+    "show": COUNT, "calibrate": (0, 2**20), "bottleneck": (1, 2**16), "tt_rank": (1, 2**16), "lora_rank": (1, 2**16),
     "lora_alpha": (1e-6, 1e6), "lr": (0, 1e6), "eps": (1e-8, 1e3), "cell": (8, 2**30), "clip": (0.1, 1e6),
     "weight_decay": (0, 1e3), "seed": (0, 2**64 - 1), "data_seed": (0, 2**32 - 1), "warmup": (0, COUNT[1]),
 }  # fmt: skip

@@ -24,6 +24,7 @@ import train
 from data.tasks import TINY
 from model import LanguageModel, load
 from runtime import checkpoints
+from runtime import problem as setup
 from runtime.checkpoints import weights_sha256, write_directory
 from tensor_train import TRAINED_VECTOR, Spec, attach
 
@@ -400,9 +401,9 @@ SHORT = "--steps 2 --eval-every 2 --batch-size 4 --num-eval 4".split()
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
     """A run's folder by method, on 16 of the embedded task's examples a part."""
-    real, folder = train.load_splits, tmp_path_factory.mktemp("runs")
+    real, folder = setup.load_splits, tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "load_splits", lambda *args: real(*args)._replace(train=real(*args).train[:16],
+        patch.setattr(setup, "load_splits", lambda *args: real(*args)._replace(train=real(*args).train[:16],
                                                                                dev=real(*args).dev[:4]))  # fmt: skip
         for method in ("lora", "adazeta"):
             assert train.main([*SHORT, "--method", method, "--seed", "2", "--out", str(folder / method)]) == 0

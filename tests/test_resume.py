@@ -11,6 +11,7 @@ import pytest
 
 import train
 from data.tasks import TINY
+from runtime import problem as setup
 from runtime.config import Config, parse, recorded
 from runtime.run_folder import read_run, read_trajectory
 
@@ -38,9 +39,9 @@ def short_splits():
     def short(splits):
         return splits._replace(train=splits.train[:256], dev=splits.dev[:32])
 
-    real = train.load_splits
+    real = setup.load_splits
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "load_splits", lambda *args: short(real(*args)))
+        patch.setattr(setup, "load_splits", lambda *args: short(real(*args)))
         yield
 
 

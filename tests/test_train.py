@@ -30,6 +30,7 @@ from data.tasks import TINY
 from model import LanguageModel, load
 from quant import encode
 from random_bits import Key
+from runtime import problem as setup
 from runtime.checkpoints import weights_sha256
 from runtime.config import ADAPTERS, METHODS, RANGES, Config, check_products, parse, spec_of
 from runtime.dry_run import predict
@@ -47,14 +48,14 @@ full = pytest.mark.full
 @pytest.fixture(autouse=True, scope="module")
 def short_splits():
     """Of the embedded task's 1,024 and 256 examples a part, which is read in no time."""
-    real = train.load_splits
+    real = setup.load_splits
 
     def cut(*args):
         splits = real(*args)
         return splits._replace(train=splits.train[:256], dev=splits.dev[:32])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "load_splits", cut)
+        patch.setattr(setup, "load_splits", cut)
         yield
 
 
@@ -294,8 +295,8 @@ def test_methods_learn(run, flags, drop):
 
 def test_a_run_takes_the_queries_of_its_schedule(run, monkeypatch):
     """Ten examples by four: three steps an epoch, of max(floor(2 epoch), 1) queries, at most 3."""
-    cut = train.load_splits
-    monkeypatch.setattr(train, "load_splits", lambda *args: cut(*args)._replace(train=cut(*args).train[:10]))
+    cut = setup.load_splits
+    monkeypatch.setattr(setup, "load_splits", lambda *args: cut(*args)._replace(train=cut(*args).train[:10]))
     done = run("--method adazeta --alpha 2 --beta 1 --max-queries 3 --batch-size 4 --steps 8 --eval-every 8")
     steps, want = done.rows("loss"), [1, 1, 1, 2, 2, 2, 3, 3]
     assert [row["queries"] for row in steps] == want == [len(row["projected_grad"]) for row in steps]
@@ -341,7 +342,7 @@ def test_batches_of_a_step_have_one_length_where_lengths_are_rounded_up():
     ragged, rounded = ([batch.tokens.shape[1] for batch in loss_fn.batches] for loss_fn in made)
     assert len(set(ragged)) > 1 and rounded == [-(-max(ragged) // 8) * 8] * 3
     cuda = parse(["--device", "cuda", "--no-graphs"])
-    assert [train.multiple_of(*case) for case in ((cuda, 512), (cuda, 510), (c, 512))] == [8, 1, 1]
+    assert [setup.multiple_of(*case) for case in ((cuda, 512), (cuda, 510), (c, 512))] == [8, 1, 1]
 
 
 @full
@@ -513,7 +514,7 @@ def test_help_comes_in_groups(capsys):
         elif found := re.match(r"  (--[a-z-]+)", line):
             flags.append(found[1])
     assert list(sections) == ["options", "model and data", "method", "zeroth-order estimate", "steps", "adapters",
-                              "ablations", "machine", "run"]  # fmt: skip
+                              "ablations", "machine", "run", "instead of a run"]  # fmt: skip
     assert sections["ablations"] == ["--estimator", "--probe", "--rounding", "--oracle"]
     assert sorted(sum(sections.values(), [])) == sorted("--" + f.name.replace("_", "-") for f in fields(Config))
 

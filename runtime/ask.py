@@ -1,0 +1,121 @@
+"""What a model is asked without training: an evaluation, predictions, a text, a checkpoint, or what it would read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import tensor_train
+from data.files import load_splits, read_rows
+from data.metrics import measure
+from data.scoring import WRITTEN, Encoder
+from data.tasks import Row, Task, get_task
+from data.tokenizer import Tokenizer
+from model import LanguageModel
+from runtime.checkpoints import weights_sha256
+from runtime.config import Config, max_length, names_a_run, of_the_run, validate
+from runtime.hub import resolve
+from runtime.model_configs import read_config
+from runtime.problem import Problem, load_base, prepare, restore_best
+
+
+def ask(c: Config) -> Iterator[dict]:
+    """What is printed, line by line.  Raises ValueError for what cannot be asked of a model or a run."""
+    if c.evaluate is not None:
+        c = of_the_run(c) if names_a_run(c.evaluate) else dataclasses.replace(c, model=c.evaluate)
+    validate(c)
+    if c.show is not None:
+        yield from show(c)
+    elif c.generate is not None or c.export is not None and c.predict is None:
+        lm = stored(c)
+        if c.generate is not None:
+            yield continued(c, lm)
+        if c.export is not None:
+            yield export(lm, Path(c.export))
+    else:
+        yield from predictions(c) if c.predict is not None else evaluation(c)
+
+
+def stored(c: Config) -> LanguageModel:
+    """The model alone, as a run's best weights or as its directory has it."""
+    lm = load_base(c, resolve(c.model), [])
+    return restore_best(c, lm, Path(c.evaluate) / "model") if names_a_run(c.evaluate) else lm
+
+
+def show(c: Config) -> Iterator[dict]:
+    """The first training examples as the model reads them."""
+    task, directory = get_task(c.task), resolve(c.model)
+    rows = load_splits(task, c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval).train[: c.show]
+    config, tokenizer = read_config(directory)[0], Tokenizer(directory)
+    encode = Encoder(tokenizer, task, config, max_length(c, config.masked))
+    for row in rows:
+        encoded = encode(row)
+        example, prompt = encoded.example, encoded.sequences[0]
+        if encoded.at < 0:
+            prompt = prompt[: -len(encoded.answers[0])]
+        yield {
+            "from": row.place, "prompt": "".join(example.pieces), "options": list(example.options),
+            "right": [example.options[gold] if isinstance(gold, int) else gold for gold in example.golds],
+            "prompt_tokens": len(prompt), "option_tokens": list(map(len, encoded.answers)), "cut": encoded.cut,
+            "first_ids": prompt[:8],
+        }  # fmt: skip
+
+
+def problem_of(c: Config) -> Problem:
+    problem, _ = prepare(c)
+    if names_a_run(c.evaluate):
+        problem.lm = restore_best(c, problem.lm, Path(c.evaluate) / "model")
+    return problem
+
+
+def evaluation(c: Config) -> Iterator[dict]:
+    """Dev loss, and every metric on dev and on the tests."""
+    problem = problem_of(c)
+    names, dev = (problem.task.metric, *problem.task.also), problem.quality(problem.dev)
+    tests = {split: problem.answers(rows) for split, rows in problem.tests.items()}
+    yield {"model": c.model, "task": c.task, "metric": problem.task.metric, "dev": dev.metric, "dev_loss": dev.loss,
+           "tests": {split: {name: measure(name, of) for name in names} for split, of in tests.items()},
+           "weights_sha256": weights_sha256(problem.lm.weights)}  # fmt: skip
+
+
+def predictions(c: Config) -> Iterator[dict]:
+    """Of a file in the form of the task's own, with or without the right answers."""
+    problem = problem_of(c)
+    config = problem.lm.config
+    encode = Encoder(problem.tokenizer, problem.task, config, max_length(c, config.masked))
+    rows = read_rows(Path(c.predict), dataclasses.replace(problem.task, layout=None))
+    split = [encode(unanswered(row, problem.task)) for row in rows]
+    for row, answer in zip(rows, problem.answers(split), strict=True):
+        line = {"from": row.place, "prediction": label_of(answer.option, answer.text, problem.task)}
+        yield line | ({"scores": answer.scores} if answer.scores else {})
+
+
+def unanswered(row: Row, task: Task) -> Row:
+    """The row with some answer, where it has none: what is right does not change what is predicted."""
+    some = next(iter(task.options)) if isinstance(task.options, dict) else "" if task.generates else 0
+    return row if task.label in row.fields else row._replace(fields=row.fields | {task.label: some})
+
+
+def label_of(option: int, text: str, task: Task) -> str | int:
+    """The label as the task's files have it, or the text."""
+    if task.generates or isinstance(task.options, str):
+        return text
+    return list(task.options)[option] if isinstance(task.options, dict) else option
+
+
+@torch.no_grad()
+def continued(c: Config, lm: LanguageModel) -> dict:
+    tokenizer = Tokenizer(resolve(c.model))
+    begin = tokenizer.begin if tokenizer.begin is not None else [lm.config.bos_token_id]
+    ids = torch.tensor([[*begin, *tokenizer.encode(c.generate)]], device=lm.device)
+    return {"text": tokenizer.decode(lm.generate(ids, WRITTEN)[0, len(begin) :].tolist())}
+
+
+def export(lm: LanguageModel, directory: Path) -> dict:
+    """A plain checkpoint, which transformers loads; adapters that can be are merged into it."""
+    lm = tensor_train.merge(lm) if lm.adapters is not None else lm
+    lm.save(directory)
+    return {"exported": str(directory)}

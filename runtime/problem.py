@@ -1,0 +1,152 @@
+"""From flags to a model and a task: all that the loop needs, and all that a finished run is asked with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import gpu
+import tensor_train
+from calibration import calibrate
+from data.files import Splits, load_splits
+from data.metrics import Prediction, measure
+from data.scoring import Encoded, Encoder, evaluate, write
+from data.tasks import Task, get_task
+from data.tokenizer import Tokenizer
+from gpu.fp8_matmul import enable_fp8_matmul
+from model import LanguageModel, load
+from quant import quantise_tokens
+from runtime.checkpoints import holds_codes, stored_format
+from runtime.config import FIRST_ORDER, Config, max_length, spec_of
+from runtime.first_order import make_trainable
+from runtime.hub import PRESETS, resolve
+from runtime.model_configs import read_config
+
+
+class Quality(NamedTuple):
+    metric: float | None  # the task's
+    loss: float
+
+
+@dataclass
+class Problem:
+    """A model and a task, encoded: all that the loop needs."""
+
+    lm: LanguageModel
+    task: Task
+    tokenizer: Tokenizer
+    train: list[Encoded]
+    dev: list[Encoded]
+    tests: dict[str, list[Encoded]]
+    pad: int
+    batch_size: int  # of evaluations
+    multiple: int = 1  # a step's batches have a multiple of this many tokens
+
+    def quality(self, split: list[Encoded]) -> Quality:
+        """Its metric is None where text would have to be written, which takes too long for every evaluation."""
+        loss, predictions = evaluate(self.lm, split, self.pad, self.batch_size, self.task.loss)
+        return Quality(None if self.task.generates else measure(self.task.metric, predictions), loss)
+
+    def answers(self, split: list[Encoded]) -> list[Prediction]:
+        if self.task.generates:
+            return write(self.lm, split, self.tokenizer, self.pad, self.batch_size)
+        return evaluate(self.lm, split, self.pad, self.batch_size, self.task.loss).predictions
+
+
+def prepare(c: Config) -> tuple[Problem, Splits]:
+    """Read everything.  The weights come last: an error elsewhere is then found before gigabytes are read."""
+    task = get_task(c.task)
+    splits = load_splits(task, c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval)
+    if c.task.endswith(".json"):
+        splits.files.append(Path(c.task))
+    directory = resolve(c.model)
+    config, _ = read_config(directory)
+    tokenizer = Tokenizer(directory)
+    encode = Encoder(tokenizer, task, config, max_length(c, config.masked))
+    train = [encode(row, right_alone=True) for row in splits.train]
+    dev = [encode(row) for row in splits.dev]
+    tests = {split: [encode(row) for row in rows] for split, rows in splits.tests.items()}
+    batch_size = 2 * c.micro_batch_size  # an evaluation has one copy of the weights where a step has two
+    pad, multiple = config.pad_token_id or 0, multiple_of(c, config.longest)
+    lm = load_base(c, directory, [example.sequences[0] for example in train[: c.calibrate]])
+    return Problem(lm, task, tokenizer, train, dev, tests, pad, batch_size, multiple), splits
+
+
+def multiple_of(c: Config, longest: int) -> int:
+    """On a GPU lengths are rounded up to a multiple of 8, where the model's longest sequence allows: eight lengths then
+    share a graph.  --no-graphs rounds too, so that it gives the same bits."""
+    return 8 if c.device.startswith("cuda") and c.optimizer == "zo" and longest % 8 == 0 else 1
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # outside of products
+
+
+def load_base(c: Config, directory: Path, prompts: list[list[int]]) -> LanguageModel:
+    """The model to train: with adapters around it, or as floats that take a gradient, or as it is stored.
+
+    prompts: tokens whose forward passes decide how its weights are rounded; where none, each to its nearest code.
+    """
+    if c.method not in FIRST_ORDER:
+        lm = load_weights(c, directory, prompts)
+        spec = spec_of(c, lm.raw_config["model_type"])
+        if spec is not None:
+            tensor_train.attach(lm, spec, c.seed)
+            preset = PRESETS.get(c.model)
+            lm.adapters.base = preset if isinstance(preset, str) else str(directory.absolute())
+            if c.adapters is not None:
+                tensor_train.load(lm, c.adapters)
+            lm.weights[tensor_train.TRAINED_VECTOR].value.requires_grad_(c.optimizer == "adamw")
+        return lm
+    lm = load(directory, c.device, DTYPES[c.compute], c.master or c.weights)
+    set_up_forwards(c, lm)
+    lm.format = c.weights
+    format = c.weights if c.method == "fo-ste" else None
+    lm.weights = make_trainable(lm.weights, format, DTYPES[c.master or c.weights])
+    return lm
+
+
+def load_weights(c: Config, directory: Path, prompts: Sequence[list[int]] = ()) -> LanguageModel:
+    """A checkpoint, or a run's best weights, as the run stores them."""
+    if prompts and not holds_codes(directory):
+        lm = load(directory, "cpu", DTYPES[c.compute], *stored_format(read_config(directory)[1]))
+        calibrate(lm, list(prompts), c.weights, c.residual, c.oracle, c.device)
+    else:
+        lm = load(directory, c.device, DTYPES[c.compute], c.weights, c.residual, c.oracle)
+    set_up_forwards(c, lm)
+    return lm
+
+
+def set_up_forwards(c: Config, lm: LanguageModel) -> None:
+    gpu.install(lm)
+    if c.activations != "none":
+        lm.round_inputs(partial(quantise_tokens, kind=c.activations))
+    if c.compute == "fp8":
+        enable_fp8_matmul(lm)
+    if c.compile:
+        lm.compile_blocks()
+
+
+def restore_best(c: Config, lm: LanguageModel, directory: Path) -> LanguageModel:
+    """A run's weights of the lowest dev loss, in place of the model's own."""
+    if lm.adapters is None:
+        lm.weights = {}  # before the best weights are read into their place
+        return load_weights(c, directory)
+    tensor_train.load(lm, directory)
+    return lm
+
+
+def sizes(problem: Problem) -> str:
+    """How many examples there are, and how many did not fit."""
+    splits = {"train": problem.train, "dev": problem.dev} | problem.tests
+    lines = [", ".join(f"{len(rows):,} {split}" for split, rows in splits.items()) + " examples"]
+    for split, rows in splits.items():
+        cut = sum(row.cut > 0 for row in rows)
+        if cut:
+            most = max(row.cut for row in rows)
+            lines.append(f"{cut} of {split} are longer than --max-length: their passages lost up to {most:,} tokens")
+    return "; ".join(lines)
