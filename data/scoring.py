@@ -10,8 +10,9 @@ Shape key: P perturbed copies, B examples, O options (the most of any example), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from os.path import commonprefix  # of any sequences
 from typing import NamedTuple
 
@@ -38,8 +39,11 @@ class Encoded:
     cut: int = field(default=0, compare=False)  # tokens that its passage lost
 
     def __post_init__(self):
-        self.branched = branches_of(self)
         self.width = len(self.sequences[0] if self.at >= 0 else self.branched.tokens)  # in a forward
+
+    @cached_property
+    def branched(self) -> Branched:
+        return branches_of(self)
 
 
 @dataclass
@@ -74,15 +78,33 @@ class Encoder:
             self.mask_id = tokenizer.id_of(MASK)
 
     def __call__(self, row: Row, right_alone: bool = False) -> Encoded:
+        return self.all([row], right_alone)[0]
+
+    def all(self, rows: Sequence[Row], right_alone: bool = False) -> list[Encoded]:
         """right_alone: without the other options, where the loss is the right answer's alone.
 
-        Raises ValueError where tokenizer, model and task do not fit together, or the file's row has no such example.
+        Raises ValueError where tokenizer, model and task do not fit together, or a file's row has no such example.
         """
-        example = self.task.example(row, self.config.masked)
+        examples = [self.task.example(row, self.config.masked) for row in rows]
         if right_alone and self.task.loss == "answer":
-            example = example._replace(options=(example.options[example.label],), label=0)
+            examples = [e._replace(options=(e.options[e.label],), label=0) for e in examples]
+        texts = list(dict.fromkeys(text for e in examples for text in self._texts(e)))
+        ids = dict(zip(texts, self.tokenizer.encode_all(texts), strict=True))
+        return [self._encoded(row, example, ids) for row, example in zip(rows, examples, strict=True)]
+
+    def _texts(self, example: Example) -> Iterator[str]:
+        """What of an example is encoded."""
+        if self.config.masked:
+            yield from (part for piece in example.pieces for part in piece.split(MASK) if part)
+            yield from (" " + option.strip() for option in example.options)  # as within a text
+        else:
+            text = "".join(example.pieces)
+            yield text
+            yield from (text + option for option in example.options)
+
+    def _encoded(self, row: Row, example: Example, ids: dict[str, list[int]]) -> Encoded:
         try:
-            encoded = self._cloze(example) if self.config.masked else self._prompt(example)
+            encoded = self._cloze(example, ids) if self.config.masked else self._prompt(example, ids)
         except ValueError as error:
             raise ValueError(f"{row.place}: {error}") from None
         if len(set(map(tuple, encoded.answers))) < len(encoded.answers):
@@ -98,49 +120,40 @@ class Encoder:
             raise ValueError(f"{self.max_length} tokens leave no room for the text beside {others} others")
         return min(passage, self.max_length - others)
 
-    def _cloze(self, example: Example) -> Encoded:
+    def _cloze(self, example: Example, ids: dict[str, list[int]]) -> Encoded:
         """<s> text <mask> text </s>, each piece encoded by itself (LM-BFF); a passage too long loses its end."""
         pieces, at = [], example.passage
-        for i, piece in enumerate(example.pieces):  # literal ones may hold the mask
-            before, mask, after = piece.partition(MASK) if i != at else (piece, "", "")
-            pieces.append([*self._ids(before), *([self.mask_id] if mask else []), *self._ids(after)])
+        for piece in example.pieces:
+            before, mask, after = piece.partition(MASK)
+            pieces.append([*ids.get(before, ()), *([self.mask_id] if mask else ()), *ids.get(after, ())])
         passage = len(pieces[at])
         kept = self._kept(passage, sum(map(len, pieces)) - passage + len(self.begin) + len(self.end))
         pieces[at] = pieces[at][:kept]
         sequence = [*self.begin, *(token for piece in pieces for token in piece), *self.end]
-        words = [self._label_word(option) for option in example.options]
+        words = [ids[" " + option.strip()] for option in example.options]
+        for option, word in zip(example.options, words, strict=True):
+            if len(word) != 1:
+                raise ValueError(f"label word {option!r} must be one token at the mask, got {len(word)}: {word}")
         return Encoded([sequence], words, sequence.index(self.mask_id), example.label, example, passage - kept)
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text) if text else []
-
-    def _label_word(self, option: str) -> list[int]:
-        word = " " + option.strip()  # as within a text
-        ids = self.tokenizer.encode(word)
-        if len(ids) != 1:
-            raise ValueError(f"label word {word!r} must be one token at the mask, got {len(ids)}: {ids}")
-        return ids
-
-    def _prompt(self, example: Example) -> Encoded:
+    def _prompt(self, example: Example, ids: dict[str, list[int]]) -> Encoded:
         """<s> prompt option, without <s> where the tokenizer has none.  A long prompt loses its beginning (MeZO), but
         never the begin token nor what follows the passage.  An end token that the tokenizer would add has no place
         before an option."""
         text = "".join(example.pieces)
-        prompt = self.tokenizer.encode(text)
-        full = [self.tokenizer.encode(text + option) for option in example.options]
+        prompt, full = ids[text], [ids[text + option] for option in example.options]
         # an option's tokens are counted, not searched: a tokenizer may merge across the seam
-        answers = [ids[len(prompt) :] or ids[-1:] for ids in full]
-        shared = all(ids[:-1] == prompt and len(answer) == 1 for ids, answer in zip(full, answers, strict=True))
-        longest = WRITTEN if self.task.generates else max(map(len, answers))
-        longest = max(longest, *map(len, answers))
-        passage = len(self.tokenizer.encode("".join(example.pieces[: example.passage + 1])))
-        kept = len(prompt) - passage + self._kept(passage, len(prompt) - passage + longest + len(self.begin))
-        cut = max(0, len(prompt) - kept)
+        answers = [of_one[len(prompt) :] or of_one[-1:] for of_one in full]
+        shared = all(of_one[:-1] == prompt and len(answer) == 1 for of_one, answer in zip(full, answers, strict=True))
+        others = max(WRITTEN if self.task.generates else 0, *map(len, answers)) + len(self.begin)
+        cut = 0
+        if len(prompt) + others > self.max_length:
+            passage = len(self.tokenizer.encode("".join(example.pieces[: example.passage + 1])))
+            cut = passage - self._kept(passage, len(prompt) - passage + others)
         if shared and self.share and len(answers) > 1:
             sequence = self.begin + prompt[cut:]
             return Encoded([sequence], answers, len(sequence) - 1, example.label, example, cut)
-        sequences = [self.begin + ids[cut:] for ids in full]
-        return Encoded(sequences, answers, -1, example.label, example, cut)
+        return Encoded([self.begin + of_one[cut:] for of_one in full], answers, -1, example.label, example, cut)
 
 
 class Branched(NamedTuple):

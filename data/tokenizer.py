@@ -77,6 +77,12 @@ class Tokenizer:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         return self._tokenizer.encode(text)
 
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """The same of many texts, which both libraries do on all cores."""
+        if isinstance(self._tokenizer, tokenizers.Tokenizer):
+            return [found.ids for found in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return self._tokenizer.encode(texts)
+
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
 

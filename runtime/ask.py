@@ -51,8 +51,7 @@ def show(c: Config) -> Iterator[dict]:
     rows = load_splits(task, c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval).train[: c.show]
     config, tokenizer = read_config(directory)[0], Tokenizer(directory)
     encode = Encoder(tokenizer, task, config, max_length(c, config.masked))
-    for row in rows:
-        encoded = encode(row)
+    for row, encoded in zip(rows, encode.all(rows), strict=True):
         example, prompt = encoded.example, encoded.sequences[0]
         if encoded.at < 0:
             prompt = prompt[: -len(encoded.answers[0])]
@@ -87,7 +86,7 @@ def predictions(c: Config) -> Iterator[dict]:
     config = problem.lm.config
     encode = Encoder(problem.tokenizer, problem.task, config, max_length(c, config.masked))
     rows = read_rows(Path(c.predict), dataclasses.replace(problem.task, layout=None))
-    split = [encode(unanswered(row, problem.task)) for row in rows]
+    split = encode.all([unanswered(row, problem.task) for row in rows])
     for row, answer in zip(rows, problem.answers(split), strict=True):
         line = {"from": row.place, "prediction": label_of(answer.option, answer.text, problem.task)}
         yield line | ({"scores": answer.scores} if answer.scores else {})

@@ -182,4 +182,4 @@ def longest_sequence(c: Config) -> int | None:
     config = read_config(directory)[0]
     encode = Encoder(Tokenizer(directory), task, config, max_length(c, config.masked))
     rows = [*splits.train, *splits.dev, *(row for rows in splits.tests.values() for row in rows)]
-    return max(encode(row, right_alone=True).width for row in rows)
+    return max(encoded.width for encoded in encode.all(rows, right_alone=True))

@@ -68,9 +68,8 @@ def prepare(c: Config) -> tuple[Problem, Splits]:
     config, _ = read_config(directory)
     tokenizer = Tokenizer(directory)
     encode = Encoder(tokenizer, task, config, max_length(c, config.masked))
-    train = [encode(row, right_alone=True) for row in splits.train]
-    dev = [encode(row) for row in splits.dev]
-    tests = {split: [encode(row) for row in rows] for split, rows in splits.tests.items()}
+    train, dev = encode.all(splits.train, right_alone=True), encode.all(splits.dev)
+    tests = {split: encode.all(rows) for split, rows in splits.tests.items()}
     batch_size = 2 * c.micro_batch_size  # an evaluation has one copy of the weights where a step has two
     pad, multiple = config.pad_token_id or 0, multiple_of(c, config.longest)
     lm = load_base(c, directory, [example.sequences[0] for example in train[: c.calibrate]])
