@@ -391,8 +391,9 @@ class LanguageModel:
         return functional_call(part, weights, (x, *context))
 
     def generate(
-        self, tokens: Tensor, max_new_tokens: int, mask: Tensor | None = None, ends: Sequence[int] = ()
-    ) -> Tensor:
+        self, tokens: Tensor, max_new_tokens: int, mask: Tensor | None = None, ends: Sequence[int] = (),
+        view: View | None = None,
+    ) -> Tensor:  # fmt: skip
         raise ValueError(f"{type(self).__name__} is a masked language model and does not generate")
 
     def save(self, directory: str | Path) -> None:
@@ -459,12 +460,13 @@ class Llama(LanguageModel):
 
     @torch.no_grad()
     def generate(
-        self, tokens: Tensor, max_new_tokens: int, mask: Tensor | None = None, ends: Sequence[int] = ()
-    ) -> Tensor:
+        self, tokens: Tensor, max_new_tokens: int, mask: Tensor | None = None, ends: Sequence[int] = (),
+        view: View | None = None,
+    ) -> Tensor:  # fmt: skip
         """Greedy: tokens [B, T] (left-padded where mask is 0) -> [B, T + new], new <= max_new_tokens.
 
         Stops when every row has produced an end token, the checkpoint's or one of `ends`; rows that end early are
-        filled with the padding token.
+        filled with the padding token.  By the weights as they are stored, or by a view of one copy of them.
         """
         mask = torch.ones_like(tokens) if mask is None else mask
         if not mask[:, -1].all():
@@ -473,7 +475,7 @@ class Llama(LanguageModel):
         stops = [eos] if isinstance(eos, int) else list(eos or [])
         pad = self.config.pad_token_id if self.config.pad_token_id is not None else (stops or [0])[0]
         stops = torch.tensor([*stops, *ends], dtype=torch.int64, device=tokens.device)
-        cache, view, new = KVCache(), self.stored_view(), tokens
+        cache, view, new = KVCache(), view or self.stored_view(), tokens
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
             last = self.hidden(new, mask, view, cache=cache)[:, :, -1]

@@ -25,7 +25,6 @@ from tqdm import tqdm
 import gpu
 import tensor_train
 from data.metrics import measure
-from data.scoring import BatchLoss
 from model import LanguageModel
 from quant import INTEGERS, Store
 from random_bits import Key, permutation
@@ -47,6 +46,7 @@ from zo_optim import MEASURED, ZO, SparseZO, adazeta_queries, epoch_of, learning
 def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: Progress) -> None:
     """Run the loop, to its last step or until the run has diverged.  The folder's model/ holds the best weights."""
     lm, n, weights = problem.lm, len(problem.train), trained(problem.lm)
+    loss_of = problem.loss_fn(c.micro_batch_size)
     zo = gpu.estimator(estimator(c, lm), c.device, c.graphs) if c.optimizer == "zo" else None
     adamw = optimizer(weights, c.lr, c.weight_decay or 0.0) if c.optimizer == "adamw" else None
     bar = tqdm(range(progress.steps, c.steps), unit="step", file=sys.stderr, dynamic_ncols=True)
@@ -56,7 +56,7 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
                 break
             # the batch
             examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, n)]
-            loss_fn = BatchLoss.of(lm, examples, problem.pad, c.micro_batch_size, problem.multiple, problem.task.loss)
+            loss_fn = loss_of(examples)
             lr = learning_rate(step, progress.rate, c.lr_schedule, c.steps, c.warmup)
 
             # two forward passes a query and an update; or, of the baselines, one forward and one backward pass
@@ -116,7 +116,7 @@ class Progress:
     """How far a run is, whether it has diverged, and the weights to keep: those of the lowest dev loss, MeZO's rule.
     Loss is a finer measure than accuracy, which moves in steps of one example."""
 
-    guess: float  # the loss of a model that scores all options alike
+    guess: float  # the loss of a model that scores all options alike; inf where losses move in steps, as metrics do
     rate: float = 0.0  # the learning rate before its schedule: the one that was given, or 0 until it has been measured
     measured: int = 0  # by so many queries, the first ones; 0 where it was given
     rate_by: Callable[[list[float]], float] | None = None  # from their projected gradients
@@ -148,7 +148,7 @@ class Progress:
             self.rate = self.rate_by(self.first_grads) if self.queries >= self.measured else 0.0
         limit, remedy = 2 * self.first_loss + 1, "a smaller --lr"
         learnt = loss <= 1e-6  # no probe changes a loss of 0 either: nothing is left to learn
-        still = len(projected_grads) > 0 and not projected_grads.any() and not learnt
+        still = len(projected_grads) > 0 and not projected_grads.any() and not learnt and math.isfinite(self.guess)
         self.still = self.still + 1 if still else 0
         self.astray = self.astray + 1 if loss > limit else 0
         if self.still == ENOUGH:
@@ -245,7 +245,8 @@ def run(c: Config) -> dict:
     zero_shot = folder.zero_shot = measure(metric, problem.answers(problem.tests["test"]))
     tqdm.write(f"zero-shot test {metric} {shown(zero_shot)}", sys.stderr)
     of_guessing = len(problem.dev[0].answers) if problem.task.loss == "options" else problem.lm.config.vocab_size
-    progress = progress_of(past, c, problem.lm, guess=math.log(of_guessing))
+    guess = math.log(of_guessing) if c.objective == "loss" else math.inf
+    progress = progress_of(past, c, problem.lm, guess)
     if past is not None:
         catch_up(c, problem.lm, past.projected_grads)
     due = progress.steps % c.eval_every == 0 or progress.steps == c.steps

@@ -28,8 +28,9 @@ from runtime.config import Config, parse
 from runtime.dry_run import predict
 from runtime.first_order import adamw_step, make_trainable, optimizer
 from runtime.hub import raw_config
+from runtime.problem import DTYPES, Problem, set_up_forwards
 from tensor_train import trained
-from train import DTYPES, Problem, estimator, reserved_memory, set_up_forwards
+from train import estimator, reserved_memory
 from zo_optim import Step, zo_step
 
 CASES = {  # name: flags

@@ -23,7 +23,8 @@ from model import LanguageModel
 from quant import quantise_tokens
 from random_bits import Key
 from runtime.config import parse
-from train import batch_indices, prepare
+from runtime.problem import prepare
+from train import batch_indices
 from zo_optim import ZO, SparseZO, probe_losses
 
 WAYS = {  # name: (products, activations)

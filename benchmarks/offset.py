@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data.scoring import Encoded
 from runtime.config import parse
-from train import Problem, prepare
+from runtime.problem import Problem, prepare
 
 
 def differences(problem: Problem, split: list[Encoded]) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,8 @@ from benchmarks.memory import build, examples, step_function
 from data.tasks import TASKS
 from runtime.config import Config, parse, spec_of, validate
 from runtime.hub import raw_config
-from train import Problem, load_base, peak_memory
+from runtime.problem import Problem, load_base
+from train import peak_memory
 from zo_optim import Step
 
 LR = 1e-30  # a whole step, and yet every way meets the same weights

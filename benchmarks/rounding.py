@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from data.tokenizer import Tokenizer
 from model import LanguageModel
 from runtime.config import parse
-from train import prepare
+from runtime.problem import prepare
 
 FORMATS = {
     "fp32": "--weights fp32 --method mezo", "bf16": "--weights bf16 --method mezo",

@@ -48,8 +48,9 @@ from data.tasks import TASKS
 from model import LanguageModel
 from runtime.config import Config, parse, spec_of
 from runtime.hub import check_known, raw_config
+from runtime.problem import Problem
 from runtime.run_folder import git_commit
-from train import Problem, parameters, peak_memory, reserved_memory
+from train import parameters, peak_memory, reserved_memory
 
 EPS, LR, WARM_UP = 1e-3, 1e-6, 3  # the second step records launches
 PEERS = {  # name: a step, and the loss that it takes

@@ -103,6 +103,12 @@ def metric_of_one(name: str) -> Callable[[Prediction], float]:
     return lambda p: float(found(p.text, p.texts))
 
 
+def check_metric(name: str) -> None:
+    """Raises ValueError where there is no such metric: before a run, whose end would be late to say so."""
+    if name not in OF_ALL:
+        metric_of_one(name)
+
+
 def measure(name: str, predictions: Sequence[Prediction]) -> float:
     """A metric of a split, between 0 and 1 but for a user's own."""
     if name in OF_ALL:

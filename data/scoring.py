@@ -10,7 +10,7 @@ Shape key: P perturbed copies, B examples, O options (the most of any example), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os.path import commonprefix  # of any sequences
@@ -73,6 +73,8 @@ class Encoder:
         self.begin, self.end = tokenizer.begin, tokenizer.end  # its files go before config.json, which may be wrong
         if self.begin is None or config.masked and not self.begin:  # a masked model always has both
             self.begin = [] if config.bos_token_id is None else [config.bos_token_id]
+        if config.masked and task.loss == "answer":
+            raise ValueError(f"task {task.name}: the loss of an answer is for causal models, this one is masked")
         if config.masked:
             self.end = self.end or [config.eos_token_id]
             self.mask_id = tokenizer.id_of(MASK)
@@ -99,7 +101,7 @@ class Encoder:
             yield from (" " + option.strip() for option in example.options)  # as within a text
         else:
             text = "".join(example.pieces)
-            yield text
+            yield text.rstrip(" ")
             yield from (text + option for option in example.options)
 
     def _encoded(self, row: Row, example: Example, ids: dict[str, list[int]]) -> Encoded:
@@ -141,8 +143,9 @@ class Encoder:
         never the begin token nor what follows the passage.  An end token that the tokenizer would add has no place
         before an option."""
         text = "".join(example.pieces)
-        prompt, full = ids[text], [ids[text + option] for option in example.options]
-        # an option's tokens are counted, not searched: a tokenizer may merge across the seam
+        # an option's tokens are counted, not searched: a tokenizer may merge across the seam, so that a space at the
+        # prompt's end belongs to the option (MeZO)
+        prompt, full = ids[text.rstrip(" ")], [ids[text + option] for option in example.options]
         answers = [of_one[len(prompt) :] or of_one[-1:] for of_one in full]
         shared = all(of_one[:-1] == prompt and len(answer) == 1 for of_one, answer in zip(full, answers, strict=True))
         others = max(WRITTEN if self.task.generates else 0, *map(len, answers)) + len(self.begin)
@@ -187,7 +190,7 @@ def collate(
 
     tokens: T is at least that.  M is a multiple of `multiple`.
     """
-    shared = all(e.at >= 0 for e in examples) and len({str(e.answers) for e in examples}) == 1
+    shared = all(e.at >= 0 for e in examples) and len({str(e.answers) for e in examples}) == 1 and loss == "options"
     options = max(len(e.answers) for e in examples)
     if shared:
         rows, branches = [e.sequences[0] for e in examples], None
@@ -196,6 +199,7 @@ def collate(
         branched = [e.branched for e in examples]
         rows, branches = [b.tokens for b in branched], [b.branch for b in branched]
         reads = [(i, at, token, i * options + option) for i, b in enumerate(branched) for at, token, option in b.reads]
+        reads += [(0, 0, 0, options * len(examples))] * (-len(reads) % multiple)
     T = max(tokens, *map(len, rows))
     ids = torch.tensor([row + [pad] * (T - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])
@@ -273,7 +277,7 @@ class BatchLoss:
         return BatchLoss(self.lm, batches, self.loss)
 
 
-# ---------------------------------------------------------------- evaluation, with the weights as they are stored
+# ---------------------------------------------------------------- evaluation
 
 
 class Evaluation(NamedTuple):
@@ -281,36 +285,71 @@ class Evaluation(NamedTuple):
     predictions: list[Prediction]  # in the examples' order
 
 
-@torch.no_grad()
 def evaluate(lm, encoded: list[Encoded], pad: int, batch_size: int, loss: str = "options") -> Evaluation:
     """The mean loss on a split, and what the model chooses."""
-    in_order, view = sorted(range(len(encoded)), key=lambda i: len(encoded[i].sequences[0])), lm.stored_view()
-    chosen, total, n = {}, 0.0, 0
+    return evaluate_copies(lm, encoded, pad, batch_size, loss, lm.stored_view())[0]
+
+
+@torch.no_grad()
+def evaluate_copies(lm, encoded: list[Encoded], pad: int, batch_size: int, loss: str, view) -> list[Evaluation]:
+    """The same by each copy of a view."""
+    in_order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].sequences[0]))
+    chosen, sums, n = [{} for _ in range(view.probes)], 0.0, 0
     for start in range(0, len(in_order), batch_size):  # of like lengths: less padding
         at = in_order[start : start + batch_size]
         batch = collate([encoded[i] for i in at], pad, lm.device, loss=loss)
-        (scores,), (sum_of_losses,) = option_scores(lm, batch, view, loss)
-        total, n = total + float(sum_of_losses), n + int(batch.terms.sum())
-        for i, option, of_one in zip(at, scores.argmax(-1).tolist(), scores.tolist(), strict=True):
-            example = encoded[i].example
-            names = example.names or example.options
-            of_one = tuple(of_one[: len(names)])
-            chosen[i] = Prediction(names[option].strip(), option, example.golds, example.group, of_one, names)
-    return Evaluation(total / n, [chosen[i] for i in range(len(encoded))])
+        scores, losses = option_scores(lm, batch, view, loss)
+        sums, n = sums + losses.double().cpu(), n + int(batch.terms.sum())
+        for copy, of_copy in zip(chosen, scores, strict=True):
+            for i, option, of_one in zip(at, of_copy.argmax(-1).tolist(), of_copy.tolist(), strict=True):
+                example = encoded[i].example
+                names = example.names or example.options
+                of_one = tuple(of_one[: len(names)])
+                copy[i] = Prediction(names[option].strip(), option, example.golds, example.group, of_one, names)
+    answers = [[copy[i] for i in range(len(encoded))] for copy in chosen]
+    return [Evaluation(of_copy / n, found) for of_copy, found in zip(sums.tolist(), answers, strict=True)]
 
 
 @torch.no_grad()
-def write(lm, encoded: list[Encoded], tokenizer: Tokenizer, pad: int, batch_size: int) -> list[Prediction]:
-    """What the model writes after each prompt, greedily, up to a new line; in the examples' order."""
+def write(
+    lm, encoded: list[Encoded], tokenizer: Tokenizer, pad: int, batch_size: int, view=None
+) -> list[Prediction]:
+    """What the model writes after each prompt, greedily, up to a new line; in the examples' order.  Of a view of one
+    copy, or of the weights as they are stored."""
     prompts = [e.sequences[0][: -len(e.answers[0])] for e in encoded]
     in_order, line_ends = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), tokenizer.line_ends()
-    written = {}
+    written, eos = {}, lm.config.eos_token_id
+    ends = {*line_ends, *([eos] if isinstance(eos, int) else eos or [])}
     for start in range(0, len(in_order), batch_size):
         at = in_order[start : start + batch_size]
         T = max(len(prompts[i]) for i in at)
         ids = torch.tensor([[pad] * (T - len(prompts[i])) + prompts[i] for i in at], device=lm.device)
         mask = torch.tensor([[0] * (T - len(prompts[i])) + [1] * len(prompts[i]) for i in at], device=lm.device)
-        for i, new in zip(at, lm.generate(ids, WRITTEN, mask, line_ends)[:, T:].tolist(), strict=True):
+        for i, new in zip(at, lm.generate(ids, WRITTEN, mask, line_ends, view)[:, T:].tolist(), strict=True):
+            length = next((n for n, token in enumerate(new, start=1) if token in ends), len(new))  # then comes padding
+            new = [token for token in new[:length] if token not in ends or token in line_ends]  # one may end a word too
             text = tokenizer.decode(new).partition("\n")[0].strip()
             written[i] = Prediction(text, 0, encoded[i].example.golds, encoded[i].example.group, (), ())
     return [written[i] for i in range(len(encoded))]
+
+
+@dataclass
+class MetricLoss:
+    """The loss_fn for what has no gradient (MeZO, section 3.3): 1 less the mean metric of each copy's answers."""
+
+    lm: object
+    examples: list[Encoded]
+    task: Task
+    tokenizer: Tokenizer
+    pad: int
+    batch_size: int
+    metric: Callable[[Prediction], float]
+
+    def __call__(self, view) -> Tensor:
+        """-> [P] float32; P = 1 where text is written."""
+        if self.task.generates:
+            answers = [write(self.lm, self.examples, self.tokenizer, self.pad, self.batch_size, view)]
+        else:
+            found = evaluate_copies(self.lm, self.examples, self.pad, self.batch_size, self.task.loss, view)
+            answers = [of_copy.predictions for of_copy in found]
+        return torch.tensor([1 - sum(map(self.metric, of_copy)) / len(of_copy) for of_copy in answers])

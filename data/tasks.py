@@ -6,7 +6,6 @@ of MeZO's large-model protocol, cloze texts for masked models and label words th
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import string
 from collections.abc import Callable, Iterator
@@ -85,6 +84,12 @@ def render(template: str, fields: dict[str, Any]) -> tuple[list[str], list[str |
     return pieces, names
 
 
+def _listed(fields: dict[str, Any], name: str) -> list:
+    if not isinstance(fields.get(name), list):
+        raise ValueError(f"field {name!r} must be a list, got {fields.get(name)!r}")
+    return fields[name]
+
+
 def plain(value: Any) -> str:
     """A field's value as text: JSON's true is "true", and 1 is "1"."""
     return value if isinstance(value, str) else json.dumps(value)
@@ -138,13 +143,15 @@ class Task:
             pieces, names = render(template, row.fields)
             options, golds = self._options(row.fields)
             group = "" if self.group is None else render("{" + self.group + "}", row.fields)[0][0]
+            called = () if self.names is None else tuple(map(plain, _listed(row.fields, self.names)))
+            if masked and any(MASK in piece for piece, name in zip(pieces, names, strict=True) if name):
+                raise ValueError(f"a field holds {MASK}, which stands for the word that is looked for")
         except (ValueError, KeyError) as error:
             message = error if isinstance(error, ValueError) else f"the value {error} has no place in a template"
             raise ValueError(f"{row.place}: {message}") from None
         passages = [i for i, name in enumerate(names) if name and name.partition("[")[0] == (self.passage or name)]
         label = 0 if self.generates else golds[0]
-        names = () if self.names is None else tuple(row.fields[self.names])
-        return Example(tuple(pieces), passages[0], options, label, golds, group, names)
+        return Example(tuple(pieces), passages[0], options, label, golds, group, called)
 
     def _options(self, fields: dict[str, Any]) -> tuple[tuple[str, ...], tuple]:
         """The options, and which are right; or the answer to learn, and all that are right."""
@@ -162,12 +169,11 @@ class Task:
                 raise ValueError(f"the {self.label} must be one of {known}, got {plain(label)!r}")
             return tuple(self.options.values()), (list(self.options).index(plain(label)),)
         if isinstance(self.options, str):
-            if self.options not in fields:
-                raise ValueError(f"there is no field {self.options!r}; there are: {', '.join(map(repr, fields))}")
-            options = tuple(map(plain, fields[self.options]))
+            options = tuple(map(plain, _listed(fields, self.options)))
         else:
             options = tuple("".join(render(option, fields)[0]) for option in self.options)
-        golds = tuple(label) if isinstance(label, list) else (int(label),)
+        golds = tuple(label) if isinstance(label, list) else (label,)
+        golds = tuple(int(gold) if str(gold).isdigit() else -1 for gold in golds)
         if not golds or not all(0 <= gold < len(options) for gold in golds):
             raise ValueError(f"the {self.label} must be one of 0 to {len(options) - 1}, got {label!r}")
         return options, golds
@@ -244,7 +250,19 @@ def get_task(name: str) -> Task:
     return read_task(Path(name))
 
 
-OWN = [f.name for f in dataclasses.fields(Task) if f.name not in ("name", "folder", "k_shot", "layout")]
+KINDS = {  # of a task of a user's: the fields that it can have, and what JSON each is
+    "prompt": "text", "cloze": "text", "options": "object list text", "answer": "text", "label": "text",
+    "group": "text", "names": "text", "passage": "text", "loss": "text", "metric": "text", "also": "list",
+    "files": "object", "num_dev": "number", "columns": "list", "rename": "object", "quoting": "text",
+}  # fmt: skip
+
+
+def _fits(value: Any, kinds: str) -> bool:
+    """Lists and objects hold texts."""
+    if isinstance(value, list | dict):
+        held = value.values() if isinstance(value, dict) else value
+        return ("object" if isinstance(value, dict) else "list") in kinds and all(isinstance(v, str) for v in held)
+    return isinstance(value, str) and "text" in kinds or type(value) is int and "number" in kinds
 
 
 def read_task(path: Path) -> Task:
@@ -256,20 +274,22 @@ def read_task(path: Path) -> Task:
     if not isinstance(given, dict):
         raise ValueError(f"{path} must hold one object, as in docs/own_data.md")
     for name in given:
-        if name not in OWN:
-            raise ValueError(f"{path}: unknown field {name!r}; known: {', '.join(OWN)}")
+        if name not in KINDS:
+            raise ValueError(f"{path}: unknown field {name!r}; known: {', '.join(KINDS)}")
+    for name, value in given.items():
+        if not _fits(value, KINDS[name]):
+            raise ValueError(f"{path}: {name} must be {' or '.join(KINDS[name].split())}, got {value!r}")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if "answer" in given:
         given = {"loss": "answer", "metric": "f1"} | given
     task = Task(path.stem, **given, folder=path.parent)
-    templates = (fault for name in ("prompt", "cloze", "answer") for fault in _of_template(task, name))
-    for fault in (*_faults(task), *templates):
+    for fault in (*_faults(task), *_faults_of_files(task), *_faults_of_templates(task)):
         raise ValueError(f"{path}: {fault}")
     return task
 
 
 def _faults(task: Task) -> Iterator[str]:
-    """What is wrong with a task of a user's, but for its templates."""
+    """What is wrong with a task of a user's as a whole."""
     if task.prompt is None and task.cloze is None:
         yield '"prompt" is missing (for a masked model: "cloze")'
     if task.cloze is not None and task.cloze.count(MASK) != 1:
@@ -281,14 +301,27 @@ def _faults(task: Task) -> Iterator[str]:
     for name, choices in (("loss", ("options", "answer")), ("quoting", (None, "csv", "none"))):
         if getattr(task, name) not in choices:
             yield f"{name} must be one of {', '.join(map(repr, filter(None, choices)))}, got {getattr(task, name)!r}"
-    if not isinstance(task.files, dict) or not {"train", "test"} <= set(task.files):
+
+
+def _faults_of_files(task: Task) -> Iterator[str]:
+    if not {"train", "test"} <= set(task.files):
         yield '"files" must name a train and a test file'
+    for split in task.files:
+        if split not in ("train", "dev") and not split.startswith("test"):
+            yield f"files: a split is train, dev or one that begins with test, got {split!r}"
 
 
-def _of_template(task: Task, name: str) -> Iterator[str]:
-    template = getattr(task, name)
-    if template is None:
-        return
+def _faults_of_templates(task: Task) -> Iterator[str]:
+    templates = {name: getattr(task, name) for name in ("prompt", "cloze", "answer")}
+    if isinstance(task.options, tuple):
+        templates |= {f"options[{i}]": text for i, text in enumerate(task.options)}
+    for name, template in templates.items():
+        yield from () if template is None else _of_template(name, template)
+        if name in ("prompt", "cloze") and task.passage and template and "{" + task.passage not in template:
+            yield f"passage: {name} has no field {task.passage!r}"
+
+
+def _of_template(name: str, template: str) -> Iterator[str]:
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:

@@ -93,7 +93,8 @@ class Tokenizer:
         else:
             pieces = ((self._tokenizer.id_to_piece(i), i) for i in range(self._tokenizer.get_piece_size()))
         signs = ("\n", "\u010a", "<0x0A>")  # as it is; as byte-level BPE spells it; as sentencepiece spells a byte
-        return sorted(i for piece, i in pieces if any(sign in piece for sign in signs))
+        candidates = [i for piece, i in pieces if any(sign in piece for sign in signs)]
+        return sorted(i for i in candidates if "\n" in self.decode([i]))  # in others \u010a is a letter
 
     def id_of(self, piece: str) -> int:
         """The id of one piece by its spelling, such as <mask>."""

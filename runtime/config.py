@@ -33,6 +33,9 @@ def flag(group: str, default, help: str, choices: tuple = ()):
     return dataclasses.field(default=default, metadata={"group": group, "help": help, "choices": choices or None})
 
 
+OBJECTIVES = ("loss", "accuracy", "f1", "reward")
+
+
 @dataclass(frozen=True)
 class Config:
     """Every flag.  None: from DEFAULTS where it has an entry for the method, else it does not apply."""
@@ -89,6 +92,8 @@ class Config:
     lr_schedule: str | None = flag("steps", None, "constant, or linear down to 0", ("constant", "linear"))
     warmup: int = flag("steps", 0, "first steps, in which the learning rate rises from 0")
     weight_decay: float | None = flag("steps", None, "AdamW's, on matrices")
+    objective: str = flag("steps", "loss", "what is made smaller: the task's loss; or, without a gradient, 1 less "
+                                           "accuracy, f1, or reward, the task's own metric", OBJECTIVES)  # fmt: skip
     batch_size: int | None = flag("steps", None, "examples a step")
     micro_batch_size: int | None = flag("steps", None, "examples a forward, to bound memory (batch-size); the losses "
                                                        "change by rounding only")  # fmt: skip
@@ -281,7 +286,7 @@ def resolve_defaults(c: Config) -> Config:
     name = f"{Path(table['task']).stem}-{Path(c.model).name}-{c.method}"
     table["out"] = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}-{os.getpid()}"  # of runs that begin at once too
     c = dataclasses.replace(c, **{n: v for n, v in table.items() if getattr(c, n) in (None, "auto")})
-    zo = optimizer == "zo" and c.device.startswith("cuda") and expects_triton()
+    zo = optimizer == "zo" and c.device.startswith("cuda") and expects_triton() and c.objective == "loss"
     return dataclasses.replace(
         c,
         compute=default_compute(c) if c.compute == "auto" else c.compute,
@@ -410,6 +415,8 @@ def validate(c: Config) -> None:
 def probes_per_forward(c: Config) -> int | None:
     """How many of a step's 2 Q perturbed copies share a forward: of adapters all (None), but not on a CPU, whose cache
     they would overflow (benchmarks/probes.py)."""
+    if c.objective != "loss" and get_task(c.task).generates:
+        return 1  # what one copy writes is not what another does
     return c.probes_per_forward or (None if c.method in ADAPTERS and c.device != "cpu" else 2)
 
 
@@ -470,6 +477,8 @@ def check_method(c: Config) -> None:
 
 def check_products(c: Config) -> None:
     """Raises ValueError for ways of computing that the rest does not suit."""
+    if c.objective != "loss" and c.optimizer != "zo":
+        raise ValueError(f"--objective {c.objective} has no gradient: it is for --optimizer zo")
     if c.compute == "fp8" and not suits_codes(c):
         raise ValueError("--compute fp8 multiplies codes by codes: --weights fp8 --activations fp8, trained by zo, and "
                          "by quzo with --direction-bits sparse or --probe codes")  # fmt: skip
@@ -490,6 +499,8 @@ def check_estimator(c: Config) -> None:
         raise ValueError(f"--cell needs --direction-bits sparse, got {c.direction_bits}")
     if c.cell and c.cell & c.cell - 1:
         raise ValueError(f"--cell must be a power of two, got {c.cell}")
+    if c.objective != "loss" and c.graphs:
+        raise ValueError(f"--objective {c.objective} is no fixed list of launches: use --no-graphs")
     if c.direction_bits == "sparse" and (c.probe == "codes" or c.rounding == "nearest"):
         raise ValueError("--probe codes and --rounding nearest are not for --direction-bits sparse: use 2 to 8 bits")
     if c.weights == "fp32" and (c.rounding == "nearest" or c.probe == "codes"):

@@ -107,7 +107,7 @@ def axes(last_step: int, loss_ticks: list[float], x: Callable, y: Callable) -> l
     return parts
 
 
-def best_mark(best_step: int | None, devs: list[tuple[int, int, float, float]], x: Callable) -> list[str]:
+def best_mark(best_step: int | None, devs: list[tuple[int, int, float | None, float]], x: Callable) -> list[str]:
     """A dashed line at the step whose weights are kept, labelled with its dev loss and accuracy."""
     found = [(accuracy, loss) for step, _, accuracy, loss in devs if step == best_step]
     if not found:
@@ -115,7 +115,8 @@ def best_mark(best_step: int | None, devs: list[tuple[int, int, float, float]], 
     accuracy, loss = found[-1]
     place, middle = x(best_step), (LEFT + RIGHT) / 2
     anchor = "end" if place > middle + 100 else "start" if place < middle - 100 else "middle"
-    label = f"best step {best_step:,}: dev loss {loss:.3f}, dev accuracy {percent(accuracy)}"
+    label = f"best step {best_step:,}: dev loss {loss:.3f}"
+    label += "" if accuracy is None else f", dev accuracy {percent(accuracy)}"
     line = f'<path class="best-step" d="M{place:.1f},{TOP - 8}V{BOTTOM}" stroke="{INK}" stroke-dasharray="4 3"/>'
     return [line, text(place, TOP - 13, label, INK, anchor)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,8 @@ import gpu
 import tensor_train
 from calibration import calibrate
 from data.files import Splits, load_splits
-from data.metrics import Prediction, measure
-from data.scoring import Encoded, Encoder, evaluate, write
+from data.metrics import Prediction, check_metric, measure, metric_of_one
+from data.scoring import BatchLoss, Encoded, Encoder, MetricLoss, evaluate, write
 from data.tasks import Task, get_task
 from data.tokenizer import Tokenizer
 from gpu.fp8_matmul import enable_fp8_matmul
@@ -46,9 +46,13 @@ class Problem:
     pad: int
     batch_size: int  # of evaluations
     multiple: int = 1  # a step's batches have a multiple of this many tokens
+    objective: Callable[[Prediction], float] | None = None  # unless the task's loss is made smaller
 
     def quality(self, split: list[Encoded]) -> Quality:
         """Its metric is None where text would have to be written, which takes too long for every evaluation."""
+        if self.objective is not None:  # what is made smaller is also what the best weights have least of
+            answers = self.answers(split)
+            return Quality(measure(self.task.metric, answers), 1 - sum(map(self.objective, answers)) / len(answers))
         loss, predictions = evaluate(self.lm, split, self.pad, self.batch_size, self.task.loss)
         return Quality(None if self.task.generates else measure(self.task.metric, predictions), loss)
 
@@ -57,10 +61,20 @@ class Problem:
             return write(self.lm, split, self.tokenizer, self.pad, self.batch_size)
         return evaluate(self.lm, split, self.pad, self.batch_size, self.task.loss).predictions
 
+    def loss_fn(self, micro_batch_size: int) -> Callable[[list[Encoded]], BatchLoss | MetricLoss]:
+        """From the examples of a step to what it makes smaller."""
+        if self.objective is None:
+            return partial(BatchLoss.of, self.lm, pad=self.pad, micro_batch_size=micro_batch_size,
+                           multiple=self.multiple, loss=self.task.loss)  # fmt: skip
+        return partial(MetricLoss, self.lm, task=self.task, tokenizer=self.tokenizer, pad=self.pad,
+                       batch_size=micro_batch_size, metric=self.objective)  # fmt: skip
+
 
 def prepare(c: Config) -> tuple[Problem, Splits]:
     """Read everything.  The weights come last: an error elsewhere is then found before gigabytes are read."""
     task = get_task(c.task)
+    for name in (task.metric, *task.also):
+        check_metric(name)
     splits = load_splits(task, c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval)
     if c.task.endswith(".json"):
         splits.files.append(Path(c.task))
@@ -68,12 +82,14 @@ def prepare(c: Config) -> tuple[Problem, Splits]:
     config, _ = read_config(directory)
     tokenizer = Tokenizer(directory)
     encode = Encoder(tokenizer, task, config, max_length(c, config.masked))
-    train, dev = encode.all(splits.train, right_alone=True), encode.all(splits.dev)
+    train, dev = encode.all(splits.train, right_alone=c.objective == "loss"), encode.all(splits.dev)
     tests = {split: encode.all(rows) for split, rows in splits.tests.items()}
     batch_size = 2 * c.micro_batch_size  # an evaluation has one copy of the weights where a step has two
     pad, multiple = config.pad_token_id or 0, multiple_of(c, config.longest)
     lm = load_base(c, directory, [example.sequences[0] for example in train[: c.calibrate]])
-    return Problem(lm, task, tokenizer, train, dev, tests, pad, batch_size, multiple), splits
+    made_larger = task.metric if c.objective == "reward" else c.objective
+    objective = None if c.objective == "loss" else metric_of_one(made_larger)
+    return Problem(lm, task, tokenizer, train, dev, tests, pad, batch_size, multiple, objective), splits
 
 
 def multiple_of(c: Config, longest: int) -> int:

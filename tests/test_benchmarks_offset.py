@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.offset import accuracy, auc, best_constant, differences, loss, opinion
 from runtime.config import parse
-from train import prepare
+from runtime.problem import prepare
 
 LABELS = torch.tensor([0, 1, 0, 1, 1, 0])
 

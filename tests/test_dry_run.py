@@ -15,8 +15,8 @@ from runtime.config import parse, spec_of
 from runtime.dry_run import predict
 from runtime.first_order import make_trainable
 from runtime.hub import SHAPES
+from runtime.problem import DTYPES
 from tensor_train import TRAINED_VECTOR, attach, trained
-from train import DTYPES
 
 RAW = {
     "model_type": "llama", "vocab_size": 97, "hidden_size": 160, "intermediate_size": 300, "num_hidden_layers": 2,

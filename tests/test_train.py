@@ -320,10 +320,24 @@ def test_lr_zero_leaves_every_bit(run, method):
 def test_micro_batches_change_losses_by_rounding_only(run, monkeypatch):
     """lr 0 stays at the same weights; float32 sums of 8 losses near 1 differ by some 1e-7."""
     sizes, of = [], BatchLoss.of
-    monkeypatch.setattr(BatchLoss, "of", lambda *args: sizes.append(made := of(*args)) or made)
+    monkeypatch.setattr(BatchLoss, "of", lambda *args, **named: sizes.append(made := of(*args, **named)) or made)
     whole, parts = (run(f"--lr 0 --steps 2 --micro-batch-size {n}").rows("loss") for n in (8, 3))
     assert [[len(batch.labels) for batch in made.batches] for made in sizes] == [[8]] * 2 + [[3, 3, 2]] * 2
     assert [row["loss"] for row in parts] == pytest.approx([row["loss"] for row in whole], abs=1e-6)
+
+
+def test_what_has_no_gradient_is_made_larger(run):
+    """Accuracy, with probes large enough to change an answer: each loss is a number of wrong answers of 32, and the best
+    weights are those of the highest dev accuracy.  Steps in which no answer changes are no sign of a dead model."""
+    flags = "--objective accuracy --eps 2e-2 --lr 2e-3 --batch-size 32 --steps 40 --eval-every 10"
+    done = run(f"{flags} --lr-schedule constant")
+    losses = [row["loss"] for row in done.rows("loss")]
+    assert all((64 * loss).is_integer() for loss in losses) and done.result["diverged"] is None
+    devs = done.rows("dev")
+    assert all(row["dev_loss"] == pytest.approx(1 - row["dev"]) for row in devs)
+    assert done.result["dev"] == max(row["dev"] for row in devs) > devs[0]["dev"]
+    with pytest.raises(ValueError, match="--objective accuracy has no gradient"):
+        run("--method fo --objective accuracy")
 
 
 def test_every_epoch_uses_every_example_once_whatever_the_batch_size():
