@@ -25,7 +25,7 @@ RUNS = {
     "adapters on int4": "--method lora --optimizer zo --weights int4",
 }
 RUNS = {name: f"--lr 1e-3 {flags}" for name, flags in RUNS.items()} | {
-    "measured rate": f"--model {TINY / 'model'} --task tiny --weights int4 --calibrate 0 --queries 2",
+    "measured rate": f"--model {TINY / 'model'} --task tiny --method mezo --weights fp32 --queries 2",
 }
 PLACES = {  # lines written before the kill, steps that are then whole.  A step has a line in trajectory, then one in
     "start": (0, 0), "step 1": (1, 0), "trajectory": (10, 4), "metrics": (11, 4),  # metrics.jsonl, where dev has one
