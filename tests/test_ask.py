@@ -80,6 +80,7 @@ def test_a_finished_run_is_evaluated_as_it_ended(method, tmp_path, capsys):
     assert more["dev_loss"] == found["dev_loss"] and more["tests"] != found["tests"]
 
 
+@pytest.mark.full
 def test_an_exported_run_is_one_of_transformers_with_the_same_scores(tmp_path, capsys):
     """int8 codes become the floats that they stand for, LoRA is merged; what cannot be merged says so."""
     for method in ("quzo", "lora --weights fp32"):

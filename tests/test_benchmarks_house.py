@@ -115,6 +115,7 @@ def test_a_run_that_differs_or_fails_ends_with_code_1(tmp_path, capsys, monkeypa
         hashes.main(["--against", str(before), "--threads", "1"])
 
 
+@pytest.mark.full
 def test_a_run_is_what_train_prints_and_records():
     row = hashes.train(HERE, "--steps 1 --batch-size 2 --num-eval 2 --seed 1 --device cpu", 1)
     assert set(row) == set(hashes.KEPT) and row["forwards"] == 2 and row["best_step"] == 1

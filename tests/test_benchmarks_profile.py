@@ -80,6 +80,7 @@ def test_flops_are_those_of_the_blocks_products(raw):
     assert profile.product_flops(lm, B, T, 6) == 6 * profile.product_flops(lm, B, T, 1)
 
 
+@pytest.mark.full
 def test_the_command_prints_phases_that_add_up(capsys):
     profile.main("--model tiny --device cpu --steps 1".split())
     head, *rows, last = capsys.readouterr().out.splitlines()

@@ -181,6 +181,7 @@ def test_every_case_has_flags_that_train_takes(name):
     assert not case.targets or len(case.targets) == len(case.sizes)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name", [speed.REFERENCE, "peer: QuZO in place", "peer: QuZO as released", "AdaZeta Q = 4, int4 base"]
 )
@@ -195,6 +196,7 @@ def test_a_case_measures_a_row_for_each_size(name):
         assert "plain forward" in speed.row_text(rows[0], None)
 
 
+@pytest.mark.full
 def test_the_command_prints_a_row_and_json(capsys):
     assert speed.main("--model tiny --device cpu --repeats 2".split() + ["--cases", "last position"]) == 0
     header, row, last = capsys.readouterr().out.splitlines()

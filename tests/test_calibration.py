@@ -158,6 +158,7 @@ def test_layers_wait_for_another_pass_where_moments_would_not_fit(monkeypatch):
     assert len(passes) == 2 * 7 + 1 and len(set.union(*passes)) == len(passes)
 
 
+@pytest.mark.full
 def test_a_calibrated_run_is_resumed_and_replayed(tmp_path, capsys):
     """Its start depends on the data; the run's hash of the base weights says whether it is the same."""
 

@@ -240,6 +240,7 @@ def test_other_floating_point_widths_are_converted(directory, dtype):
 
 
 @pytest.mark.full
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_one_number_that_is_not_finite_is_seen_in_every_place(dtype, tmp_path):
     """Also by the parts of a reduction that take several numbers at a time, and beside the largest finite ones."""

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parent.parent / "docs" / "own_module.py"
 
 
+@pytest.mark.full
 def test_both_formats_learn(tmp_path):
     """Three classes: a loss of ln 3 = 1.10 and a third right, or somewhat worse, before; nearly all right after."""
     done = subprocess.run([sys.executable, SCRIPT], cwd=tmp_path, capture_output=True, text=True, check=True)

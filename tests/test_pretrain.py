@@ -112,6 +112,7 @@ def test_every_token_is_in_one_row_of_a_masked_model(n):
     assert batch.tokens[batch.mask.bool()].tolist() == list(range(n)) and not len(batch.targets)
 
 
+@pytest.mark.full
 def test_parallel_processes_give_the_same_tokens_with_begin_and_end(like, text, monkeypatch):
     monkeypatch.setattr(pretrain, "DOCUMENTS_A_JOB", 300)
     documents, _ = pretrain.read_documents(text)
