@@ -25,6 +25,7 @@ from tqdm import tqdm
 import gpu
 import tensor_train
 from data.metrics import measure
+from data.tasks import get_task
 from model import LanguageModel
 from quant import INTEGERS, Store
 from random_bits import Key, permutation
@@ -150,7 +151,7 @@ class Progress:
         learnt = loss <= 1e-6  # no probe changes a loss of 0 either: nothing is left to learn
         still = len(projected_grads) > 0 and not projected_grads.any() and not learnt and math.isfinite(self.guess)
         self.still = self.still + 1 if still else 0
-        self.astray = self.astray + 1 if loss > limit else 0
+        self.astray = self.astray + 1 if loss > limit and math.isfinite(self.guess) else 0
         if self.still == ENOUGH:
             if self.still == self.steps:
                 remedy = "a larger --eps, or a smaller one if it is far above the default"
@@ -384,7 +385,7 @@ def dry_run(c: Config) -> dict:
     validate(c)
     raw = raw_config(c.model)
     longest = longest_sequence(c)
-    predicted = predict(c, raw, longest or max_length(c, config_of(raw).masked))
+    predicted = predict(c, raw, longest or max_length(c, config_of(raw).masked, get_task(c.task)))
     if longest is None:
         print("no data or no tokenizer is here: sequences are taken to be as long as --max-length and the model allow")
     print(table(predicted))

@@ -31,7 +31,8 @@ class Splits(NamedTuple):
 def read_rows(path: Path, task: Task) -> list[Row]:
     """Raises ValueError, with the line, for a file that is missing, too large, or not what its ending says."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing; see README.md for where to get the official files")
+        where = "; see README.md for where to get the official files" if task.folder is None else ""
+        raise ValueError(f"{path} is missing{where}")
     if path.stat().st_size > LARGEST_FILE:
         raise ValueError(f"{path} has {path.stat().st_size / 2**30:.1f} GB; at most {LARGEST_FILE >> 30} are read")
     try:
@@ -42,7 +43,7 @@ def read_rows(path: Path, task: Task) -> list[Row]:
     if kind not in READERS:
         raise ValueError(f"{path}: files of examples end in .jsonl, .csv or .tsv")
     rows = []
-    for number, fields in READERS[kind](path, text, task):
+    for number, fields in _read(kind, path, text, task):
         for name, value in fields.items():
             if isinstance(value, str) and len(value) > LONGEST_TEXT:
                 raise ValueError(f"{path}:{number}: {name!r} has {len(value):,} characters; at most {LONGEST_TEXT:,}")
@@ -51,6 +52,13 @@ def read_rows(path: Path, task: Task) -> list[Row]:
     if not rows:
         raise ValueError(f"{path} holds no examples")
     return rows
+
+
+def _read(kind: str, path: Path, text: str, task: Task) -> Iterator[tuple[int | str, Fields]]:
+    try:
+        yield from READERS[kind](path, text, task)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not in the layout of {kind}'s official files: {error!r}") from None
 
 
 # ---------------------------------------------------------------- one reader a layout: line number and fields of each
@@ -104,7 +112,7 @@ def _plain_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """GLUE's way: a quote is a character like any other."""
     for number, line in enumerate(_lines(text), start=1):
         if line.strip():
-            yield number, line.removesuffix("\r").split(delimiter)
+            yield number, line.split(delimiter)
 
 
 def _quoted_rows(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
@@ -204,10 +212,11 @@ def load_splits(
         return _cut_by_class(task, named, k, data_seed, num_eval)
     if "dev" in named:
         return _as_they_are(task, named, num_eval)
-    drawn = _draw(read_rows(named["train"], task), data_seed, num_train + num_dev)
+    num_dev = num_dev or task.num_dev
+    drawn = _draw(read_rows(named["train"], task), data_seed or 0, (num_train or 1000) + num_dev)
     if len(drawn) <= num_dev:
         raise ValueError(f"{named['train']} holds {len(drawn)} examples: {num_dev} for dev leave none to train with")
-    tests = {split: _draw(read_rows(path, task), data_seed, num_eval) for split, path in _tests(named)}
+    tests = {split: _draw(read_rows(path, task), data_seed or 0, num_eval) for split, path in _tests(named)}
     return Splits(drawn[:-num_dev], drawn[-num_dev:], tests, list(named.values()))
 
 

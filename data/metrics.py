@@ -95,17 +95,27 @@ def metric_of_one(name: str) -> Callable[[Prediction], float]:
         return OF_ONE[name]
     module, colon, function = name.partition(":")
     if not colon:
-        raise ValueError(f"unknown metric {name!r}; known: {', '.join((*OF_ONE, *OF_ALL))}, or module:function")
+        known = f"one of a split: {', '.join(OF_ALL)}" if name in OF_ALL else f"known: {', '.join((*OF_ONE, *OF_ALL))}"
+        raise ValueError(f"unknown metric {name!r} of an answer; {known}, or module:function")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the module is the user's
         raise ValueError(f"metric {name!r}: {error}") from None
-    return lambda p: float(found(p.text, p.texts))
+    if not callable(found):
+        raise ValueError(f"metric {name!r}: it is no function but {found!r}")
+
+    def of_ones_own(p: Prediction) -> float:
+        try:
+            return float(found(p.text, p.texts))
+        except Exception as error:
+            raise ValueError(f"metric {name!r} failed on {p.text!r} and {p.texts}: {error!r}") from None
+
+    return of_ones_own
 
 
-def check_metric(name: str) -> None:
+def check_metric(name: str, of_texts: bool) -> None:
     """Raises ValueError where there is no such metric: before a run, whose end would be late to say so."""
-    if name not in OF_ALL:
+    if name not in OF_ALL or of_texts:
         metric_of_one(name)
 
 

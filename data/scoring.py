@@ -24,7 +24,7 @@ from data.metrics import Prediction
 from data.tasks import MASK, Example, Row, Task
 from data.tokenizer import Tokenizer
 
-WRITTEN = 50  # new tokens at most, where text is written (MeZO)
+MAX_NEW_TOKENS = 50  # new tokens at most, where text is written (MeZO)
 
 
 @dataclass
@@ -148,7 +148,7 @@ class Encoder:
         prompt, full = ids[text.rstrip(" ")], [ids[text + option] for option in example.options]
         answers = [of_one[len(prompt) :] or of_one[-1:] for of_one in full]
         shared = all(of_one[:-1] == prompt and len(answer) == 1 for of_one, answer in zip(full, answers, strict=True))
-        others = max(WRITTEN if self.task.generates else 0, *map(len, answers)) + len(self.begin)
+        others = max(MAX_NEW_TOKENS if self.task.generates else 0, *map(len, answers)) + len(self.begin)
         cut = 0
         if len(prompt) + others > self.max_length:
             passage = len(self.tokenizer.encode("".join(example.pieces[: example.passage + 1])))
@@ -188,7 +188,7 @@ def collate(
 ) -> Batch:
     """Examples -> one batch.  If any example needs the tokens of its options, all are read so: scores then compare.
 
-    tokens: T is at least that.  M is a multiple of `multiple`.
+    tokens: T is at least that.  M is a multiple of 8 times `multiple`, unless that is 1.
     """
     shared = all(e.at >= 0 for e in examples) and len({str(e.answers) for e in examples}) == 1 and loss == "options"
     options = max(len(e.answers) for e in examples)
@@ -199,7 +199,8 @@ def collate(
         branched = [e.branched for e in examples]
         rows, branches = [b.tokens for b in branched], [b.branch for b in branched]
         reads = [(i, at, token, i * options + option) for i, b in enumerate(branched) for at, token, option in b.reads]
-        reads += [(0, 0, 0, options * len(examples))] * (-len(reads) % multiple)
+        fill = 8 * multiple if multiple > 1 else 1  # coarsely: each M has a graph of its own
+        reads += [(0, 0, 0, options * len(examples))] * (-len(reads) % fill)
     T = max(tokens, *map(len, rows))
     ids = torch.tensor([row + [pad] * (T - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])
@@ -325,7 +326,7 @@ def write(
         T = max(len(prompts[i]) for i in at)
         ids = torch.tensor([[pad] * (T - len(prompts[i])) + prompts[i] for i in at], device=lm.device)
         mask = torch.tensor([[0] * (T - len(prompts[i])) + [1] * len(prompts[i]) for i in at], device=lm.device)
-        for i, new in zip(at, lm.generate(ids, WRITTEN, mask, line_ends, view)[:, T:].tolist(), strict=True):
+        for i, new in zip(at, lm.generate(ids, MAX_NEW_TOKENS, mask, line_ends, view)[:, T:].tolist(), strict=True):
             length = next((n for n, token in enumerate(new, start=1) if token in ends), len(new))  # then comes padding
             new = [token for token in new[:length] if token not in ends or token in line_ends]  # one may end a word too
             text = tokenizer.decode(new).partition("\n")[0].strip()

@@ -7,6 +7,7 @@ of MeZO's large-model protocol, cloze texts for masked models and label words th
 from __future__ import annotations
 
 import json
+import re
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -84,6 +85,13 @@ def render(template: str, fields: dict[str, Any]) -> tuple[list[str], list[str |
     return pieces, names
 
 
+def _with_spaces_first(pieces: list[str]) -> list[str]:
+    """A cloze text's pieces, which are encoded one by one: the space between two belongs to the later one (LM-BFF)."""
+    moved = [""] + [" " * (len(piece) - len(piece.rstrip(" "))) for piece in pieces[:-1]]
+    kept = [piece.rstrip(" ") for piece in pieces[:-1]] + pieces[-1:]
+    return [space + piece for space, piece in zip(moved, kept, strict=True)]
+
+
 def _listed(fields: dict[str, Any], name: str) -> list:
     if not isinstance(fields.get(name), list):
         raise ValueError(f"field {name!r} must be a list, got {fields.get(name)!r}")
@@ -123,6 +131,7 @@ class Task:
     files: dict[str, str] = field(default_factory=dict)  # of train, dev and test; without dev it is drawn from train
     k_shot: dict[str, str] = field(default_factory=dict)  # the same for --k
     num_dev: int = 500  # examples drawn from train
+    cloze_tokens: int = 128  # of the longest cloze text, as LM-BFF has it
     columns: tuple[str, ...] = ()  # of .csv and .tsv files that have no header
     rename: dict[str, str] = field(default_factory=dict)  # a file's field: its name here
     layout: str | None = None  # how the files nest examples (data/files.py); by default what their names end in says it
@@ -151,6 +160,7 @@ class Task:
             raise ValueError(f"{row.place}: {message}") from None
         passages = [i for i, name in enumerate(names) if name and name.partition("[")[0] == (self.passage or name)]
         label = 0 if self.generates else golds[0]
+        pieces = _with_spaces_first(pieces) if masked else pieces
         return Example(tuple(pieces), passages[0], options, label, golds, group, called)
 
     def _options(self, fields: dict[str, Any]) -> tuple[tuple[str, ...], tuple]:
@@ -203,7 +213,8 @@ TASKS = {task.name: task for task in (
          files={"train": "SST-2/train.tsv", "test": "SST-2/dev.tsv"}, k_shot=_k_shot("SST-2")),
     Task("rte", "{premise}\nDoes this mean that \"{hypothesis}\" is true? Yes or No?\n",
          "{premise:without_last}?<mask>, {hypothesis:lower_first}", {"entailment": "Yes", "not_entailment": "No"},
-         files=_jsonl("RTE"), k_shot=_k_shot("RTE"), rename={"sentence1": "premise", "sentence2": "hypothesis"}),
+         files=_jsonl("RTE"), k_shot=_k_shot("RTE"), rename={"sentence1": "premise", "sentence2": "hypothesis"},
+         cloze_tokens=256),
     Task("cb", "Suppose {premise} Can we infer that \"{hypothesis}\"? Yes, No, or Maybe?\n",
          options={"entailment": "Yes", "contradiction": "No", "neutral": "Maybe"}, files=_jsonl("CB"),
          also=("f1_macro",), num_dev=100),
@@ -230,9 +241,9 @@ TASKS = {task.name: task for task in (
     Task("sst5", cloze="{sentence:strip} It was<mask>.", k_shot=_k_shot("sst-5", "csv"), columns=("label", "sentence"),
          options=dict(zip("01234", ("terrible", "bad", "okay", "good", "great"), strict=True))),
     Task("snli", cloze=INFERENCE, options=INFERRED, label="gold_label", k_shot=_k_shot("SNLI"),
-         layout="annotated"),
+         cloze_tokens=256, layout="annotated"),
     Task("mnli", cloze=INFERENCE, options=INFERRED, label="gold_label",
-         k_shot=_k_shot("MNLI", **MATCHED), layout="annotated"),
+         k_shot=_k_shot("MNLI", **MATCHED), cloze_tokens=256, layout="annotated"),
     # in MeZO for masked models alone: its prompt for causal ones is ours
     Task("trec", "{sentence:strip} Type:", "<mask>: {sentence:strip}", {str(i): word for i, word in TREC.items()},
          k_shot=_k_shot("trec", "csv"), columns=("label", "sentence")),
@@ -296,6 +307,8 @@ def _faults(task: Task) -> Iterator[str]:
         yield f"cloze must have one {MASK}"
     if (task.options is None) == (task.answer is None):
         yield 'one of "options" and "answer" is needed'
+    if task.answer is not None and task.loss != "answer":
+        yield 'beside "answer" the loss is "answer"'
     if not isinstance(task.options, str | None) and len(task.options) < 2:
         yield "there must be two options or more"
     for name, choices in (("loss", ("options", "answer")), ("quoting", (None, "csv", "none"))):
@@ -317,7 +330,8 @@ def _faults_of_templates(task: Task) -> Iterator[str]:
         templates |= {f"options[{i}]": text for i, text in enumerate(task.options)}
     for name, template in templates.items():
         yield from () if template is None else _of_template(name, template)
-        if name in ("prompt", "cloze") and task.passage and template and "{" + task.passage not in template:
+        of_passage = re.compile(r"\{" + re.escape(task.passage or "") + r"[}:\[]")
+        if name in ("prompt", "cloze") and task.passage and template and not of_passage.search(template):
             yield f"passage: {name} has no field {task.passage!r}"
 
 
@@ -327,7 +341,10 @@ def _of_template(name: str, template: str) -> Iterator[str]:
     except ValueError as error:
         yield f"{name}: {error}; a brace of the text itself is written twice"
         return
-    if not any(field for _, field, _, _ in parsed):
+    for _, column, _, conversion in parsed:
+        if conversion or "." in (column or ""):
+            yield f"{name}: {column!r} is no plain name of a field; rename the column"
+    if not any(column for _, column, _, _ in parsed):
         yield f'{name} has no field: write its name in braces, as in "{{text}}"'
     for filters in (filters for _, _, filters, _ in parsed if filters):
         for each in filters.split("|"):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from data.tasks import TASKS, get_task
+from data.tasks import TASKS, TINY, Task, get_task
 from quant import ACTIVATIONS, FLOATS, FORMATS, RESIDUALS, check_format
 from runtime.checkpoints import stored_format
 from runtime.hub import PRESETS, check_known
@@ -52,7 +52,7 @@ class Config:
     num_dev: int | None = flag("model and data", None, "dev examples drawn from the full files")
     num_eval: int = flag("model and data", 1000, "test examples at most")
     max_length: int | None = flag("model and data", None, "longest sequence in tokens, at most the model's own limit "
-                                                          "[2048, of masked models 128]")  # fmt: skip
+                                                          "[2048, of masked models 128 or 256]")  # fmt: skip
 
     method: str = flag("method", "quzo", "quzo: low-bit directions and weights; mezo: Gaussian directions; fo: AdamW; "
                                          "fo-ste: AdamW through fake-quantised weights; the others train adapters "
@@ -235,6 +235,8 @@ def parse(argv: list[str]) -> Config:
             options |= {"type": kinds[f.type.removesuffix(" | None")], "choices": f.metadata["choices"]}
         groups[title].add_argument("--" + f.name.replace("_", "-"), default=f.default, **options)
     c = Config(**vars(parser.parse_args(argv)))
+    if c.evaluate is not None and not names_a_run(c.evaluate):
+        c = dataclasses.replace(c, model=c.evaluate)
     return c if c.resume or c.replay or names_a_run(c.evaluate) else resolve_defaults(c)
 
 
@@ -277,9 +279,9 @@ def resolve_defaults(c: Config) -> Config:
         table["data_dir"] = "datasets"
     if c.k or "dev" not in task.files:
         table |= FILE_DEFAULTS["k-shot files" if c.k else "full files"] | ({} if c.k else {"num_dev": task.num_dev})
-    if c.evaluate is not None:  # a checkpoint is evaluated as it is
-        weights, residual = as_stored(Path(c.evaluate))
-        c = c if c.weights else dataclasses.replace(c, weights=weights, residual=residual)
+    if c.asks and c.weights is None:  # of a checkpoint, which is asked as it is
+        weights, residual = as_stored(TINY / "model" if c.model == "tiny" else Path(c.model))
+        c = dataclasses.replace(c, weights=weights, residual=residual)
     coarse = (c.weights or table["weights"]) in ("int4", "fp8") and c.method not in FIRST_ORDER
     table["calibrate"] = CALIBRATION if coarse and c.model != "tiny" else 0
     table["device"] = best_device() if c.device == "auto" else c.device
@@ -298,13 +300,16 @@ def resolve_defaults(c: Config) -> Config:
 
 def as_stored(directory: Path) -> tuple[str, int]:
     path = directory / "config.json"
-    raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # what it lacks is said later
-    return stored_format(raw)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raw = {}  # what is wrong is said when it is read
+    return stored_format(raw if isinstance(raw, dict) else {})
 
 
-def max_length(c: Config, masked: bool) -> int:
+def max_length(c: Config, masked: bool, task: Task) -> int:
     """Tokens of the longest sequence; MeZO's, and LM-BFF's of masked models."""
-    return c.max_length or (128 if masked else 2048)
+    return c.max_length or (task.cloze_tokens if masked else 2048)
 
 
 def expects_triton() -> bool:
@@ -343,13 +348,21 @@ def of_the_run(c: Config) -> Config:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{c.evaluate} cannot be read as a run folder: {error}") from None
     fields = {f.name: f.default for f in dataclasses.fields(Config)}
+    if not isinstance(flags, dict) or set(flags) != set(fields):
+        raise ValueError(f"{c.evaluate} was made by another version: its flags are others")
     given = {name: getattr(c, name) for name, default in fields.items() if getattr(c, name) != default}
-    known = {name: value for name, value in flags.items() if name in fields}
-    device = best_device() if c.device == "auto" else c.device
-    return Config(**known | given | {"device": device, "compile": False, "graphs": False, "calibrate": 0})
+    other = set(given) - {*MOVED, "evaluate", "predict", "generate", "export", "show", "num_eval", "micro_batch_size"}
+    if other or c.task not in (None, flags["task"]) and not c.task.endswith(".json"):
+        raise ValueError(f"a run has its own flags: give beside --evaluate at most {', '.join(MOVED)}, num_eval, "
+                         f"micro_batch_size and one question; got {', '.join(sorted(other or {'task'}))}")  # fmt: skip
+    given["device"] = best_device() if c.device == "auto" else c.device
+    given |= {"compile": False, "graphs": False}
+    # codes are saved as they were rounded, but those around which adapters were trained are not saved
+    given["calibrate"] = flags["calibrate"] if flags["method"] in ADAPTERS else 0
+    return Config(**flags | given)
 
 
-MOVED = ("model", "adapters", "data_dir", "device")  # what may be elsewhere when a run is taken up again
+MOVED = ("model", "task", "adapters", "data_dir", "device")  # what may be elsewhere when a run is taken up again
 
 
 def recorded(c: Config, flags: dict) -> Config:
@@ -476,7 +489,10 @@ def check_method(c: Config) -> None:
 
 
 def check_products(c: Config) -> None:
-    """Raises ValueError for ways of computing that the rest does not suit."""
+    """Raises ValueError for ways of computing, and of asking, that the rest does not suit."""
+    asked = [name for name in ("show", "predict", "generate", "export") if getattr(c, name) is not None]
+    if len(asked) > 1:
+        raise ValueError(f"one question at a time, got --{' and --'.join(asked)}")
     if c.objective != "loss" and c.optimizer != "zo":
         raise ValueError(f"--objective {c.objective} has no gradient: it is for --optimizer zo")
     if c.compute == "fp8" and not suits_codes(c):

@@ -38,7 +38,8 @@ def curve_svg(
     dev = [(step, loss) for step, _, _, loss in devs if math.isfinite(loss)]
     accuracy = [(step, value) for step, _, value, _ in devs if value is not None]
     last_step = max([step for step, _ in losses + accuracy], default=0) or 1
-    loss_ticks = ticks(max([loss for _, loss in train + dev], default=1.0) or 1.0)
+    highest = max([loss for _, loss in train + dev], default=1.0)
+    loss_ticks = ticks(highest if highest > 0 else 1.0)  # a reward above 1 makes losses below 0
     max_loss = loss_ticks[-1]
     title_size = min(15, round(1000 / max(1, len(title)), 1))  # a long title is set smaller, to fit the width
 

@@ -180,6 +180,6 @@ def longest_sequence(c: Config) -> int | None:
     directory = resolve(c.model)
     splits = load_splits(task, c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval)
     config = read_config(directory)[0]
-    encode = Encoder(Tokenizer(directory), task, config, max_length(c, config.masked))
-    rows = [*splits.train, *splits.dev, *(row for rows in splits.tests.values() for row in rows)]
-    return max(encoded.width for encoded in encode.all(rows, right_alone=True))
+    encode = Encoder(Tokenizer(directory), task, config, max_length(c, config.masked, task))
+    others = [*splits.dev, *(row for rows in splits.tests.values() for row in rows)]
+    return max(encoded.width for encoded in (*encode.all(splits.train, right_alone=True), *encode.all(others)))

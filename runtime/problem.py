@@ -74,14 +74,14 @@ def prepare(c: Config) -> tuple[Problem, Splits]:
     """Read everything.  The weights come last: an error elsewhere is then found before gigabytes are read."""
     task = get_task(c.task)
     for name in (task.metric, *task.also):
-        check_metric(name)
+        check_metric(name, task.generates)
     splits = load_splits(task, c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval)
     if c.task.endswith(".json"):
         splits.files.append(Path(c.task))
     directory = resolve(c.model)
     config, _ = read_config(directory)
     tokenizer = Tokenizer(directory)
-    encode = Encoder(tokenizer, task, config, max_length(c, config.masked))
+    encode = Encoder(tokenizer, task, config, max_length(c, config.masked, task))
     train, dev = encode.all(splits.train, right_alone=c.objective == "loss"), encode.all(splits.dev)
     tests = {split: encode.all(rows) for split, rows in splits.tests.items()}
     batch_size = 2 * c.micro_batch_size  # an evaluation has one copy of the weights where a step has two
@@ -163,5 +163,5 @@ def sizes(problem: Problem) -> str:
         cut = sum(row.cut > 0 for row in rows)
         if cut:
             most = max(row.cut for row in rows)
-            lines.append(f"{cut} of {split} are longer than --max-length: their passages lost up to {most:,} tokens")
+            lines.append(f"{cut} of {split} lost tokens to --max-length, {most:,} at most, none after their passages")
     return "; ".join(lines)

@@ -152,7 +152,11 @@ class StepRecorder:
 
 
 def hashed(files: list[Path]) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    """By their names, where these differ, else by the ends of their paths."""
+    names = [file.name for file in files]
+    if len(set(names)) < len(names):
+        names = ["/".join(file.parts[-2:]) for file in files]
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in zip(names, files, strict=True)}
 
 
 def check_free(path: Path) -> None:

@@ -98,6 +98,26 @@ def test_an_exported_run_is_one_of_transformers_with_the_same_scores(tmp_path, c
     assert "merge" in capsys.readouterr().err
 
 
+@pytest.mark.full
+def test_adapters_around_calibrated_codes_are_evaluated(real_model, real_data, tmp_path, capsys):
+    """The codes are not saved with them: they are made again from the same prompts."""
+    flags = f"--model {real_model('zollama-28m')} --data-dir {real_data('RTE').parent} --task rte --num-train 8"
+    flags += " --num-dev 4 --num-eval 8 --method loretta-adp --weights int4 --calibrate 4 --batch-size 2 --steps 2"
+    (result,) = lines(capsys, f"{flags} --eval-every 1 --device cpu --out {tmp_path / 'run'}")
+    (found,) = lines(capsys, f"--evaluate {tmp_path / 'run'} --device cpu")
+    assert (found["dev_loss"], found["tests"]) == (result["dev_loss"], result["tests"])
+
+
+def test_predictions_want_neither_labels_nor_the_training_files(reviews, capsys):
+    """A column of labels may be empty."""
+    lines(capsys, "--task reviews/mood.json --steps 2 --eval-every 2 --batch-size 4 --out runs/mood")
+    (reviews / "new.csv").write_text("id,text,mood\n1,the film was warm .,\n")
+    asked = "--evaluate runs/mood --predict reviews/new.csv"
+    (line,) = lines(capsys, asked)
+    (reviews / "train.csv").unlink()
+    assert lines(capsys, asked) == [line] and line["prediction"] in WORDS and len(line["scores"]) == 2
+
+
 def test_a_text_is_continued(capsys):
     (line,) = lines(capsys, f"--model {TINY / 'model'} --task tiny --generate film")
     assert line["text"].startswith("film ") and len(line["text"].split()) > 4
@@ -114,6 +134,8 @@ def test_what_cannot_be_asked_gets_one_line_and_exit_code_2(tmp_path, capsys):
         f"--predict {tmp_path / 'bad.csv'}": "bad.csv:2: there is no field 'sentence'; there are: 'id', 'words'",
         f"--predict {tmp_path / 'none.csv'}": "is missing",
         "--show 0": "--show must be in",
+        "--generate a --show 1": "one question at a time, got --show and --generate",
+        f"--evaluate {TINY / 'model'} --export {tmp_path}": "not empty",
         "--task nothing.json": "nothing.json",
     }.items():
         assert train.main(flags.split()) == 2, flags

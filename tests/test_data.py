@@ -17,6 +17,8 @@ from data.scoring import BatchLoss, Encoded, Encoder, collate, evaluate, option_
 from data.tasks import TASKS, Row, Task, get_task
 from data.tokenizer import Tokenizer
 from model import create, load
+from runtime.config import max_length, parse
+from runtime.model_configs import read_config
 
 SST2 = TASKS["sst2"]
 PIECES = "<s> </s> <pad> <mask> <unk> It was great terrible dull fun not very .".split()
@@ -384,3 +386,20 @@ def test_real_zero_shot_accuracy_is_what_transformers_gave(real_model, real_data
     test = load_splits(SST2, str(real_data("k-shot").parent), 512, 42, None, None, 1000).tests["test"]
     answers = evaluate(lm, [encode(e) for e in test], lm.config.pad_token_id or 0, batch_size=128).predictions
     assert 100 * measure("accuracy", answers) == pytest.approx(zero_shot, abs=0.06)
+
+
+def test_real_cloze_texts_have_lm_bffs_tokens(real_model):
+    """Each piece by itself, and the space between two belongs to the later one; at most 256 tokens for RTE."""
+    directory = real_model("zoroberta-26m")
+    tokenizer, config = Tokenizer(directory), read_config(directory)[0]
+    parts = {name: [tokenizer.encode(text) for text in texts] for name, texts in {
+        "rte": ("It rains", "?", "<mask>", ",", " the dogs bark."), "trec": ("<mask>", ":", " What is it ?"),
+    }.items()}  # fmt: skip
+    rows = {"rte": {"premise": "It rains.", "hypothesis": "The dogs bark.", "label": "entailment"},
+            "trec": {"sentence": "What is it ?", "label": "1"}}  # fmt: skip
+    for name, fields in rows.items():
+        encode = Encoder(tokenizer, TASKS[name], config, 256)
+        wanted = [token for part in parts[name] for token in part]
+        assert encode(Row("here", fields)).sequences == [[*encode.begin, *wanted, *encode.end]]
+    limits = [max_length(parse(["--model", str(directory), "--task", name]), True, TASKS[name]) for name in TASKS]
+    assert dict(zip(TASKS, limits, strict=True))["rte"] == 256 and sorted(set(limits)) == [128, 256]

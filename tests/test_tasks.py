@@ -68,8 +68,9 @@ def test_a_metric_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert measure("own_metric:longer", [wrote("four", "a", "abc"), chose(1, 0, 2)]) == (1 - 2) / 2
     for name, message in (
-        ("bleu", "unknown metric 'bleu'; known: accuracy, f1, .*f1a, exact_questions, or module:function"),
+        ("bleu", "unknown metric 'bleu' of an answer; known: accuracy, f1, .*f1a, exact_questions, or module:function"),
         ("no_module:f", "metric 'no_module:f': No mod"), ("own_metric:g", "metric 'own_metric:g': .*no attribute 'g'"),
+        ("math:pi", "is no function but 3.14"), ("math:sqrt", "failed on 'a' and \\['a'\\]: TypeError"),
     ):
         with pytest.raises(ValueError, match=message):
             measure(name, [wrote("a", "a")])
