@@ -68,7 +68,9 @@ def test_what_the_model_will_see_is_shown(reviews, capsys):
         assert line["option_tokens"] == [1, 1] and line["cut"] == 0 and line["prompt_tokens"] > 8
 
 
-@pytest.mark.parametrize("method", ["quzo --weights int4", "lora --steps 20", "loretta-adp", "fo"])
+@pytest.mark.parametrize("method", [
+    "quzo --weights int4", *(pytest.param(m, marks=pytest.mark.full) for m in ("lora --steps 20", "loretta-adp", "fo"))
+])  # fmt: skip
 def test_a_finished_run_is_evaluated_as_it_ended(method, tmp_path, capsys):
     """Dev and test of its best weights, whatever they are: codes, floats, adapters around a base."""
     flags = f"--method {method} --steps 4 --eval-every 2 --num-eval 30 --batch-size 4 --out {tmp_path / 'run'}"

@@ -104,6 +104,7 @@ FLAGS = ("fo", "lora", "lora --norms", "lora --activations int8", "loretta-rep",
          "loretta-adp --placement sublayers --no-norms")  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("flags, body, compute", [*product(FLAGS, BODIES, ("fp32", "bf16"))])
 def test_what_a_backward_needs_of_a_layer_is_what_autograd_keeps(body, compute, flags):
     """Three layers more, so that the ends cancel."""

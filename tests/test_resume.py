@@ -120,6 +120,7 @@ def test_a_killed_run_is_finished_to_the_same_bits(capsys, tmp_path, wholes, nam
     assert_finished_alike(capsys, cut, whole, expected)
 
 
+@pytest.mark.full
 def test_a_diverged_run_has_no_next_step(capsys, tmp_path, wholes):
     """A kill while its steps are counted changes nothing, nor one after the last of them.  It can be redone, not taken
     up: its result stays."""

@@ -475,6 +475,7 @@ def test_a_machine_that_gives_out_gets_one_line_and_exit_code_1(capsys, monkeypa
 # ---------------------------------------------------------------- the command
 
 
+@pytest.mark.full
 def test_the_last_line_is_json_and_progress_is_elsewhere(tmp_path):
     flags = f"--device cpu --steps 2 --batch-size 4 --num-eval 16 --out {tmp_path / 'run'}".split()
     command = [sys.executable, "train.py", *flags]

@@ -173,6 +173,7 @@ def test_a_walkthrough_is_short_and_imports_nothing_of_the_project(name):
     assert imported <= sys.stdlib_module_names | {"numpy", "safetensors", "tokenizers", "torch"}
 
 
+@pytest.mark.full
 @by_name
 def test_a_walkthrough_runs_anywhere_and_says_what_was_seen(name, tmp_path):
     command = [sys.executable, DOCS / f"{name}.py"]
