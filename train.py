@@ -149,9 +149,10 @@ class Progress:
             self.rate = self.rate_by(self.first_grads) if self.queries >= self.measured else 0.0
         limit, remedy = 2 * self.first_loss + 1, "a smaller --lr"
         learnt = loss <= 1e-6  # no probe changes a loss of 0 either: nothing is left to learn
-        still = len(projected_grads) > 0 and not projected_grads.any() and not learnt and math.isfinite(self.guess)
-        self.still = self.still + 1 if still else 0
-        self.astray = self.astray + 1 if loss > limit and math.isfinite(self.guess) else 0
+        still = len(projected_grads) > 0 and not projected_grads.any() and not learnt
+        smooth = math.isfinite(self.guess)
+        self.still = self.still + 1 if smooth and still else 0
+        self.astray = self.astray + 1 if smooth and loss > limit else 0
         if self.still == ENOUGH:
             if self.still == self.steps:
                 remedy = "a larger --eps, or a smaller one if it is far above the default"
@@ -200,10 +201,6 @@ def save(lm: LanguageModel, directory: Path) -> None:
 # ---------------------------------------------------------------- runs, resumed and replayed
 
 
-def shown(metric: float | None) -> str:
-    return "-" if metric is None else f"{100 * metric:.1f} %"
-
-
 class Stop:
     """Ctrl-C and SIGTERM end the loop after the step at hand, whose record is then whole; twice, at once."""
 
@@ -244,7 +241,7 @@ def run(c: Config) -> dict:
     tqdm.write(f"{title}, {c.device}; {sizes(problem)}; run folder {c.out}", sys.stderr)
     metric = problem.task.metric
     zero_shot = folder.zero_shot = measure(metric, problem.answers(problem.tests["test"]))
-    tqdm.write(f"zero-shot test {metric} {shown(zero_shot)}", sys.stderr)
+    tqdm.write(f"zero-shot test {metric} {100 * zero_shot:.1f} %", sys.stderr)
     of_guessing = len(problem.dev[0].answers) if problem.task.loss == "options" else problem.lm.config.vocab_size
     guess = math.log(of_guessing) if c.objective == "loss" else math.inf
     progress = progress_of(past, c, problem.lm, guess)
@@ -263,8 +260,7 @@ def run(c: Config) -> dict:
     lm = problem.lm = restore_best(c, problem.lm, folder.model)
     found = {} if interrupted else {split: problem.answers(rows) for split, rows in problem.tests.items()}
     folder.predictions(found)
-    names = (metric, *problem.task.also)
-    measured = {split: {name: measure(name, answers) for name in names} for split, answers in found.items()}
+    measured = {split: problem.measured(answers) for split, answers in found.items()}
     result = {
         "model": c.model, "task": c.task, "method": c.method, "weights": c.weights,
         "directions": c.direction_bits, "steps": progress.steps, "forwards": progress.forwards,

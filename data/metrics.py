@@ -123,5 +123,8 @@ def measure(name: str, predictions: Sequence[Prediction]) -> float:
     """A metric of a split, between 0 and 1 but for a user's own."""
     if name in OF_ALL:
         return OF_ALL[name](predictions)
-    of_one = metric_of_one(name)
+    return mean(metric_of_one(name), predictions)
+
+
+def mean(of_one: Callable[[Prediction], float], predictions: Sequence[Prediction]) -> float:
     return sum(map(of_one, predictions)) / len(predictions)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.metrics import Prediction
+from data.metrics import Prediction, mean
 from data.tasks import MASK, Example, Row, Task
 from data.tokenizer import Tokenizer
 
@@ -318,7 +318,7 @@ def write(
     """What the model writes after each prompt, greedily, up to a new line; in the examples' order.  Of a view of one
     copy, or of the weights as they are stored."""
     prompts = [e.sequences[0][: -len(e.answers[0])] for e in encoded]
-    in_order, line_ends = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), tokenizer.line_ends()
+    in_order, line_ends = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), tokenizer.line_ends
     written, eos = {}, lm.config.eos_token_id
     ends = {*line_ends, *([eos] if isinstance(eos, int) else eos or [])}
     for start in range(0, len(in_order), batch_size):
@@ -353,4 +353,4 @@ class MetricLoss:
         else:
             found = evaluate_copies(self.lm, self.examples, self.pad, self.batch_size, self.task.loss, view)
             answers = [of_copy.predictions for of_copy in found]
-        return torch.tensor([1 - sum(map(self.metric, of_copy)) / len(of_copy) for of_copy in answers])
+        return torch.tensor([1 - mean(self.metric, of_copy) for of_copy in answers])

@@ -77,12 +77,16 @@ def render(template: str, fields: dict[str, Any]) -> tuple[list[str], list[str |
             try:
                 value, _ = string.Formatter().get_field(name, (), fields)  # "target[span1_text]" is a field of a field
             except (KeyError, IndexError, AttributeError, TypeError):
-                raise ValueError(f"there is no field {name!r}; there are: {', '.join(map(repr, fields))}") from None
+                raise missing(name, fields) from None
             text = plain(value)
             for each in filter(None, filters.split("|")):
                 text = FILTERS[each](text)
             pieces, names = [*pieces, text], [*names, name]
     return pieces, names
+
+
+def missing(name: str, fields: dict[str, Any]) -> ValueError:
+    return ValueError(f"there is no field {name!r}; there are: {', '.join(map(repr, fields))}")
 
 
 def _with_spaces_first(pieces: list[str]) -> list[str]:
@@ -166,7 +170,7 @@ class Task:
     def _options(self, fields: dict[str, Any]) -> tuple[tuple[str, ...], tuple]:
         """The options, and which are right; or the answer to learn, and all that are right."""
         if self.label not in fields:
-            raise ValueError(f"there is no field {self.label!r}; there are: {', '.join(map(repr, fields))}")
+            raise missing(self.label, fields)
         label = fields[self.label]
         if self.generates:
             answers = tuple(map(plain, label)) if isinstance(label, list) else (plain(label),)
@@ -206,7 +210,7 @@ NO_YES = {"false": "No", "true": "Yes"}
 INFERENCE = "{sentence1:without_last}?<mask>, {sentence2:lower_first}"  # of two sentences (LM-BFF)
 INFERRED = {"entailment": "Yes", "neutral": "Maybe", "contradiction": "No"}
 MATCHED = {"dev": "dev_matched", "test": "test_matched", "test_mismatched": "test_mismatched"}
-TREC = dict(enumerate(" Description, Entity, Expression, Human, Location, Number".split(",")))
+TREC = dict(zip("012345", " Description, Entity, Expression, Human, Location, Number".split(","), strict=True))
 
 TASKS = {task.name: task for task in (
     Task("sst2", "{sentence:strip} It was", "{sentence:strip} It was<mask>.", {"0": " terrible", "1": " great"},
@@ -245,7 +249,7 @@ TASKS = {task.name: task for task in (
     Task("mnli", cloze=INFERENCE, options=INFERRED, label="gold_label",
          k_shot=_k_shot("MNLI", **MATCHED), cloze_tokens=256, layout="annotated"),
     # in MeZO for masked models alone: its prompt for causal ones is ours
-    Task("trec", "{sentence:strip} Type:", "<mask>: {sentence:strip}", {str(i): word for i, word in TREC.items()},
+    Task("trec", "{sentence:strip} Type:", "<mask>: {sentence:strip}", TREC,
          k_shot=_k_shot("trec", "csv"), columns=("label", "sentence")),
     Task("tiny", "{sentence:strip} it was", options={"0": " terrible", "1": " great"}, folder=TINY,
          files={split: f"{split}.tsv" for split in ("train", "dev", "test")}),

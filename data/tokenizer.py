@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 
 import sentencepiece
@@ -86,6 +87,7 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
 
+    @cached_property
     def line_ends(self) -> list[int]:
         """The ids of all pieces that hold a new line."""
         if isinstance(self._tokenizer, tokenizers.Tokenizer):

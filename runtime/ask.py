@@ -9,24 +9,22 @@ from pathlib import Path
 import torch
 
 import tensor_train
-from data.files import load_splits, read_rows
-from data.metrics import measure
-from data.scoring import MAX_NEW_TOKENS, Encoder
-from data.tasks import Row, Task, get_task
+from data.files import read_rows
+from data.scoring import MAX_NEW_TOKENS
+from data.tasks import Row, Task
 from data.tokenizer import Tokenizer
 from model import LanguageModel
 from runtime.checkpoints import weights_sha256
-from runtime.config import Config, max_length, names_a_run, of_the_run, validate
+from runtime.config import ADAPTERS, Config, names_a_run, of_the_run, validate
 from runtime.hub import resolve
-from runtime.model_configs import read_config
-from runtime.problem import Problem, load_base, prepare, restore_best
-from runtime.run_folder import check_free
+from runtime.problem import Problem, encoder_of, load_base, load_weights, prepare, splits_of
+from runtime.run_folder import check_free, read_run
 
 
 def ask(c: Config) -> Iterator[dict]:
     """What is printed, line by line.  Raises ValueError for what cannot be asked of a model or a run."""
     if names_a_run(c.evaluate):
-        c = of_the_run(c)
+        c = of_the_run(c, read_run(Path(c.evaluate)).config["flags"])
     validate(c)
     if c.show is not None:
         yield from show(c)
@@ -39,23 +37,30 @@ def ask(c: Config) -> Iterator[dict]:
         yield from predictions(c) if c.predict is not None else evaluation(c)
 
 
+def load_asked(c: Config, directory: Path, prompts: list[list[int]]) -> LanguageModel:
+    """A run's best weights, or a directory's; adapters around what problem.load_base makes of it."""
+    best = Path(c.evaluate) / "model" if names_a_run(c.evaluate) else None
+    if best is not None and c.method not in ADAPTERS:
+        return load_weights(c, best)
+    lm = load_base(c, directory, prompts)
+    if best is not None:
+        tensor_train.load(lm, best)
+    return lm
+
+
 def stored(c: Config) -> LanguageModel:
-    """The model alone, as a run's best weights or as its directory has it."""
-    lm = prepare(c)[0].lm if c.calibrate else load_base(c, resolve(c.model), [])
-    return restore_best(c, lm, Path(c.evaluate) / "model") if names_a_run(c.evaluate) else lm
+    """The model alone; its training prompts are read where its codes are to be made again."""
+    return prepare(c, load_asked)[0].lm if c.calibrate else load_asked(c, resolve(c.model), [])
 
 
 def show(c: Config) -> Iterator[dict]:
     """The first training examples as the model reads them."""
-    task, directory = get_task(c.task), resolve(c.model)
-    rows = load_splits(task, c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval).train[: c.show]
-    config, tokenizer = read_config(directory)[0], Tokenizer(directory)
-    encode = Encoder(tokenizer, task, config, max_length(c, config.masked, task))
+    rows, encode = splits_of(c).train[: c.show], encoder_of(c)
     for row, encoded in zip(rows, encode.all(rows), strict=True):
         example, prompt = encoded.example, encoded.sequences[0]
         if encoded.at < 0:
             prompt = prompt[: -len(encoded.answers[0])]
-        text = tokenizer.decode(prompt) if encoded.cut else "".join(example.pieces)
+        text = encode.tokenizer.decode(prompt) if encoded.cut else "".join(example.pieces)
         yield {
             "from": row.place, "prompt": text, "options": list(example.options),
             "right": [example.options[gold] if isinstance(gold, int) else gold for gold in example.golds],
@@ -64,31 +69,22 @@ def show(c: Config) -> Iterator[dict]:
         }  # fmt: skip
 
 
-def problem_of(c: Config) -> Problem:
-    problem, _ = prepare(c)
-    if names_a_run(c.evaluate):
-        problem.lm = restore_best(c, problem.lm, Path(c.evaluate) / "model")
-    return problem
-
-
 def evaluation(c: Config) -> Iterator[dict]:
     """The task's metric and loss on dev, and every metric on the tests."""
-    problem = problem_of(c)
-    names, dev = (problem.task.metric, *problem.task.also), problem.quality(problem.dev)
-    tests = {split: problem.answers(rows) for split, rows in problem.tests.items()}
+    problem, _ = prepare(c, load_asked)
+    dev = problem.quality(problem.dev)
     yield {"model": c.model, "task": c.task, "metric": problem.task.metric, "dev": dev.metric, "dev_loss": dev.loss,
-           "tests": {split: {name: measure(name, of) for name in names} for split, of in tests.items()},
+           "tests": {split: problem.measured(problem.answers(rows)) for split, rows in problem.tests.items()},
            "weights_sha256": weights_sha256(problem.lm.weights)}  # fmt: skip
 
 
 def predictions(c: Config) -> Iterator[dict]:
     """Of a file in the form of the task's own, with or without the right answers."""
-    task, directory, file = get_task(c.task), resolve(c.model), Path(c.predict)
-    config, tokenizer = read_config(directory)[0], Tokenizer(directory)
+    encode, file = encoder_of(c), Path(c.predict)
+    task, pad = encode.task, encode.config.pad_token_id or 0
     rows = read_rows(file, dataclasses.replace(task, layout=None, folder=file.parent))
-    encode = Encoder(tokenizer, task, config, max_length(c, config.masked, task))
     split = encode.all([unanswered(row, task) for row in rows])
-    problem = Problem(stored(c), task, tokenizer, [], [], {}, config.pad_token_id or 0, 2 * c.micro_batch_size)
+    problem = Problem(stored(c), task, encode.tokenizer, [], [], {}, pad, 2 * c.micro_batch_size)
     for row, answer in zip(rows, problem.answers(split), strict=True):
         line = {"from": row.place, "prediction": label_of(answer.option, answer.text, task)}
         yield line | ({"scores": answer.scores} if answer.scores else {})

@@ -341,17 +341,31 @@ def suits_codes(c: Config) -> bool:
     return whole and (c.weights, c.activations, c.optimizer) == ("fp8", "fp8", "zo")
 
 
-def of_the_run(c: Config) -> Config:
+MOVED = ("model", "task", "adapters", "data_dir", "device")  # what may be elsewhere when a run is taken up again
+
+
+def recorded(c: Config, flags: dict) -> Config:
+    """The flags of the run that --resume or --replay names, from its config.json.
+
+    Raises ValueError for other flags beside these two, for flags that are not ours, and for a run with AdamW.
+    """
+    run, given = c.resume or c.replay, flags_given(c)
+    if given.keys() >= {"resume", "replay"} or given.keys() - {"resume", "replay", *MOVED}:
+        message = f"a run has its own flags: give --resume or --replay, and beside it at most {', '.join(MOVED)}"
+        raise ValueError(f"{message}; got {', '.join(sorted(given))}")
+    check_flags(run, flags)
+    if flags["optimizer"] != "zo":
+        raise ValueError(f"{run} cannot be redone: AdamW's moments are not kept")
+    moved = {name: value for name, value in given.items() if name in MOVED}
+    moved["graphs"] = flags["graphs"] and moved.get("device", flags["device"]).startswith("cuda")
+    return Config(**flags | moved | {"out": run})
+
+
+def of_the_run(c: Config, flags: dict) -> Config:
     """The flags of the run that --evaluate names, with those that were given beside it."""
-    try:
-        flags = json.loads((Path(c.evaluate) / "config.json").read_text())["flags"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{c.evaluate} cannot be read as a run folder: {error}") from None
-    fields = {f.name: f.default for f in dataclasses.fields(Config)}
-    if not isinstance(flags, dict) or set(flags) != set(fields):
-        raise ValueError(f"{c.evaluate} was made by another version: its flags are others")
-    given = {name: getattr(c, name) for name, default in fields.items() if getattr(c, name) != default}
-    other = set(given) - {*MOVED, "evaluate", "predict", "generate", "export", "show", "num_eval", "micro_batch_size"}
+    check_flags(c.evaluate, flags)
+    given = flags_given(c)
+    other = given.keys() - {*MOVED, "evaluate", "predict", "generate", "export", "show", "num_eval", "micro_batch_size"}
     if other or c.task not in (None, flags["task"]) and not c.task.endswith(".json"):
         raise ValueError(f"a run has its own flags: give beside --evaluate at most {', '.join(MOVED)}, num_eval, "
                          f"micro_batch_size and one question; got {', '.join(sorted(other or {'task'}))}")  # fmt: skip
@@ -362,26 +376,16 @@ def of_the_run(c: Config) -> Config:
     return Config(**flags | given)
 
 
-MOVED = ("model", "task", "adapters", "data_dir", "device")  # what may be elsewhere when a run is taken up again
+def flags_given(c: Config) -> dict[str, object]:
+    """What a command says, where it names a run and so has no defaults filled in."""
+    return {f.name: getattr(c, f.name) for f in dataclasses.fields(Config) if getattr(c, f.name) != f.default}
 
 
-def recorded(c: Config, flags: dict) -> Config:
-    """The flags of the run that --resume or --replay names, from its config.json.
-
-    Raises ValueError for other flags beside these two, for flags that are not ours, and for a run with AdamW.
-    """
-    run, fields = c.resume or c.replay, {f.name: f.default for f in dataclasses.fields(Config)}
-    given = {name for name, default in fields.items() if getattr(c, name) != default}
-    if given & {"resume", "replay"} == {"resume", "replay"} or given - {"resume", "replay", *MOVED}:
-        message = f"a run has its own flags: give --resume or --replay, and beside it at most {', '.join(MOVED)}"
-        raise ValueError(f"{message}; got {', '.join(sorted(given))}")
-    if set(flags) != set(fields):
-        raise ValueError(f"{run} was made by another version: flags differ in {', '.join(set(flags) ^ set(fields))}")
-    if flags["optimizer"] != "zo":
-        raise ValueError(f"{run} cannot be redone: AdamW's moments are not kept")
-    moved = {name: getattr(c, name) for name in given & set(MOVED)}
-    moved["graphs"] = flags["graphs"] and moved.get("device", flags["device"]).startswith("cuda")
-    return Config(**flags | moved | {"out": run})
+def check_flags(run: str, flags: dict) -> None:
+    """Raises ValueError for flags of a recorded run that are not ours."""
+    differ = set(flags) ^ {f.name for f in dataclasses.fields(Config)}
+    if differ:
+        raise ValueError(f"{run} was made by another version: flags differ in {', '.join(differ)}")
 
 
 COUNT = (1, 2**31 - 1)

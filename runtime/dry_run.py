@@ -17,15 +17,12 @@ from pathlib import Path
 
 import torch
 
-from data.files import load_splits
-from data.scoring import Encoder
 from data.tasks import get_task
-from data.tokenizer import Tokenizer
 from model import expected_shapes, llama_parts, roberta_parts
 from quant import tensor_specs
-from runtime.config import Config, max_length, probes_per_forward, spec_of
-from runtime.hub import resolve
-from runtime.model_configs import LlamaConfig, config_of, read_config
+from runtime.config import Config, probes_per_forward, spec_of
+from runtime.model_configs import LlamaConfig, config_of
+from runtime.problem import encoder_of, splits_of
 from tensor_train import Spec, install, is_norm, targets_of
 from zo_optim import adazeta_queries, epoch_of
 
@@ -177,9 +174,6 @@ def longest_sequence(c: Config) -> int | None:
     here = Path(c.model).is_dir() or c.model == "tiny"
     if not here or not (task.folder or Path(c.data_dir).is_dir()):
         return None
-    directory = resolve(c.model)
-    splits = load_splits(task, c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval)
-    config = read_config(directory)[0]
-    encode = Encoder(Tokenizer(directory), task, config, max_length(c, config.masked, task))
+    splits, encode = splits_of(c), encoder_of(c)
     others = [*splits.dev, *(row for rows in splits.tests.values() for row in rows)]
     return max(encoded.width for encoded in (*encode.all(splits.train, right_alone=True), *encode.all(others)))

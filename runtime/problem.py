@@ -14,7 +14,7 @@ import gpu
 import tensor_train
 from calibration import calibrate
 from data.files import Splits, load_splits
-from data.metrics import Prediction, check_metric, measure, metric_of_one
+from data.metrics import Prediction, check_metric, mean, measure, metric_of_one
 from data.scoring import BatchLoss, Encoded, Encoder, MetricLoss, evaluate, write
 from data.tasks import Task, get_task
 from data.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ class Problem:
         """Its metric is None where text would have to be written, which takes too long for every evaluation."""
         if self.objective is not None:  # what is made smaller is also what the best weights have least of
             answers = self.answers(split)
-            return Quality(measure(self.task.metric, answers), 1 - sum(map(self.objective, answers)) / len(answers))
+            return Quality(measure(self.task.metric, answers), 1 - mean(self.objective, answers))
         loss, predictions = evaluate(self.lm, split, self.pad, self.batch_size, self.task.loss)
         return Quality(None if self.task.generates else measure(self.task.metric, predictions), loss)
 
@@ -60,6 +60,10 @@ class Problem:
         if self.task.generates:
             return write(self.lm, split, self.tokenizer, self.pad, self.batch_size)
         return evaluate(self.lm, split, self.pad, self.batch_size, self.task.loss).predictions
+
+    def measured(self, answers: list[Prediction]) -> dict[str, float]:
+        """The task's metric, and those that its benchmark reports, by name."""
+        return {name: measure(name, answers) for name in (self.task.metric, *self.task.also)}
 
     def loss_fn(self, micro_batch_size: int) -> Callable[[list[Encoded]], BatchLoss | MetricLoss]:
         """From the examples of a step to what it makes smaller."""
@@ -70,23 +74,34 @@ class Problem:
                        batch_size=micro_batch_size, metric=self.objective)  # fmt: skip
 
 
-def prepare(c: Config) -> tuple[Problem, Splits]:
-    """Read everything.  The weights come last: an error elsewhere is then found before gigabytes are read."""
+def splits_of(c: Config) -> Splits:
+    return load_splits(get_task(c.task), c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval)
+
+
+def encoder_of(c: Config) -> Encoder:
+    task, directory = get_task(c.task), resolve(c.model)
+    config, _ = read_config(directory)
+    return Encoder(Tokenizer(directory), task, config, max_length(c, config.masked, task))
+
+
+def prepare(c: Config, load_lm: Callable[..., LanguageModel] | None = None) -> tuple[Problem, Splits]:
+    """Read everything.  The weights come last: an error elsewhere is then found before gigabytes are read.
+
+    load_lm: in the place of load_base.
+    """
     task = get_task(c.task)
     for name in (task.metric, *task.also):
         check_metric(name, task.generates)
-    splits = load_splits(task, c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval)
+    splits = splits_of(c)
     if c.task.endswith(".json"):
         splits.files.append(Path(c.task))
-    directory = resolve(c.model)
-    config, _ = read_config(directory)
-    tokenizer = Tokenizer(directory)
-    encode = Encoder(tokenizer, task, config, max_length(c, config.masked, task))
+    encode = encoder_of(c)
+    tokenizer, config = encode.tokenizer, encode.config
     train, dev = encode.all(splits.train, right_alone=c.objective == "loss"), encode.all(splits.dev)
     tests = {split: encode.all(rows) for split, rows in splits.tests.items()}
     batch_size = 2 * c.micro_batch_size  # an evaluation has one copy of the weights where a step has two
     pad, multiple = config.pad_token_id or 0, multiple_of(c, config.longest)
-    lm = load_base(c, directory, [example.sequences[0] for example in train[: c.calibrate]])
+    lm = (load_lm or load_base)(c, resolve(c.model), [example.sequences[0] for example in train[: c.calibrate]])
     made_larger = task.metric if c.objective == "reward" else c.objective
     objective = None if c.objective == "loss" else metric_of_one(made_larger)
     return Problem(lm, task, tokenizer, train, dev, tests, pad, batch_size, multiple, objective), splits

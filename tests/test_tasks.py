@@ -279,10 +279,10 @@ def test_what_fills_up_a_row_that_ended_is_no_text(tmp_path):
 
 
 def test_pieces_that_end_a_line(tmp_path, real_model):
-    assert bytewise(tmp_path).line_ends() == [16, 17, 18, 19]
-    assert wordwise(tmp_path, ["<unk>", "a", "\n", "a\nb", "n"]).line_ends() == [2, 3]
-    assert Tokenizer(real_model("zollama-28m")).line_ends() == [13]
-    assert wordwise(tmp_path, ["<unk>", "\u010aensu"]).line_ends() == []  # a letter of Maltese
+    assert bytewise(tmp_path).line_ends == [16, 17, 18, 19]
+    assert wordwise(tmp_path, ["<unk>", "a", "\n", "a\nb", "n"]).line_ends == [2, 3]
+    assert Tokenizer(real_model("zollama-28m")).line_ends == [13]
+    assert wordwise(tmp_path, ["<unk>", "\u010aensu"]).line_ends == []  # a letter of Maltese
 
 
 # ---------------------------------------------------------------- encoding
