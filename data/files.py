@@ -190,7 +190,7 @@ READERS = {".jsonl": _json_lines, ".csv": _table, ".tsv": _table,
 
 
 def load_splits(
-    task: Task, data_dir: str | None, k: int | None, data_seed: int | None, num_train: int | None,
+    task: Task, data_dir: str | Path | None, k: int | None, data_seed: int | None, num_train: int | None,
     num_dev: int | None, num_eval: int,
 ) -> Splits:  # fmt: skip
     """Train and dev to learn from, the tests to report.
@@ -206,8 +206,6 @@ def load_splits(
         few = {split: root / path.format(k=k, seed=data_seed) for split, path in task.k_shot.items()}
         if few["train"].is_file() or not ("train" in named and named["train"].is_file()):
             return _as_they_are(task, _present(few), num_eval)
-    if not named:
-        raise ValueError(f"task {task.name} has few-shot files alone: say --k 16 or --k 512, and --data-seed")
     if k:
         return _cut_by_class(task, named, k, data_seed, num_eval)
     if "dev" in named:

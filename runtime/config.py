@@ -44,7 +44,8 @@ class Config:
     task: str | None = flag("model and data", None, f"what to learn: {', '.join(TASKS)}; or a .json "
                              "file that describes your own (docs/own_data.md) [tiny for the tiny model, else sst2]"
                              )  # fmt: skip
-    data_dir: str | None = flag("model and data", None, "folder of the official files, SST-2/train.tsv and so on")
+    data_dir: str | None = flag("model and data", None, "folder of the official files, SST-2/train.tsv and so on "
+                                "[datasets, else a cache into which the archives are fetched]")  # fmt: skip
     k: int | None = flag("model and data", None, "examples a class, from the k-shot files, "
                                                  "k-shot/SST-2/512-42/train.tsv and so on")  # fmt: skip
     data_seed: int | None = flag("model and data", None, "which k-shot split, or the seed of the draw from full files")
@@ -275,8 +276,6 @@ def resolve_defaults(c: Config) -> Config:
         table["queries"] = 1
     table["task"] = c.task or ("tiny" if c.model == "tiny" else "sst2")
     task = get_task(table["task"])
-    if task.folder is None:
-        table["data_dir"] = "datasets"
     if c.k or "dev" not in task.files:
         table |= FILE_DEFAULTS["k-shot files" if c.k else "full files"] | ({} if c.k else {"num_dev": task.num_dev})
     if c.asks and c.weights is None:  # of a checkpoint, which is asked as it is

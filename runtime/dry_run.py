@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from data.archives import local_folder
 from data.tasks import get_task
 from model import expected_shapes, llama_parts, roberta_parts
 from quant import tensor_specs
@@ -172,7 +173,7 @@ def longest_sequence(c: Config) -> int | None:
     """Tokens of the task's longest sequence, where its files and the tokenizer are at hand."""
     task = get_task(c.task)
     here = Path(c.model).is_dir() or c.model == "tiny"
-    if not here or not (task.folder or Path(c.data_dir).is_dir()):
+    if not here or not (task.folder or (Path(c.data_dir).is_dir() if c.data_dir else local_folder(task))):
         return None
     splits, encode = splits_of(c), encoder_of(c)
     others = [*splits.dev, *(row for rows in splits.tests.values() for row in rows)]

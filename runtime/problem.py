@@ -13,6 +13,7 @@ import torch
 import gpu
 import tensor_train
 from calibration import calibrate
+from data.archives import data_folder
 from data.files import Splits, load_splits
 from data.metrics import Prediction, check_metric, mean, measure, metric_of_one
 from data.scoring import BatchLoss, Encoded, Encoder, MetricLoss, evaluate, write
@@ -75,7 +76,9 @@ class Problem:
 
 
 def splits_of(c: Config) -> Splits:
-    return load_splits(get_task(c.task), c.data_dir, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval)
+    task = get_task(c.task)
+    folder = c.data_dir if c.data_dir or task.folder else data_folder(task)
+    return load_splits(task, folder, c.k, c.data_seed, c.num_train, c.num_dev, c.num_eval)
 
 
 def encoder_of(c: Config) -> Encoder:

@@ -170,6 +170,20 @@ def test_real_official_files_are_read_whole(name, real_data):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("name", ["sst5", "snli", "mnli", "trec"])
+def test_real_few_shot_files_of_pairs_and_tables_can_be_cut(name, real_data, tmp_path):
+    """Of LM-BFF's other full files there is none here: its 512 examples a class stand for them, in the same layout."""
+    task, root = TASKS[name], real_data("k-shot").parent
+    for split, path in task.files.items():
+        place = tmp_path / path
+        place.parent.mkdir(exist_ok=True)
+        place.symlink_to(root / task.k_shot[split].format(k=512, seed=42))
+    splits = load_splits(task, tmp_path, 16, 13, None, None, num_eval=200)
+    assert labels_of(splits.train, task) == labels_of(splits.dev, task) == [16] * len(task.options)
+    assert {split: len(rows) for split, rows in splits.tests.items()} == dict.fromkeys(set(task.files) - {"train"}, 200)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("k, seed", [(16, 13), (16, 100), (512, 42), (512, 87)])
 def test_real_few_shot_files_can_be_cut_from_the_full_one(k, seed, real_data, tmp_path):
     """LM-BFF's rule gives the published splits, in their order, where only the full files are there."""

@@ -61,6 +61,7 @@ MAY_IMPORT = {  # of our modules; one that is not listed is free but for the tes
     "runtime.curve": "",
     "runtime.first_order": "quant",
     "data.tasks": "",
+    "data.archives": "data.tasks",
     "data.files": "data.tasks",
     "data.metrics": "",
     "data.tokenizer": "",
