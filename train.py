@@ -38,6 +38,8 @@ from runtime.hub import raw_config, resolve
 from runtime.model_configs import config_of
 from runtime.problem import Problem, Quality, load_base, prepare, restore_best, sizes
 from runtime.run_folder import DevRow, RecordedRun, RunFolder, StepRecorder, check_free, hashed, read_run
+from runtime.sweep import sweep
+from runtime.sweep import table as table_of_sweep
 from tensor_train import trained
 from zo_optim import MEASURED, ZO, SparseZO, adazeta_queries, epoch_of, learning_rate, measured_rate, update, zo_step
 
@@ -234,7 +236,7 @@ def run(c: Config) -> dict:
         check_same(past, "base_weights_sha256", sha256)
         check_same(past, "data_sha256", hashed(splits.files))
     title = f"{c.model}, {c.task}: {method_text(c)}"
-    folder = RunFolder(Path(c.out), title, past)
+    folder = RunFolder(Path(c.out), title, past, events=c.log == "tensorboard")
     if past is None:
         folder.write_config(dataclasses.asdict(c), sha256, splits.files, problem.lm.other_files)
     stop = Stop()
@@ -388,20 +390,34 @@ def dry_run(c: Config) -> dict:
     return predicted
 
 
+def swept(c: Config) -> dict:
+    """Run a sweep and print its table."""
+    result = sweep(c, partial(tqdm.write, file=sys.stderr))
+    print(table_of_sweep(result))
+    return result
+
+
+def action(c: Config) -> Callable[[Config], dict]:
+    """What the flags ask for."""
+    if c.resume or c.replay:  # a run has its own flags: given another one, it says so
+        return replay if c.replay else run
+    return swept if c.sweep else dry_run if c.dry_run else run
+
+
 def main(argv: list[str]) -> int:
     """Exit codes: 0, 2 for bad input, 130 for an interrupt (128 + SIGINT), and 1 for a run that diverged, a replay that
-    came to other weights, or a machine that gave out."""
+    came to other weights, a sweep of which a run failed, or a machine that gave out."""
     code, message = 0, ""
     try:
         c = parse(argv)
-        if c.asks:
+        if c.asks and not c.sweep:
             for line in ask(c):
                 print(json.dumps(line, ensure_ascii=False))
             return 0
-        of_a_run = c.resume or c.replay  # which has its own flags: given another one, it says so
-        result = (replay if c.replay else dry_run if c.dry_run and not of_a_run else run)(c)
+        result = action(c)(c)
         print(json.dumps(result))
-        code = 130 if result.get("interrupted") else 1 if result.get("diverged") or not result.get("equal", True) else 0
+        failed = result.get("diverged") or result.get("failed") or not result.get("equal", True)
+        code = 130 if result.get("interrupted") else 1 if failed else 0
     except ValueError as error:
         code, message = 2, str(error)
     except torch.OutOfMemoryError as error:

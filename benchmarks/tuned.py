@@ -14,21 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 from threading import Lock
 
-import torch
-
 from runtime.run_folder import git_commit
+from runtime.sweep import TRAIN, Slots
 
-TRAIN = Path(__file__).parent.parent / "train.py"
 Arms = dict[str, tuple[str, list[str]]]  # name: (flags, what to choose from; of two flags the later one counts)
 
 
@@ -48,9 +44,7 @@ class Runs:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         rows = [row for row in map(json.loads, lines) if row["model"] == args.model]
         self.done = {(r["arm"], r["choice"], r["seed"]): r for r in rows if r["flags"] == self.flags_of(r)}
-        self.slots = SimpleQueue()  # which GPU a run is on: as many on each
-        for job in range(args.jobs):
-            self.slots.put(job % max(1, torch.cuda.device_count()))
+        self.slots = Slots(args.jobs)
 
     def __call__(self, arm: str, choices: list[str], seeds: list[int]) -> None:
         """Run an arm with each choice and seed, as many at once as there are slots."""
@@ -64,21 +58,18 @@ class Runs:
         return f"{flags} {row['choice']} --seed {row['seed']}" if flags else None
 
     def _one(self, job: tuple[str, str, int]) -> None:
-        gpu = self.slots.get()
-        try:
+        with self.slots.one() as env:
             if time.monotonic() > self.ends:
                 return
             row = dict(zip(("arm", "choice", "seed"), job, strict=True))
-            result = run(self.args, gpu, row | {"model": self.args.model, "flags": self.flags_of(row)})
-        finally:
-            self.slots.put(gpu)
+            result = run(self.args, env, row | {"model": self.args.model, "flags": self.flags_of(row)})
         with self.lock:
             self.done[job] = result
             with self.path.open("a") as file:
                 file.write(json.dumps(result) + "\n")
 
 
-def run(args: argparse.Namespace, gpu: int, row: dict) -> dict:
+def run(args: argparse.Namespace, env: dict[str, str], row: dict) -> dict:
     """One training run -> its row with the result: of one that diverged, what its best weights reach; one whose loss
     was not finite counts as right on nothing.
 
@@ -87,8 +78,6 @@ def run(args: argparse.Namespace, gpu: int, row: dict) -> dict:
     title = f"{row['arm']} {row['choice']} seed {row['seed']}"
     out = Path(args.out) / f"{title}-{time.time_ns()}".replace(" ", "").lower()
     paths = ["--model", args.model, "--data-dir", args.data_dir, "--out", str(out)]
-    env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
-    env |= {"CUDA_VISIBLE_DEVICES": str(gpu)} if torch.cuda.device_count() > 1 else {}
     compiled = "--compile" if args.compile else "--no-compile"
     command = [sys.executable, TRAIN, *row["flags"].split(), *paths, compiled]
     done = subprocess.run(command, capture_output=True, text=True, env=env)

@@ -139,6 +139,11 @@ class Config:
                               )  # fmt: skip
     replay: str | None = flag("run", None, "a run folder: redo its updates from the base weights without a forward and "
                                            "say whether the weights are those that it recorded")  # fmt: skip
+    sweep: list[str] | None = flag("run", None, "NAME=VALUE,VALUE ...: a run for each combination, lr=1e-5,2e-5 "
+                                   "seed=0,1,2; the best by dev loss, and a table")  # fmt: skip
+    jobs: int = flag("run", 1, "runs of a sweep at a time")
+    log: str | None = flag("run", None, "write events for TensorBoard too, beside metrics.jsonl and metrics.csv",
+                           ("tensorboard",))  # fmt: skip
     show: int | None = flag("instead of a run", None, "print the first examples as the model reads them, and stop")
     evaluate: str | None = flag("instead of a run", None, "a run folder or a checkpoint directory: its metrics on dev "
                                                           "and test, or what the next flags ask of it")  # fmt: skip
@@ -232,13 +237,15 @@ def parse(argv: list[str]) -> Config:
         options = {"help": f.metadata["help"] + default_text(f)}
         if f.type.startswith("bool"):  # type=bool would read "False" as True
             options |= {"action": argparse.BooleanOptionalAction}
+        elif f.type.startswith("list"):
+            options |= {"nargs": "+"}
         else:
             options |= {"type": kinds[f.type.removesuffix(" | None")], "choices": f.metadata["choices"]}
         groups[title].add_argument("--" + f.name.replace("_", "-"), default=f.default, **options)
     c = Config(**vars(parser.parse_args(argv)))
     if c.evaluate is not None and not names_a_run(c.evaluate):
         c = dataclasses.replace(c, model=c.evaluate)
-    return c if c.resume or c.replay or names_a_run(c.evaluate) else resolve_defaults(c)
+    return c if c.resume or c.replay or c.sweep or names_a_run(c.evaluate) else resolve_defaults(c)
 
 
 def names_a_run(path: str | None) -> bool:
@@ -380,6 +387,15 @@ def flags_given(c: Config) -> dict[str, object]:
     return {f.name: getattr(c, f.name) for f in dataclasses.fields(Config) if getattr(c, f.name) != f.default}
 
 
+def spelled(c: Config) -> list[str]:
+    """The command line that says the same, of flags without defaults filled in."""
+    words = []
+    for name, value in flags_given(c).items():
+        name = name.replace("_", "-")
+        words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return words
+
+
 def check_flags(run: str, flags: dict) -> None:
     """Raises ValueError for flags of a recorded run that are not ours."""
     differ = set(flags) ^ {f.name for f in dataclasses.fields(Config)}
@@ -395,6 +411,7 @@ RANGES = {
     "show": COUNT, "calibrate": (0, 2**20), "bottleneck": (1, 2**16), "tt_rank": (1, 2**16), "lora_rank": (1, 2**16),
     "lora_alpha": (1e-6, 1e6), "lr": (0, 1e6), "eps": (1e-8, 1e3), "cell": (8, 2**30), "clip": (0.1, 1e6),
     "weight_decay": (0, 1e3), "seed": (0, 2**64 - 1), "data_seed": (0, 2**32 - 1), "warmup": (0, COUNT[1]),
+    "jobs": (1, 1024),
 }  # fmt: skip
 
 
@@ -496,6 +513,8 @@ def check_products(c: Config) -> None:
     asked = [name for name in ("show", "predict", "generate", "export") if getattr(c, name) is not None]
     if len(asked) > 1:
         raise ValueError(f"one question at a time, got --{' and --'.join(asked)}")
+    if c.log == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("--log tensorboard needs its package: pip install tensorboard")
     if c.objective != "loss" and c.optimizer != "zo":
         raise ValueError(f"--objective {c.objective} has no gradient: it is for --optimizer zo")
     if c.compute == "fp8" and not suits_codes(c):

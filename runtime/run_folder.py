@@ -2,6 +2,8 @@
 
 config.json    the folder's format version, every flag, versions, git commit, hashes of the base weights and of the data
 metrics.jsonl  one line a step, and one a dev evaluation, of which the first is before any step
+metrics.csv    the same lines as a table, up to the last evaluation, but for what they hold of each query
+tensorboard/   the same as events, with --log tensorboard
 trajectory     one line a step: the projected gradient of each query, in digits that read back exactly.  With
                config.json and the base checkpoint it redoes every update (zo_optim.update) without a forward
 predictions.jsonl  what the weights of the lowest dev loss answer to each test example
@@ -12,13 +14,15 @@ result.json    the last line of standard output; `diverged` says why a run stopp
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
 import safetensors
@@ -30,9 +34,16 @@ from data.metrics import Prediction
 from runtime.curve import curve_svg
 from zo_optim import Step
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 # Of the folder.  1 called projected gradients slopes; 2 had no evaluation of step 0, and of a step's landing it had
 # `clipped` in the place of `held_back` and `lost`.
 FORMAT = 3
+
+
+COLUMNS = ("step", "loss", "lr", "tokens", "queries", "changed", "held_back", "lost", "forwards", "dev", "dev_loss",
+           "peak_memory_bytes")  # fmt: skip
 
 
 class RecordedRun(NamedTuple):
@@ -53,8 +64,9 @@ class DevRow(NamedTuple):
 class RunFolder:
     """Creates the folder; every line is flushed as it is written, so a killed run is readable to its last step."""
 
-    def __init__(self, path: Path, title: str, past: RecordedRun | None = None):
-        """title: of the curve.  past: continue that run; an unfinished line of a killed process is cut off."""
+    def __init__(self, path: Path, title: str, past: RecordedRun | None = None, events: bool = False):
+        """title: of the curve.  past: continue that run; an unfinished line of a killed process is cut off.  events:
+        for TensorBoard."""
         if past is None:
             check_free(path)
             path.mkdir(parents=True, exist_ok=True)
@@ -70,6 +82,8 @@ class RunFolder:
         self._write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         self.metrics = open(path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (by line, for the whole run)
         self.trajectory = open(path / "trajectory", "a", buffering=1)  # noqa: SIM115
+        done = len(projected_grads)
+        self.events = event_writer(path / "tensorboard", done + 1 if past else None) if events else None
 
     def write_config(self, flags: dict, base_sha256: str, data_files: list[Path], other_files: list[Path]) -> None:
         """other_files: others that decide the tokens, such as the tokenizer's."""
@@ -88,16 +102,26 @@ class RunFolder:
     def dev(self, dev: DevRow, best_step: int, peak_memory_bytes: int) -> None:
         self.devs.append(dev)
         row = {"step": dev.step, "forwards": dev.forwards, "dev": dev.metric, "dev_loss": dev.loss}
-        self.metrics.write(json.dumps(row | {"peak_memory_bytes": peak_memory_bytes}) + "\n")
+        row |= {"peak_memory_bytes": peak_memory_bytes}
+        self.metrics.write(json.dumps(row) + "\n")
+        if self.events is not None:
+            add_events(self.events, row)
         self.draw(best_step)
 
     def result(self, result: dict) -> None:
         self._write_json("result.json", result)
         self.draw(result["best_step"])
-        self.metrics.close()
-        self.trajectory.close()
+        for file in (self.metrics, self.trajectory, self.events):
+            if file is not None:
+                file.close()
 
     def draw(self, best_step: int) -> None:
+        """The record as a table and as a picture."""
+        held = io.StringIO()
+        table = csv.DictWriter(held, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows(map(json.loads, _whole_lines(self.path / "metrics.jsonl")))
+        self._write("metrics.csv", held.getvalue())
         self._write("curve.svg", curve_svg(self.losses, self.devs, self.title, self.zero_shot, best_step))
 
     def _write_json(self, name: str, value: dict) -> None:
@@ -108,6 +132,19 @@ class RunFolder:
         partial = self.path / f"{name}.partial"
         partial.write_text(text)
         os.replace(partial, self.path / name)
+
+
+def event_writer(path: Path, purge_step: int | None) -> SummaryWriter:
+    """purge_step: events from there on are those of a killed process, whose steps are done again."""
+    from torch.utils.tensorboard import SummaryWriter  # whose package is no requirement
+
+    return SummaryWriter(str(path), purge_step=purge_step)
+
+
+def add_events(events: SummaryWriter, row: dict) -> None:
+    for name in COLUMNS[1:]:
+        if row.get(name) is not None:
+            events.add_scalar(name, row[name], row["step"])
 
 
 class StepRecorder:
@@ -140,7 +177,10 @@ class StepRecorder:
                 row |= {"changed": changed / self.size, "held_back": held / max(moves, 1), "lost": lost / max(way, 1)}
             self.folder.trajectory.write(" ".join(map(repr, projected_grads)) + "\n")
             self.folder.losses.append((number, loss))
-            self.folder.metrics.write(json.dumps(row | more) + "\n")
+            row |= more
+            self.folder.metrics.write(json.dumps(row) + "\n")
+            if self.folder.events is not None:
+                add_events(self.folder.events, row)
         if following is not None:
             number, loss, step, more = following
             counts = None if step is None else step.counts

@@ -20,7 +20,7 @@ from runtime.config import parse, validate
 def made_up(loss_of, log: list):
     """A stand-in for `run`, which takes one row and fills it in; test accuracy is the better the worse the loss."""
 
-    def run(args, gpu, row):
+    def run(args, env, row):
         _, lr, *others = row["choice"].split()
         log.append((row["choice"], row["seed"]))
         loss = loss_of(float(lr), " ".join(others), row["seed"])
@@ -135,7 +135,7 @@ def command(tmp_path, monkeypatch):
 
     def run(flags: str) -> dict:
         flags = f"--steps 2 --eval-every 1 --num-eval 8 --batch-size 4 --device cpu {flags}"
-        return tuned.run(args, 0, {"arm": "a", "choice": "c", "seed": 0, "flags": flags})
+        return tuned.run(args, {}, {"arm": "a", "choice": "c", "seed": 0, "flags": flags})
 
     return run
 

@@ -1,0 +1,167 @@
+"""`--sweep`: combinations, the choice, the table, what is refused, and a sweep that is taken up again."""
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import train
+from runtime.config import parse, spelled
+from runtime.sweep import chosen, combinations, table
+
+SHORT = "--steps 2 --eval-every 2 --num-eval 8 --batch-size 4 --device cpu"
+
+
+def call(capsys, flags: str) -> tuple[int, list[str], str]:
+    code = train.main(flags.split())
+    out, err = capsys.readouterr()
+    return code, out.splitlines(), err
+
+
+def test_combinations_are_in_order_and_names_are_flags():
+    assert combinations(["lr=1e-5,2e-5", "--batch_size=4,8"]) == [
+        {"lr": "1e-5", "batch-size": "4"}, {"lr": "1e-5", "batch-size": "8"},
+        {"lr": "2e-5", "batch-size": "4"}, {"lr": "2e-5", "batch-size": "8"},
+    ]  # fmt: skip
+    for bad in (["lr"], ["lr=1,"], ["=1"], ["lr=1,1"], ["lr=1", "lr=2"]):
+        with pytest.raises(ValueError, match="--sweep"):
+            combinations(bad)
+
+
+def test_a_command_is_spelled_as_it_was_given():
+    words = "--method lora --optimizer zo --norms --no-graphs --lr 1e-05 --seed 3 --max-length 77".split()
+    given = dataclasses.replace(parse([*words, "--sweep", "seed=0"]), sweep=None)
+    assert sorted(spelled(given)) == sorted(words)
+
+
+def made_up(**losses: list[float]) -> list[dict]:
+    """Two seeds of each setting; the test is the better the worse the loss, and must not count."""
+    found = [(lr, seed, loss) for lr, of_seeds in losses.items() for seed, loss in enumerate(of_seeds)]
+    results = [{"dev_loss": loss, "dev": 0.5, "test": loss} if loss else None for _, _, loss in found]
+    flags = [{"lr": lr, "seed": str(seed)} for lr, seed, _ in found]
+    return [{"flags": one, "result": result} for one, result in zip(flags, results, strict=True)]
+
+
+def test_the_lowest_mean_dev_loss_over_seeds_is_chosen_and_bold():
+    ran = made_up(a=[0.1, 0.9], b=[0.4, 0.5], c=[0.6, 0.6])
+    assert chosen(ran) == {"lr": "b"}
+    lines = table({"runs": ran, "chosen": chosen(ran)}).splitlines()
+    assert lines[0] == "| lr | dev loss | dev | test (std) | each seed's test |" and len(lines) == 5
+    assert lines[2] == "| a | 0.5000 | 0.5000 | 0.5000 (0.5657) | 0.1000, 0.9000 |"
+    assert lines[3] == "| **b** | **0.4500** | **0.5000** | **0.4500 (0.0707)** | **0.4000, 0.5000** |"
+
+
+def test_settings_of_which_a_run_failed_are_not_chosen():
+    ran = made_up(a=[0.1, None], b=[0.4, 0.5])
+    assert chosen(ran) == {"lr": "b"} and chosen(made_up(a=[None, None])) is None
+    assert "(1 of 2 failed)" in table({"runs": ran, "chosen": {"lr": "b"}})
+
+
+@pytest.mark.full
+def test_a_sweep_runs_chooses_and_is_taken_up_again(tmp_path, capsys):
+    out = tmp_path / "sweep"
+    command = f"{SHORT} --sweep lr=1e-4,3e-4 --seed 1 --jobs 2 --out {out}"
+    code, lines, err = call(capsys, command)
+    swept = json.loads(lines[-1])
+    losses = {row["flags"]["lr"]: row["result"]["dev_loss"] for row in swept["runs"]}
+    assert code == 0 and swept["failed"] == 0 and swept["chosen"] == {"lr": min(losses, key=losses.get)}
+    assert lines[:-1] == table(swept).splitlines() and err.count("dev loss") == 2
+    alone = tmp_path / "alone"
+    train.main([*SHORT.split(), "--lr", "3e-4", "--seed", "1", "--out", str(alone)])
+    of_sweep = json.loads((out / "lr3e-4/result.json").read_text())
+    assert of_sweep["weights_sha256"] == json.loads((alone / "result.json").read_text())["weights_sha256"]
+
+    first = (out / "lr1e-4/result.json").stat().st_mtime_ns
+    (out / "lr3e-4/result.json").unlink()  # as if it had been killed before its end
+    assert call(capsys, command)[0] == 0
+    assert (out / "lr1e-4/result.json").stat().st_mtime_ns == first
+    again = json.loads((out / "lr3e-4/result.json").read_text())
+    assert again["weights_sha256"] == of_sweep["weights_sha256"]
+    assert "holds another sweep" in call(capsys, command.replace("--seed 1", "--seed 2"))[2]
+
+
+@pytest.mark.full
+def test_a_run_that_fails_does_not_end_the_others(tmp_path, capsys):
+    (tmp_path / "rows.csv").write_text("text,mood\n" + "fine,good\ndull,bad\n" * 8)
+    task = {"prompt": "{text} it was", "options": {"bad": " terrible", "good": " great"}, "label": "mood",
+            "files": {"train": "rows.csv", "dev": "rows.csv", "test": "rows.csv"}}  # fmt: skip
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text(json.dumps(task))
+    bad.write_text(json.dumps(task | {"label": "nothing"}))  # which only reading the rows can tell
+    code, lines, err = call(capsys, f"{SHORT} --sweep task={good},{bad} --out {tmp_path / 'out'}")
+    swept = json.loads(lines[-1])
+    assert code == 1 and swept["failed"] == 1 and swept["chosen"] == {"task": str(good)}
+    assert "rows.csv:2: " in err and "'nothing'" in err
+
+
+@pytest.mark.parametrize("flags, message", {
+    "--sweep lr=1e-3,x": "argument --lr: invalid float value: 'x'",
+    "--sweep lr=1e-3,-1": "--lr must be in",
+    "--sweep wights=int4": "unrecognized arguments: --wights int4",
+    "--sweep lr=1e-3 --lr 1": "--lr is given beside --sweep lr=",
+    "--sweep out=a,b": "--sweep is over flags of a new run",
+    "--sweep show=1,2": "--sweep is over flags of a new run",
+    "--sweep lr=1e-3 --evaluate x": "--sweep is over flags of a new run",
+    "--sweep lr=1e-3 --jobs 0": "--jobs must be in",
+    "--sweep lr=1e-3 --resume runs/x": "runs/x cannot be read as a run folder",
+}.items())  # fmt: skip
+def test_what_cannot_be_swept_is_said_before_any_run(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    code, lines, err = call(capsys, flags)
+    assert code == 2 and not lines and message in err and len(err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.full
+def test_four_runs_that_begin_at_once_have_four_folders(tmp_path):
+    command = [sys.executable, Path(train.__file__), *SHORT.split()]
+    where = dict(cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    runs = [subprocess.Popen(command, **where) for _ in range(4)]
+    outs = {json.loads(run.communicate()[0].splitlines()[-1])["out"] for run in runs}
+    assert len(outs) == 4 == len(list((tmp_path / "runs").iterdir()))
+
+
+# ---------------------------------------------------------------- the metrics of a run as a table, and as events
+
+
+def test_the_table_holds_what_metrics_jsonl_holds(tmp_path, capsys):
+    assert call(capsys, f"{SHORT} --out {tmp_path / 'run'}")[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    with (tmp_path / "run/metrics.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == len(rows) == 4  # two steps, two evaluations
+    for of_table, row in zip(found, rows, strict=True):
+        given = {name: value for name, value in row.items() if not isinstance(value, list)}
+        assert {name: float(value) for name, value in of_table.items() if value} == given
+
+
+def test_events_are_written_where_they_are_asked_for(tmp_path, monkeypatch, capsys):
+    """With a stand-in for the package, which is no requirement."""
+    events = []
+
+    class SummaryWriter:
+        def __init__(self, path, purge_step):
+            events.append((path, purge_step))
+
+        def add_scalar(self, name, value, step):
+            events.append((name, value, step))
+
+        def close(self):
+            events.append("closed")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install tensorboard" in call(capsys, f"{SHORT} --log tensorboard --out {tmp_path / 'no'}")[2]
+    assert not (tmp_path / "no").exists()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "tensorboard" or None)
+    stand_in = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    assert call(capsys, f"{SHORT} --log tensorboard --out {tmp_path / 'run'}")[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert events[0] == (str(tmp_path / "run/tensorboard"), None) and events[-1] == "closed"
+    assert {("loss", row["loss"], row["step"]) for row in rows if "loss" in row} <= set(events[1:-1])
+    assert {("dev_loss", row["dev_loss"], row["step"]) for row in rows if "dev" in row} <= set(events[1:-1])
