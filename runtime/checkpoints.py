@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from quant import FLOATS, Store, check_format, encode, from_tensors, tensor_specs
@@ -248,7 +249,21 @@ def _load_codes(
 def save_dense(directory: Path, raw_config: dict, format: str, weights: dict[str, Store], files: list[Path]) -> None:
     """Write a directory that transformers.from_pretrained loads: bf16 as it is, codes as the fp32 they stand for."""
     tensors = ((name, stored.dequantise().view(stored.shape)) for name, stored in weights.items())
-    write_directory(directory, {"config.json": _plain_config(raw_config, format)}, files, tensors)
+    configs = _tokenizer_config(files) | {"config.json": _plain_config(raw_config, format)}
+    write_directory(directory, configs, files, tensors)
+
+
+def _tokenizer_config(files: list[Path]) -> dict[str, dict]:
+    """What transformers must be told of a tokenizer.model that came alone: without its class no space would go before
+    a text, and without add_bos_token no begin token."""
+    found = {file.name: file for file in files}
+    if "tokenizer.model" not in found or found.keys() & {"tokenizer.json", "tokenizer_config.json"}:
+        return {}
+    pieces = SentencePieceProcessor(model_file=str(found["tokenizer.model"]))
+    special = {"bos": pieces.bos_id(), "eos": pieces.eos_id(), "unk": pieces.unk_id()}
+    config = {f"{name}_token": pieces.id_to_piece(i) for name, i in special.items() if i >= 0}
+    config |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": "bos_token" in config}
+    return {"tokenizer_config.json": config}
 
 
 def save_stored(

@@ -420,3 +420,17 @@ def test_what_we_do_with_home_made_files_stays(real_model):
     assert ends == [([1], []), ([0], [2])]
     tiny = ROOT / "data" / "tiny" / "model"
     assert Encoder(Tokenizer(tiny), TASKS["tiny"], read_config(tiny)[0], 64).begin == [0]
+
+
+@pytest.mark.full
+def test_a_lone_tokenizer_model_is_exported_with_what_transformers_must_know(real_model, tmp_path):
+    """Its class, without which no space would go before a text, and its begin token."""
+    directory = real_model("zollama-28m")
+    load(directory).save(tmp_path / "saved")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved"), Tokenizer(tmp_path / "saved")
+    for text in ("Dana Reeve, it\nis", "Hello world", "caf\u00e9 (1.5)"):
+        assert theirs.encode(text) == ours.begin + ours.encode(text) == [1, *Tokenizer(directory).encode(text)]
+    load(tmp_path / "saved").save(tmp_path / "again")
+    assert (tmp_path / "again/tokenizer_config.json").read_text() == (
+        tmp_path / "saved/tokenizer_config.json"
+    ).read_text()
