@@ -44,6 +44,7 @@ class CudaGraphed:
         if key not in self.graphs:
             if len(self.graphs) == MAX_GRAPHS:
                 self.graphs.clear()
+                self.pool = self.new_pool()  # CUDA frees one with its last graph, and records into it no more
             self.graphs[key] = self.record(function, inputs)
         graph, static_inputs, result = self.graphs[key]
         for static, new in zip(static_inputs, inputs, strict=True):

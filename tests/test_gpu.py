@@ -18,6 +18,7 @@ import gpu
 import random_bits
 import train
 from data.scoring import BatchLoss, Encoded
+from gpu import graphs
 from gpu.fp8_matmul import enable_fp8_matmul, multiply_codes
 from model import LanguageModel, create, load
 from quant import COUNTED, Store, StoredWeights, encode, from_tensors, quantise_tokens, token_codes
@@ -374,6 +375,16 @@ def test_graphs_replay_the_same_steps(flags, tmp_path):
         hashes.append(weights_sha256(lm.weights))
     assert seen["--graphs"] == seen["--no-graphs"] and hashes[0] == hashes[1]
     assert len({str(projected_grads) for projected_grads, *_ in seen["--graphs"]}) == at
+
+
+def test_more_graphs_are_asked_for_than_are_kept(monkeypatch):
+    """AdaZeta's growing queries times a real task's lengths; CUDA records into no pool that lost its last graph."""
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 3)
+    graphed = graphs.CudaGraphed("cuda")
+    for step in range(40):
+        ones = torch.ones(1 + step % 5, device="cuda")
+        assert graphed("key", lambda step, inputs: inputs[0] * step, step, [ones]).tolist() == [step] * len(ones)
+        assert len(graphed.graphs) <= 3
 
 
 def test_products_of_fp8_codes():

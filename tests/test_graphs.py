@@ -11,10 +11,14 @@ from gpu.graphs import CudaGraphed
 
 @pytest.fixture
 def graphed(monkeypatch):
-    """A CudaGraphed whose graphs run the function again, on the static inputs that they were recorded with."""
-    monkeypatch.setattr(CudaGraphed, "new_pool", staticmethod(lambda: None))
+    """A CudaGraphed whose graphs run the function again, on the static inputs that they were recorded with.  As CUDA
+    does, it records into no pool whose graphs are all gone."""
+    monkeypatch.setattr(CudaGraphed, "new_pool", staticmethod(object))
+    used = set()
 
     def record(self, function, inputs):
+        assert self.pool not in used or self.graphs
+        used.add(self.pool)
         static_inputs = [None if x is None else torch.zeros_like(x) for x in inputs]
         result = function(self.step, static_inputs)
 
