@@ -241,7 +241,7 @@ def run(c: Config) -> dict:
         folder.write_config(dataclasses.asdict(c), sha256, splits.files, problem.lm.other_files)
     stop = Stop()
     tqdm.write(f"{title}, {c.device}; {sizes(problem)}; run folder {c.out}", sys.stderr)
-    metric = problem.task.metric
+    metric = folder.metric = problem.task.metric
     zero_shot = folder.zero_shot = measure(metric, problem.answers(problem.tests["test"]))
     tqdm.write(f"zero-shot test {metric} {100 * zero_shot:.1f} %", sys.stderr)
     of_guessing = len(problem.dev[0].answers) if problem.task.loss == "options" else problem.lm.config.vocab_size

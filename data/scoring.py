@@ -25,6 +25,7 @@ from data.tasks import MASK, Example, Row, Task
 from data.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 50  # new tokens at most, where text is written (MeZO)
+MOST_READS = 4096  # in a batch of an evaluation, unless one example has more: each holds the whole vocabulary's scores
 
 
 @dataclass
@@ -291,13 +292,24 @@ def evaluate(lm, encoded: list[Encoded], pad: int, batch_size: int, loss: str = 
     return evaluate_copies(lm, encoded, pad, batch_size, loss, lm.stored_view())[0]
 
 
+def _batches(encoded: list[Encoded], batch_size: int) -> Iterator[list[int]]:
+    """Places of examples of like lengths, which need less padding: batch_size of them, or fewer with many options."""
+    at, reads = [], 0
+    for i in sorted(range(len(encoded)), key=lambda i: len(encoded[i].sequences[0])):
+        of_one = 1 if encoded[i].at >= 0 else sum(map(len, encoded[i].answers))
+        if at and (len(at) == batch_size or reads + of_one > MOST_READS):
+            yield at
+            at, reads = [], 0
+        at.append(i)
+        reads += of_one
+    yield at
+
+
 @torch.no_grad()
 def evaluate_copies(lm, encoded: list[Encoded], pad: int, batch_size: int, loss: str, view) -> list[Evaluation]:
     """The same by each copy of a view."""
-    in_order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].sequences[0]))
     chosen, sums, n = [{} for _ in range(view.probes)], 0.0, 0
-    for start in range(0, len(in_order), batch_size):  # of like lengths: less padding
-        at = in_order[start : start + batch_size]
+    for at in _batches(encoded, batch_size):
         batch = collate([encoded[i] for i in at], pad, lm.device, loss=loss)
         scores, losses = option_scores(lm, batch, view, loss)
         sums, n = sums + losses.double().cpu(), n + int(batch.terms.sum())

@@ -1,8 +1,8 @@
-"""The run folder's curve.svg: training loss, dev loss and dev accuracy over steps, drawn without a plotting library.
+"""The run folder's curve.svg: training loss, dev loss and dev metric over steps, drawn without a plotting library.
 
-Losses are in nats on the left axis, accuracies on the right one, 0 to 100 %.  The best step, whose weights are kept,
-is the one of the lowest dev loss.  The drawing carries its own white background, for light and dark pages alike.
-Imports nothing of ours.
+Losses are in nats on the left axis, accuracies or other metrics on the right one, 0 to 100 %.  The best step, whose
+weights are kept, is the one of the lowest dev loss.  The drawing carries its own white background, for light and dark
+pages alike.  Imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def curve_svg(
     title: str,
     zero_shot: float | None = None,
     best_step: int | None = None,
+    metric: str = "accuracy",
 ) -> str:
     """The picture of a run so far, as the text of an SVG file.
 
@@ -32,6 +33,7 @@ def curve_svg(
     devs: (step, forwards until then, accuracy in [0, 1], dev loss in nats) of each dev evaluation
     zero_shot: test accuracy in [0, 1] before training, drawn at step 0
     best_step: the step whose weights are kept
+    metric: what the values called accuracy here are
     Losses that are not finite are left out.
     """
     train = [(step, loss) for step, loss in block_means(losses, MAX_POINTS) if math.isfinite(loss)]
@@ -58,9 +60,9 @@ def curve_svg(
         f"<title>{escape(title)}</title>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="8" fill="#ffffff"/>',
         text(LEFT, 28, title, INK, "start", f'font-weight="bold" font-size="{title_size:g}"'),
-        *legend(zero_shot),
+        *legend(zero_shot, metric),
         *axes(last_step, loss_ticks, x, y),
-        *best_mark(best_step, devs, x),
+        *best_mark(best_step, devs, x, metric),
         polyline(loss_points(train), TRAIN, 1.5),
         polyline(loss_points(dev), DEV, 2),
         polyline([(x(step), y(value)) for step, value in accuracy], ACCURACY, 2),
@@ -74,16 +76,16 @@ def curve_svg(
     return "\n".join(part for part in [*parts, "</svg>"] if part) + "\n"
 
 
-def legend(zero_shot: float | None) -> list[str]:
+def legend(zero_shot: float | None, metric: str) -> list[str]:
     """One line above the plot; the zero-shot entry states its value."""
     entries = [
         (LEFT, TRAIN, polyline([(LEFT, 50), (LEFT + 18, 50)], TRAIN, 1.5), "training loss"),
         (LEFT + 124, DEV, square(LEFT + 133, 50, "legend"), "dev loss"),
-        (LEFT + 220, ACCURACY, circle(LEFT + 229, 50, "legend", ACCURACY), "dev accuracy"),
+        (LEFT + 220, ACCURACY, circle(LEFT + 229, 50, "legend", ACCURACY), f"dev {metric}"),
     ]
     if zero_shot is not None:
         mark = circle(LEFT + 359, 50, "legend", "#ffffff")
-        entries.append((LEFT + 350, ACCURACY, mark, f"test accuracy before training {percent(zero_shot)}"))
+        entries.append((LEFT + 350, ACCURACY, mark, f"test {metric} before training {percent(zero_shot)}"))
     words = [text(x + 24, 54.5, label, DEV if colour == TRAIN else colour, "start") for x, colour, _, label in entries]
     return [mark for _, _, mark, _ in entries] + words
 
@@ -108,8 +110,10 @@ def axes(last_step: int, loss_ticks: list[float], x: Callable, y: Callable) -> l
     return parts
 
 
-def best_mark(best_step: int | None, devs: list[tuple[int, int, float | None, float]], x: Callable) -> list[str]:
-    """A dashed line at the step whose weights are kept, labelled with its dev loss and accuracy."""
+def best_mark(
+    best_step: int | None, devs: list[tuple[int, int, float | None, float]], x: Callable, metric: str
+) -> list[str]:
+    """A dashed line at the step whose weights are kept, labelled with its dev loss and metric."""
     found = [(accuracy, loss) for step, _, accuracy, loss in devs if step == best_step]
     if not found:
         return []
@@ -117,7 +121,7 @@ def best_mark(best_step: int | None, devs: list[tuple[int, int, float | None, fl
     place, middle = x(best_step), (LEFT + RIGHT) / 2
     anchor = "end" if place > middle + 100 else "start" if place < middle - 100 else "middle"
     label = f"best step {best_step:,}: dev loss {loss:.3f}"
-    label += "" if accuracy is None else f", dev accuracy {percent(accuracy)}"
+    label += "" if accuracy is None else f", dev {metric} {percent(accuracy)}"
     line = f'<path class="best-step" d="M{place:.1f},{TOP - 8}V{BOTTOM}" stroke="{INK}" stroke-dasharray="4 3"/>'
     return [line, text(place, TOP - 13, label, INK, anchor)]
 

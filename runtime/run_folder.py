@@ -8,7 +8,7 @@ trajectory     one line a step: the projected gradient of each query, in digits 
                config.json and the base checkpoint it redoes every update (zo_optim.update) without a forward
 predictions.jsonl  what the weights of the lowest dev loss answer to each test example
 model/         the best-dev weights so far as they are stored, with config.json and tokenizer; model.load reads it
-curve.svg      loss, dev loss and dev accuracy over steps
+curve.svg      loss, dev loss and dev metric over steps
 result.json    the last line of standard output; `diverged` says why a run stopped early, or is null
 """
 
@@ -72,7 +72,8 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         (path / "result.json").unlink(missing_ok=True)  # an interrupted run's, which goes on
         self.path, self.model, self.title = path, path / "model", title
-        self.zero_shot: float | None = None  # test accuracy before the first step
+        self.zero_shot: float | None = None  # test metric before the first step
+        self.metric = "accuracy"
         rows, projected_grads = (past.rows, past.projected_grads) if past else ([], [])
         self.losses = [(row["step"], row["loss"]) for row in rows if "projected_grad" in row]
         self.devs = [
@@ -122,7 +123,8 @@ class RunFolder:
         table.writeheader()
         table.writerows(map(json.loads, _whole_lines(self.path / "metrics.jsonl")))
         self._write("metrics.csv", held.getvalue())
-        self._write("curve.svg", curve_svg(self.losses, self.devs, self.title, self.zero_shot, best_step))
+        picture = curve_svg(self.losses, self.devs, self.title, self.zero_shot, best_step, self.metric)
+        self._write("curve.svg", picture)
 
     def _write_json(self, name: str, value: dict) -> None:
         self._write(name, json.dumps(value, indent=2) + "\n")

@@ -45,7 +45,9 @@ def test_the_curve_has_a_point_of_accuracy_and_of_loss_for_each_dev_evaluation()
     assert math.isclose(accuracies[1][0] - x, (accuracies[2][0] - x) / 2, abs_tol=0.1)
     text = words(svg)
     assert "best step 500: dev loss 0.250, dev accuracy 75.0 %" in text
-    assert "before training 25.0 %" in text and "2,000 forwards" in text
+    assert "test accuracy before training 25.0 %" in text and "2,000 forwards" in text
+    of_squad = words(ElementTree.fromstring(curve_svg(losses, devs, "a run", 0.25, 500, metric="f1")))
+    assert "dev f1 75.0 %" in of_squad and "test f1 before training 25.0 %" in of_squad and "accuracy" not in of_squad
     (line,) = [path for path in svg.iter(SVG + "path") if path.get("class") == "best-step"]
     assert line.get("d").startswith(f"M{accuracies[1][0]}")
 

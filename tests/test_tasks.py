@@ -11,6 +11,7 @@ from tokenizers import decoders, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from torch.nn.utils.rnn import pad_sequence
 
+from data import scoring
 from data.files import load_splits
 from data.metrics import Prediction, exact_match, f1, measure
 from data.scoring import BatchLoss, Encoded, Encoder, collate, evaluate, option_scores, write
@@ -178,6 +179,20 @@ def test_examples_of_different_numbers_of_options_are_judged_as_alone(tmp_path):
             assert len(got.scores) == len(e.answers) and got.golds == e.example.golds
             assert got.option == got.scores.index(max(got.scores)) and got.text == e.example.options[got.option]
     assert len({p.option for p in together.predictions}) > 1
+
+
+def test_many_options_make_smaller_batches_of_an_evaluation(monkeypatch):
+    """Each token of an option has the whole vocabulary's scores; what the model chooses does not change."""
+    lm, counts = create(tiny_llama(), seed=3), (2, 5, 1, 3, 4, 1)
+    options = [[[40 + i, 50 + j, *range(60, 60 + j)] for j in range(n)] for i, n in enumerate(counts)]
+    examples = [encoded(list(range(5, 7 + i)), *of, right=(len(of) - 1, 0)) for i, of in enumerate(options)]
+    reads, want = [sum(map(len, e.answers)) for e in examples], evaluate(lm, examples, 0, 4)
+    assert reads == [5, 20, 2, 9, 14, 2] and [len(at) for at in scoring._batches(examples, 4)] == [4, 2]
+    monkeypatch.setattr(scoring, "MOST_READS", 16)
+    assert list(scoring._batches(examples, 4)) == [[0], [1], [2, 3], [4, 5]]
+    got = evaluate(lm, examples, 0, 4)
+    assert got.loss == pytest.approx(want.loss, abs=1e-6)
+    assert [p.option for p in got.predictions] == [p.option for p in want.predictions]
 
 
 def test_the_loss_of_answers_of_one_token_is_a_log_probability_too():
