@@ -466,7 +466,8 @@ class Llama(LanguageModel):
         """Greedy: tokens [B, T] (left-padded where mask is 0) -> [B, T + new], new <= max_new_tokens.
 
         Stops when every row has produced an end token, the checkpoint's or one of `ends`; rows that end early are
-        filled with the padding token.  By the weights as they are stored, or by a view of one copy of them.
+        filled with the padding token.  By the weights as they are stored, or by a view of one copy of them.  Blocks run
+        uncompiled: each layer of a growing cache would be compiled anew.
         """
         mask = torch.ones_like(tokens) if mask is None else mask
         if not mask[:, -1].all():
@@ -478,7 +479,8 @@ class Llama(LanguageModel):
         cache, view, new = KVCache(), view or self.stored_view(), tokens
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
-            last = self.hidden(new, mask, view, cache=cache)[:, :, -1]
+            with torch.compiler.set_stance("force_eager"):
+                last = self.hidden(new, mask, view, cache=cache)[:, :, -1]
             new = self.score(last, view)[0].argmax(-1, keepdim=True).masked_fill(done[:, None], pad)
             tokens, mask = torch.cat((tokens, new), 1), torch.cat((mask, torch.ones_like(new)), 1)
             done |= torch.isin(new[:, 0], stops)

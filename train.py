@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,18 +31,42 @@ from model import LanguageModel
 from quant import INTEGERS, Store
 from random_bits import Key, permutation
 from runtime.ask import ask
-from runtime.checkpoints import save_stored, weights_sha256
+from runtime.checkpoints import companion_files, save_stored, weights_sha256
 from runtime.config import Config, max_length, parse, probes_per_forward, recorded, validate
 from runtime.dry_run import longest_sequence, predict, table
 from runtime.first_order import adamw_step, optimizer
 from runtime.hub import raw_config, resolve
 from runtime.model_configs import config_of
 from runtime.problem import Problem, Quality, load_base, prepare, restore_best, sizes
-from runtime.run_folder import DevRow, RecordedRun, RunFolder, StepRecorder, check_free, hashed, read_run
+from runtime.record import RecordedRun, check_result, check_same, read_result, read_run
+from runtime.run_folder import (
+    DevRow,
+    RunFolder,
+    StepRecorder,
+    begin,
+    check_drawings,
+    check_free,
+    code_sha256,
+    hashed,
+    locked,
+    run_config,
+    state_path,
+)
 from runtime.sweep import sweep
 from runtime.sweep import table as table_of_sweep
 from tensor_train import trained
-from zo_optim import MEASURED, ZO, SparseZO, adazeta_queries, epoch_of, learning_rate, measured_rate, update, zo_step
+from zo_optim import (
+    MEASURED,
+    ZO,
+    SparseZO,
+    adazeta_queries,
+    epoch_of,
+    learning_rate,
+    measured_rate,
+    probe_losses,
+    update,
+    zo_step,
+)
 
 # ---------------------------------------------------------------- the loop
 
@@ -52,6 +77,8 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
     loss_of = problem.loss_fn(c.micro_batch_size)
     zo = gpu.estimator(estimator(c, lm), c.device, c.graphs) if c.optimizer == "zo" else None
     adamw = optimizer(weights, c.lr, c.weight_decay or 0.0) if c.optimizer == "adamw" else None
+    if adamw is not None and progress.steps:  # a run is taken up again
+        folder.load_state(progress.steps, adamw, weights)
     bar = tqdm(range(progress.steps, c.steps), unit="step", file=sys.stderr, dynamic_ncols=True)
     with StepRecorder(folder, size=parameters(weights)) as recorder:
         for step in bar:
@@ -85,7 +112,7 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
             # evaluate
             if progress.steps % c.eval_every == 0 or progress.steps == c.steps:
                 recorder.write()
-                evaluate_and_keep_best(c, problem, folder, progress)
+                evaluate_and_keep_best(c, problem, folder, progress, adamw)
             bar.set_postfix(loss=f"{loss:.3f}", dev=f"{folder.devs[-1].loss:.3f}", lr=f"{lr:.1e}")
 
 
@@ -175,14 +202,18 @@ class Progress:
         return True
 
 
-def evaluate_and_keep_best(c: Config, problem: Problem, folder: RunFolder, progress: Progress) -> None:
+def evaluate_and_keep_best(
+    c: Config, problem: Problem, folder: RunFolder, progress: Progress, adamw: torch.optim.AdamW | None = None
+) -> None:
     """Save before logging, so that the log never names weights that are not on disk."""
     dev = problem.quality(problem.dev)
     check_finite(dev.loss, progress.steps)
     if progress.note_if_best(dev):
         save(problem.lm, folder.model)
+    goes_on = adamw is not None and 0 < progress.steps < c.steps
+    state = folder.save_state(progress.steps, adamw, trained(problem.lm)) if goes_on else {}
     row = DevRow(progress.steps, progress.forwards, dev.metric, dev.loss)
-    folder.dev(row, progress.best_step, peak_memory(c.device))
+    folder.dev(row, progress.best_step, peak_memory(c.device), state)
 
 
 def check_finite(loss: float, step: int) -> None:
@@ -217,10 +248,15 @@ class Stop:
         self.signal = number
 
 
-def run(c: Config) -> dict:
-    """One training run from flags to result."""
+def start(c: Config, held: ExitStack) -> tuple[Config, Problem, RecordedRun]:
+    """A new run or one that is taken up: its flags, its problem, and what its folder holds, which is `held` from now
+    on.
+
+    Raises ValueError, before anything is written, where either cannot be.
+    """
     past = None
     if c.resume:
+        tell(held.enter_context(locked(Path(c.resume))))
         past = read_run(Path(c.resume))
         c = recorded(c, past.config["flags"])
     validate(c)
@@ -231,52 +267,97 @@ def run(c: Config) -> dict:
     if c.device.startswith("cuda:"):
         torch.cuda.set_device(c.device)  # kernels and memory figures go by the current device
     problem, splits = prepare(c)
-    sha256 = weights_sha256(problem.lm.weights)
-    if past is not None:
-        check_same(past, "base_weights_sha256", sha256)
-        check_same(past, "data_sha256", hashed(splits.files))
-    title = f"{c.model}, {c.task}: {method_text(c)}"
-    folder = RunFolder(Path(c.out), title, past, events=c.log == "tensorboard")
+    others = [resolve(c.model) / "config.json", *problem.lm.other_files]
+    begun = run_config(dataclasses.asdict(c), weights_sha256(problem.lm.weights), splits.files, others)
     if past is None:
-        folder.write_config(dataclasses.asdict(c), sha256, splits.files, problem.lm.other_files)
-    stop = Stop()
-    tqdm.write(f"{title}, {c.device}; {sizes(problem)}; run folder {c.out}", sys.stderr)
-    metric = folder.metric = problem.task.metric
-    zero_shot = folder.zero_shot = measure(metric, problem.answers(problem.tests["test"]))
-    tqdm.write(f"zero-shot test {metric} {100 * zero_shot:.1f} %", sys.stderr)
-    of_guessing = len(problem.dev[0].answers) if problem.task.loss == "options" else problem.lm.config.vocab_size
-    guess = math.log(of_guessing) if c.objective == "loss" else math.inf
-    progress = progress_of(past, c, problem.lm, guess)
-    if past is not None:
-        catch_up(c, problem.lm, past.projected_grads)
-    due = progress.steps % c.eval_every == 0 or progress.steps == c.steps
-    if due and progress.steps not in [dev.step for dev in folder.devs]:  # a run begins, or was killed before that
-        evaluate_and_keep_best(c, problem, folder, progress)
-    started = time.perf_counter()
-    train(c, problem, folder, stop, progress)
-    seconds = time.perf_counter() - started
+        past = begin(Path(c.out), begun)
+        tell(held.enter_context(locked(Path(c.out))))
+    else:
+        decided = ("code_sha256", "base_weights_sha256", "data_sha256", "other_sha256")
+        check_same(Path(c.out), past.config, {name: begun[name] for name in decided})
+        tell(other_versions(past.config, begun))
+    return c, problem, past if c.optimizer == "zo" else past.up_to(last_state(Path(c.out), past))
+
+
+def run(c: Config) -> dict:
+    """One training run from flags to result, or the rest of one."""
+    with ExitStack() as held:
+        c, problem, past = start(c, held)
+        title, metric = title_of(past.config["flags"]), problem.task.metric
+        folder = RunFolder(Path(c.out), title, past, metric, events=c.log == "tensorboard")
+        stop = Stop()
+        tell(f"{title}, {c.device}; {sizes(problem)}; run folder {c.out}")
+        zero_shot = folder.zero_shot = measure(metric, problem.answers(problem.tests["test"]))
+        tell(f"zero-shot test {metric} {100 * zero_shot:.1f} %")
+        progress = progress_of(past, c, problem.lm, guess_of(c, problem))
+        if c.optimizer == "zo":
+            save_best = [] if progress.best is None else [partial(save, problem.lm, folder.model)]  # it may be lost
+            catch_up(c, problem.lm, past.projected_grads, {progress.best_step: save_best})
+        due = progress.steps % c.eval_every == 0 or progress.steps == c.steps
+        if due and progress.steps not in [dev.step for dev in folder.devs]:  # a run begins, or was killed before that
+            evaluate_and_keep_best(c, problem, folder, progress)
+        started = time.perf_counter()
+        train(c, problem, folder, stop, progress)
+        seconds = time.perf_counter() - started
+        for line in ending(c, progress):
+            tell(line)
+        return folder.result(result_of(c, problem, folder, progress, seconds))
+
+
+def result_of(c: Config, problem: Problem, folder: RunFolder, progress: Progress, seconds: float) -> dict:
+    """What a run came to, tested with the weights of its lowest dev loss."""
     interrupted = progress.steps < c.steps and not progress.diverged
     if not interrupted:
-        for line in ending(progress):
-            tqdm.write(line, sys.stderr)
+        folder.remove_states()
     lm = problem.lm = restore_best(c, problem.lm, folder.model)
     found = {} if interrupted else {split: problem.answers(rows) for split, rows in problem.tests.items()}
     folder.predictions(found)
     measured = {split: problem.measured(answers) for split, answers in found.items()}
-    result = {
-        "model": c.model, "task": c.task, "method": c.method, "weights": c.weights,
-        "directions": c.direction_bits, "steps": progress.steps, "forwards": progress.forwards,
+    return {
+        **named(folder.flags), "steps": progress.steps, "forwards": progress.forwards,
         "trainable_parameters": parameters(trained(lm)),
-        "zero_shot": zero_shot, "dev": progress.best.metric, "dev_loss": progress.best.loss,
+        "zero_shot": folder.zero_shot, "dev": progress.best.metric, "dev_loss": progress.best.loss,
         "best_step": progress.best_step, "best_forwards": progress.best_forwards,
-        "lr": progress.rate, "metric": metric, "test": measured["test"][metric] if measured else None,
+        "lr": progress.rate, "metric": folder.metric, "test": measured["test"][folder.metric] if measured else None,
         "tests": measured,
         "interrupted": interrupted, "diverged": progress.diverged, "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_memory(c.device), "reserved_memory_bytes": reserved_memory(c.device),
         "weights_sha256": weights_sha256(lm.weights), "out": c.out,
     }  # fmt: skip
-    folder.result(result)
-    return result
+
+
+def tell(line: str | None) -> None:
+    if line is not None:
+        tqdm.write(line, sys.stderr)
+
+
+def other_versions(recorded: dict, found: dict) -> str | None:
+    """What to tell of libraries that are not those that a run began with."""
+    was, now = recorded["versions"], found["versions"]
+    differ = [f"{name} {was.get(name)} then, {now[name]} now" for name in now if was.get(name) != now[name]]
+    return f"not to the same bits, perhaps: {'; '.join(differ)}" if differ else None
+
+
+def last_state(out: Path, past: RecordedRun) -> int:
+    """The step that a run of AdamW can go on from: that of its last state on disk, else 0, to do everything again."""
+    kept = [row["step"] for row in past.rows if "state_sha256" in row and state_path(out, row["step"]).is_file()]
+    return kept[-1] if kept and (out / "model").is_dir() else 0
+
+
+def guess_of(c: Config, problem: Problem) -> float:
+    """The loss of a model that scores all options alike; inf where losses move in steps."""
+    of_guessing = len(problem.dev[0].answers) if problem.task.loss == "options" else problem.lm.config.vocab_size
+    return math.log(of_guessing) if c.objective == "loss" else math.inf
+
+
+def named(flags: dict) -> dict:
+    """What a result says of its flags."""
+    return {"model": flags["model"], "task": flags["task"], "method": flags["method"], "weights": flags["weights"],
+            "directions": flags["direction_bits"]}  # fmt: skip
+
+
+def title_of(flags: dict) -> str:
+    return f"{flags['model']}, {flags['task']}: {method_text(Config(**flags))}"
 
 
 def method_text(c: Config) -> str:
@@ -286,9 +367,11 @@ def method_text(c: Config) -> str:
     return f"{c.method} on {c.weights} weights{directions.get(c.direction_bits, rounded)}"
 
 
-def ending(progress: Progress) -> list[str]:
+def ending(c: Config, progress: Progress) -> list[str]:
     """What the user should know of a run that came to a bad end or to nothing."""
     lines = []
+    if progress.steps < c.steps and not progress.diverged:
+        return lines
     if progress.diverged:
         lines.append(f"the run diverged at step {progress.steps}: {progress.diverged}")
     if progress.best_step == 0:
@@ -316,34 +399,35 @@ def progress_of(past: RecordedRun | None, c: Config, lm: LanguageModel, guess: f
                 progress.note_if_best(Quality(row["dev"], row["dev_loss"]))
             else:
                 of_step = next(grads)
-                progress.count_step(torch.tensor(of_step, dtype=torch.float64), 2 * len(of_step), row["loss"])
+                progress.count_step(torch.tensor(of_step, dtype=torch.float64), 2 * len(of_step) or 1, row["loss"])
     return progress
 
 
-def catch_up(c: Config, lm: LanguageModel, steps: list[list[float]]) -> None:
-    """Redo the first steps of a recorded run from their projected gradients, without a forward pass."""
+def catch_up(
+    c: Config, lm: LanguageModel, steps: list[list[float]], at: dict[int, list[Callable[[], None]]]
+) -> None:
+    """Redo the first steps of a recorded run from their projected gradients, without a forward pass.
+
+    at: what to do with the weights as they were after so many steps.
+    """
     zo, weights, progress = gpu.estimator(estimator(c, lm), c.device), trained(lm), progress_of(None, c, lm)
-    for step, projected_grads in enumerate(steps):
-        of_step = torch.tensor(projected_grads, dtype=torch.float64)
-        lr = learning_rate(step, progress.rate, c.lr_schedule, c.steps, c.warmup)
-        update(weights, of_step, Key(c.seed, step), zo, lr)
-        progress.count_step(of_step, 2 * len(of_step), math.inf)
+    for step in range(len(steps) + 1):
+        for do in at.get(step, ()):
+            do()
+        if step < len(steps):
+            of_step = torch.tensor(steps[step], dtype=torch.float64)
+            lr = learning_rate(step, progress.rate, c.lr_schedule, c.steps, c.warmup)
+            update(weights, of_step, Key(c.seed, step), zo, lr)
+            progress.count_step(of_step, 2 * len(of_step), math.inf)
 
 
 def check_unfinished(c: Config, past: RecordedRun) -> None:
     """Raises ValueError where no step of the recorded run is left to be done."""
-    path = Path(c.out) / "result.json"
-    result = json.loads(path.read_text()) if path.is_file() else None  # a killed run has none
+    result = read_result(Path(c.out))  # a killed run has none
     if result and result["diverged"]:
         raise ValueError(f"{c.out} diverged at step {result['steps']}: {result['diverged']}")
-    if result and len(past.projected_grads) >= c.steps:
+    if result and not result["interrupted"]:
         raise ValueError(f"{c.out} is complete: all {c.steps} steps were done")
-
-
-def check_same(past: RecordedRun, name: str, value: object) -> None:
-    """Raises ValueError where base weights or data are not those of the recorded run."""
-    if past.config[name] != value:
-        raise ValueError(f"the run's {name} is {past.config[name]}, that of the files at hand {value}")
 
 
 def parameters(weights: dict[str, Store]) -> int:
@@ -363,19 +447,87 @@ def reserved_memory(device: str) -> int | None:
 
 
 def replay(c: Config) -> dict:
-    """Redo a finished run's updates up to its best step, and compare the weights' hashes."""
-    past, path = read_run(Path(c.replay)), Path(c.replay) / "result.json"
+    """Redo a finished run's updates up to its best step, and compare all of the folder with its record.
+
+    With --verify, N steps' losses and the metrics on dev and test are computed again.  Raises ValueError, by name, for
+    what does not follow from the record.
+    """
+    past, result, verify = read_run(Path(c.replay)), read_result(Path(c.replay)), c.verify
     c = recorded(c, past.config["flags"])
-    if not path.is_file():
+    if result is None:
         raise ValueError(f"{c.out} has no result.json: that run was not finished; --resume finishes it")
     validate(c)
-    result = json.loads(path.read_text())
-    lm = prepare(c)[0].lm if c.calibrate else load_base(c, resolve(c.model), [])
-    check_same(past, "base_weights_sha256", weights_sha256(lm.weights))
-    catch_up(c, lm, past.projected_grads[: result["best_step"]])
-    sha256 = weights_sha256(lm.weights)
-    return {"run": c.out, "steps": result["best_step"], "weights_sha256": sha256,
-            "recorded_sha256": result["weights_sha256"], "equal": sha256 == result["weights_sha256"]}  # fmt: skip
+    out, directory, best_step = Path(c.out), resolve(c.model), result["best_step"]
+    check_result(out, past, result, derived(past, best_step))
+    check_drawings(out, past, title_of(past.config["flags"]), result)
+    files = [directory / "config.json", *companion_files(directory)]
+    check_same(out, past.config, {"code_sha256": code_sha256(), "other_sha256": hashed(files)})
+    problem, splits = prepare(c) if c.calibrate or verify else (None, None)
+    lm = problem.lm if problem else load_base(c, directory, [])
+    check_same(out, past.config, {"base_weights_sha256": weights_sha256(lm.weights)})
+    steps, found = past.projected_grads, {}
+    at = {best_step: [lambda: found.update(weights_sha256=weights_sha256(lm.weights))]}
+    if verify:
+        check_same(out, past.config, {"data_sha256": hashed(splits.files)})
+        for step in permutation(int(result["digest"], 16), 0, len(steps))[:verify].tolist():
+            at.setdefault(step, []).append(partial(verify_step, c, problem, past, step, found))
+        at[best_step].append(partial(verify_metrics, problem, result, found))
+    catch_up(c, lm, steps if verify else steps[:best_step], at)
+    sha256 = found.pop("weights_sha256")
+    if (out / "model").is_dir():  # a folder can be published without it
+        lm = restore_best(c, lm, out / "model")
+        if weights_sha256(lm.weights) != result["weights_sha256"]:
+            raise ValueError(f"{out / 'model'} does not hold the weights of result.json")
+    said = {"run": c.out, "steps": best_step, "weights_sha256": sha256, "recorded_sha256": result["weights_sha256"]}
+    said |= {name: sorted(value) if isinstance(value, list) else value for name, value in found.items()}
+    near = max(found.get("largest_difference", 0), found.get("loss_difference", 0)) <= allowed(c)
+    return said | ({"allowed": allowed(c)} if verify else {}) | {"equal": near and sha256 == result["weights_sha256"]}
+
+
+def derived(past: RecordedRun, best_step: int) -> dict:
+    """What a result must say, by the record."""
+    rows = past.rows
+    dev = next((row for row in rows if "dev" in row and row["step"] == best_step), None)
+    if dev is None:
+        raise ValueError(f"result.json: best_step is {best_step!r}, of which there is no evaluation in metrics.jsonl")
+    values = {"steps": len(past.trajectory), "forwards": sum(2 * len(grads) for grads in past.projected_grads)}
+    values |= {"dev": dev["dev"], "dev_loss": dev["dev_loss"], "best_forwards": dev["forwards"]}
+    return named(past.config["flags"]) | values
+
+
+def verify_step(c: Config, problem: Problem, past: RecordedRun, step: int, found: dict) -> None:
+    """Compute a step's losses again, with the weights as they were before it.
+
+    Raises ValueError where its projected gradients are not those of its own recorded losses.
+    """
+    row = next(row for row in past.rows if "projected_grad" in row and row["step"] == step + 1)
+    zo = replace(estimator(c, problem.lm), queries=row["queries"])
+    examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, len(problem.train))]
+    loss_fn = problem.loss_fn(c.micro_batch_size)(examples)
+    plus, minus = probe_losses(trained(problem.lm), loss_fn, Key(c.seed, step), gpu.estimator(zo, c.device))
+    differences = [*(plus - torch.tensor(row["plus"])).abs(), *(minus - torch.tensor(row["minus"])).abs()]
+    found.setdefault("verified_steps", []).append(step + 1)
+    found["largest_difference"] = max([found.get("largest_difference", 0.0), *map(float, differences)])
+    slopes = (torch.tensor(row["plus"]) - torch.tensor(row["minus"])).double() / (2 * c.eps)
+    grads = torch.tensor(row["projected_grad"], dtype=torch.float64)
+    cut = grads.abs() < slopes.abs() if c.clip else torch.zeros(len(grads), dtype=torch.bool)  # by --clip
+    same = (slopes.abs() - grads.abs()).abs() <= 1e-3 + 1e-3 * slopes.abs()  # a coin may turn random's over
+    if not (same | cut).all():
+        raise ValueError(f"{c.out}: step {step + 1} has other projected gradients than its losses give")
+
+
+def verify_metrics(problem: Problem, result: dict, found: dict) -> None:
+    """Measure dev and test again, with the weights of the lowest dev loss."""
+    dev = problem.quality(problem.dev)
+    found["loss_difference"] = abs(dev.loss - result["dev_loss"])
+    tests = {split: problem.measured(problem.answers(rows)) for split, rows in problem.tests.items()}
+    found |= {"dev": dev.metric, "recorded_dev": result["dev"], "tests": tests, "recorded_tests": result["tests"]}
+
+
+def allowed(c: Config) -> float:
+    """How far a loss that is computed again may be off, on another device or with other libraries: by the rounding of
+    sums in fp32, or by that of activations."""
+    return 1e-4 if c.compute == "fp32" and c.activations == "none" else 2e-2
 
 
 def dry_run(c: Config) -> dict:

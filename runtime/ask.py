@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from model import LanguageModel
 from runtime.checkpoints import weights_sha256
 from runtime.config import ADAPTERS, Config, names_a_run, of_the_run, validate
 from runtime.hub import resolve
+from runtime.json_files import shown
 from runtime.problem import Problem, encoder_of, load_base, load_weights, prepare, splits_of
-from runtime.run_folder import check_free, read_run
+from runtime.record import read_run
+from runtime.run_folder import check_free
 
 
 def ask(c: Config) -> Iterator[dict]:
@@ -73,6 +76,8 @@ def evaluation(c: Config) -> Iterator[dict]:
     """The task's metric and loss on dev, and every metric on the tests."""
     problem, _ = prepare(c, load_asked)
     dev = problem.quality(problem.dev)
+    if not math.isfinite(dev.loss):
+        raise ValueError(f"the loss on dev is {dev.loss}: the model in {c.evaluate or c.model} gives no finite scores")
     yield {"model": c.model, "task": c.task, "metric": problem.task.metric, "dev": dev.metric, "dev_loss": dev.loss,
            "tests": {split: problem.measured(problem.answers(rows)) for split, rows in problem.tests.items()},
            "weights_sha256": weights_sha256(problem.lm.weights)}  # fmt: skip
@@ -106,9 +111,14 @@ def label_of(option: int, text: str, task: Task) -> str | int:
 @torch.no_grad()
 def continued(c: Config, lm: LanguageModel) -> dict:
     tokenizer = Tokenizer(resolve(c.model))
-    begin = tokenizer.begin if tokenizer.begin is not None else [lm.config.bos_token_id]
-    ids = torch.tensor([[*begin, *tokenizer.encode(c.generate)]], device=lm.device)
-    return {"text": tokenizer.decode(lm.generate(ids, MAX_NEW_TOKENS)[0, len(begin) :].tolist())}
+    by_config = [] if lm.config.bos_token_id is None else [lm.config.bos_token_id]
+    begin = by_config if tokenizer.begin is None else tokenizer.begin
+    ids = [*begin, *tokenizer.encode(c.generate)]
+    if not ids or max(ids) >= lm.config.vocab_size:
+        what = f"token {max(ids)} is outside the model's vocabulary of {lm.config.vocab_size}" if ids else "no token"
+        raise ValueError(f"--generate {shown(c.generate)}: {what}")
+    written = lm.generate(torch.tensor([ids], device=lm.device), MAX_NEW_TOKENS)
+    return {"text": tokenizer.decode(written[0, len(begin) :].tolist())}
 
 
 def export(lm: LanguageModel, directory: Path) -> dict:

@@ -137,8 +137,10 @@ class Config:
     resume: str | None = flag("run", None, "a run folder whose run was interrupted: finish it there, to the same bits "
                                            "(where nothing is compiled), with its own flags (zeroth order)"
                               )  # fmt: skip
-    replay: str | None = flag("run", None, "a run folder: redo its updates from the base weights without a forward and "
-                                           "say whether the weights are those that it recorded")  # fmt: skip
+    replay: str | None = flag("run", None, "a run folder: redo its updates from the base weights without a forward, "
+                                           "and say whether all is as it recorded")  # fmt: skip
+    verify: int | None = flag("run", None, "with --replay: compute the losses of so many steps again, and the metrics "
+                                           "on dev and test")  # fmt: skip
     sweep: list[str] | None = flag("run", None, "NAME=VALUE,VALUE ...: a run for each combination, lr=1e-5,2e-5 "
                                    "seed=0,1,2; the best by dev loss, and a table")  # fmt: skip
     jobs: int = flag("run", 1, "runs of a sweep at a time")
@@ -243,6 +245,8 @@ def parse(argv: list[str]) -> Config:
             options |= {"type": kinds[f.type.removesuffix(" | None")], "choices": f.metadata["choices"]}
         groups[title].add_argument("--" + f.name.replace("_", "-"), default=f.default, **options)
     c = Config(**vars(parser.parse_args(argv)))
+    if c.verify is not None and not c.replay:
+        raise ValueError("--verify goes with --replay")
     if c.evaluate is not None and not names_a_run(c.evaluate):
         c = dataclasses.replace(c, model=c.evaluate)
     return c if c.resume or c.replay or c.sweep or names_a_run(c.evaluate) else resolve_defaults(c)
@@ -353,18 +357,19 @@ MOVED = ("model", "task", "adapters", "data_dir", "device")  # what may be elsew
 def recorded(c: Config, flags: dict) -> Config:
     """The flags of the run that --resume or --replay names, from its config.json.
 
-    Raises ValueError for other flags beside these two, for flags that are not ours, and for a run with AdamW.
+    Raises ValueError for other flags beside these two, for flags that are not ours, and for a replay of AdamW.
     """
     run, given = c.resume or c.replay, flags_given(c)
-    if given.keys() >= {"resume", "replay"} or given.keys() - {"resume", "replay", *MOVED}:
+    beside = {*MOVED, "verify"} if c.replay else MOVED
+    if given.keys() >= {"resume", "replay"} or given.keys() - {"resume", "replay", *beside}:
         message = f"a run has its own flags: give --resume or --replay, and beside it at most {', '.join(MOVED)}"
         raise ValueError(f"{message}; got {', '.join(sorted(given))}")
     check_flags(run, flags)
-    if flags["optimizer"] != "zo":
-        raise ValueError(f"{run} cannot be redone: AdamW's moments are not kept")
+    if c.replay and flags["optimizer"] != "zo":
+        raise ValueError(f"{run} cannot be replayed: only zeroth order's steps can be redone without a gradient")
     moved = {name: value for name, value in given.items() if name in MOVED}
     moved["graphs"] = flags["graphs"] and moved.get("device", flags["device"]).startswith("cuda")
-    return Config(**flags | moved | {"out": run})
+    return Config(**flags | moved | {"out": run, "verify": c.verify})
 
 
 def of_the_run(c: Config, flags: dict) -> Config:
@@ -411,7 +416,7 @@ RANGES = {
     "show": COUNT, "calibrate": (0, 2**20), "bottleneck": (1, 2**16), "tt_rank": (1, 2**16), "lora_rank": (1, 2**16),
     "lora_alpha": (1e-6, 1e6), "lr": (0, 1e6), "eps": (1e-8, 1e3), "cell": (8, 2**30), "clip": (0.1, 1e6),
     "weight_decay": (0, 1e3), "seed": (0, 2**64 - 1), "data_seed": (0, 2**32 - 1), "warmup": (0, COUNT[1]),
-    "jobs": (1, 1024),
+    "jobs": (1, 1024), "verify": COUNT,
 }  # fmt: skip
 
 

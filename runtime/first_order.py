@@ -9,10 +9,13 @@ Shape key: R rows, C columns, r some of the rows.  Imports quant.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quant import Float, Store, encode, straight_through
@@ -68,6 +71,32 @@ def optimizer(weights: dict[str, Float | Master], lr: float, weight_decay: float
     ]
     on_gpu = next(iter(weights.values())).device.type == "cuda"
     return torch.optim.AdamW(groups, lr=lr, fused=on_gpu)  # the other ways keep copies of all parameters
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # as torch calls them
+
+
+def save_state(path: Path, optimizer: torch.optim.AdamW, weights: dict[str, Float | Master]) -> str:
+    """Write weights and moments, of which training goes on -> the file's SHA-256."""
+    tensors = {name: stored.value.detach() for name, stored in weights.items()}
+    tensors |= {f"{name}.{of}": optimizer.state[stored.value][of] for name, stored in weights.items() for of in MOMENTS}
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_state(path: Path, sha256: str, optimizer: torch.optim.AdamW, weights: dict[str, Float | Master]) -> None:
+    """Raises ValueError for another file than save_state wrote."""
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise ValueError(f"{path} is not what the run wrote: begin a new one")
+    tensors = load_file(path, str(next(iter(weights.values())).device))
+    for name, stored in weights.items():
+        stored.value.data.copy_(tensors[name])
+        state = {of: tensors[f"{name}.{of}"] for of in MOMENTS}
+        if not optimizer.defaults["fused"]:
+            state["step"] = state["step"].cpu()  # where torch keeps it then
+        optimizer.state[stored.value] = state
 
 
 def adamw_step(optimizer: torch.optim.AdamW, losses: Iterable[Tensor], lr: float) -> float:

@@ -1,15 +1,23 @@
 """The run folder, which is the audit trail of one training run.
 
-config.json    the folder's format version, every flag, versions, git commit, hashes of the base weights and of the data
+config.json    what the run began with: flags, versions, the code's and the data's hashes, the base weights' and files'
 metrics.jsonl  one line a step, and one a dev evaluation, of which the first is before any step
-metrics.csv    the same lines as a table, up to the last evaluation, but for what they hold of each query
+trajectory     one line a step: the projected gradient of each query, in digits that read back exactly, and a digest of
+               the whole record so far.  With config.json and the base checkpoint it redoes every update
+               (zo_optim.update) without a forward
+metrics.csv    metrics.jsonl as a table, up to the last evaluation, but for what it holds of each query
 tensorboard/   the same as events, with --log tensorboard
-trajectory     one line a step: the projected gradient of each query, in digits that read back exactly.  With
-               config.json and the base checkpoint it redoes every update (zo_optim.update) without a forward
-predictions.jsonl  what the weights of the lowest dev loss answer to each test example
 model/         the best-dev weights so far as they are stored, with config.json and tokenizer; model.load reads it
+state-STEP.safetensors  of AdamW, until the run ends: weights and moments at the last evaluation, for --resume
+predictions.jsonl  what the weights of the lowest dev loss answer to each test example
 curve.svg      loss, dev loss and dev metric over steps
-result.json    the last line of standard output; `diverged` says why a run stopped early, or is null
+result.json    the last line of standard output; `diverged` says why a run stopped early, or is null.  A run that has
+               none, or one with `interrupted`, was not finished
+
+The record binds itself: config.json carries the SHA-256 of its contents, and every digest is of that and of each line
+of metrics.jsonl up to there, without the peak memory, the one number of a line that is not the same when it is done
+again.  result.json's digest is of all of that and of its own values, hashes of the other files among them.  An edited
+file is found out so; a record that was made up as a whole, by --replay --verify, which computes losses again.
 """
 
 from __future__ import annotations
@@ -20,7 +28,10 @@ import io
 import json
 import os
 import platform
+import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,27 +42,32 @@ import tokenizers
 import torch
 
 from data.metrics import Prediction
+from quant import Store
 from runtime.curve import curve_svg
+from runtime.first_order import load_state, save_state
+from runtime.record import (
+    DIGITS,
+    FORMAT,
+    RecordedRun,
+    canonical,
+    chain_of,
+    digest_of_result,
+    sealed,
+    small_files,
+    whole_lines,
+)
 from zo_optim import Step
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# Of the folder.  1 called projected gradients slopes; 2 had no evaluation of step 0, and of a step's landing it had
-# `clipped` in the place of `held_back` and `lost`.
-FORMAT = 3
-
-
 COLUMNS = ("step", "loss", "lr", "tokens", "queries", "changed", "held_back", "lost", "forwards", "dev", "dev_loss",
            "peak_memory_bytes")  # fmt: skip
-
-
-class RecordedRun(NamedTuple):
-    """The record of a run, read back from its folder."""
-
-    config: dict  # config.json
-    projected_grads: list[list[float]]  # of each whole step
-    rows: list[dict]  # of metrics.jsonl, up to that step
 
 
 class DevRow(NamedTuple):
@@ -62,35 +78,40 @@ class DevRow(NamedTuple):
 
 
 class RunFolder:
-    """Creates the folder; every line is flushed as it is written, so a killed run is readable to its last step."""
+    """Every line is flushed as it is written, so a killed run is readable to its last step."""
 
-    def __init__(self, path: Path, title: str, past: RecordedRun | None = None, events: bool = False):
-        """title: of the curve.  past: continue that run; an unfinished line of a killed process is cut off.  events:
-        for TensorBoard."""
-        if past is None:
-            check_free(path)
-            path.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, title: str, run: RecordedRun, metric: str = "accuracy", events: bool = False):
+        """title: of the curve.  run: what the folder holds so far; it is written anew, without a killed process's half
+        lines.  metric: what is drawn beside the losses.  events: for TensorBoard."""
         (path / "result.json").unlink(missing_ok=True)  # an interrupted run's, which goes on
         self.path, self.model, self.title = path, path / "model", title
         self.zero_shot: float | None = None  # test metric before the first step
-        self.metric = "accuracy"
-        rows, projected_grads = (past.rows, past.projected_grads) if past else ([], [])
-        self.losses = [(row["step"], row["loss"]) for row in rows if "projected_grad" in row]
-        self.devs = [
-            DevRow(row["step"], row["forwards"], row["dev"], row["dev_loss"]) for row in rows if "dev" in row
-        ]
-        self._write("trajectory", "".join(" ".join(map(repr, grads)) + "\n" for grads in projected_grads))
-        self._write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        self.metric, self.flags, self.chain = metric, run.config["flags"], chain_of(run)
+        self.losses, self.devs = series(run.rows)
+        self.state_sha256 = {row["step"]: row["state_sha256"] for row in run.rows if "state_sha256" in row}
+        for name, lines in (("trajectory", run.trajectory), ("metrics.jsonl", run.metrics)):
+            write_whole(path / name, "".join(line + "\n" for line in lines))
         self.metrics = open(path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (by line, for the whole run)
         self.trajectory = open(path / "trajectory", "a", buffering=1)  # noqa: SIM115
-        done = len(projected_grads)
-        self.events = event_writer(path / "tensorboard", done + 1 if past else None) if events else None
+        done = len(run.trajectory)
+        self.events = event_writer(path / "tensorboard", done + 1 if done else None) if events else None
 
-    def write_config(self, flags: dict, base_sha256: str, data_files: list[Path], other_files: list[Path]) -> None:
-        """other_files: others that decide the tokens, such as the tokenizer's."""
-        run = {"format": FORMAT, "flags": flags, "versions": versions(), "git_commit": git_commit()}
-        run |= {"data_sha256": hashed(data_files), "other_sha256": hashed(other_files)}
-        self._write_json("config.json", run | {"base_weights_sha256": base_sha256})
+    def save_state(self, step: int, adamw: torch.optim.AdamW, weights: dict[str, Store]) -> dict[str, str]:
+        """Weights and moments, from which --resume goes on -> what the evaluation's line says of them."""
+        partial = self.path / "state.partial"
+        partial.unlink(missing_ok=True)
+        sha256 = self.state_sha256[step] = save_state(partial, adamw, weights)
+        os.replace(partial, state_path(self.path, step))
+        return {"state_sha256": sha256}
+
+    def load_state(self, step: int, adamw: torch.optim.AdamW, weights: dict[str, Store]) -> None:
+        load_state(state_path(self.path, step), self.state_sha256[step], adamw, weights)
+
+    def remove_states(self, but: int | None = None) -> None:
+        """All of them, or the older ones."""
+        for path in self.path.glob("state*"):
+            if but is None or path != state_path(self.path, but):
+                path.unlink()
 
     def predictions(self, found: dict[str, list[Prediction]]) -> None:
         """What was answered to each example of each test split, in order."""
@@ -98,42 +119,118 @@ class RunFolder:
             json.dumps({"split": split, "prediction": p.text, "golds": p.texts, "scores": p.scores}, ensure_ascii=False)
             for split, predictions in found.items() for p in predictions
         ]  # fmt: skip
-        self._write("predictions.jsonl", "".join(line + "\n" for line in lines))
+        write_whole(self.path / "predictions.jsonl", "".join(line + "\n" for line in lines))
 
-    def dev(self, dev: DevRow, best_step: int, peak_memory_bytes: int) -> None:
+    def dev(self, dev: DevRow, best_step: int, peak_memory_bytes: int, more: dict[str, str]) -> None:
+        """more: further values for its line."""
         self.devs.append(dev)
-        row = {"step": dev.step, "forwards": dev.forwards, "dev": dev.metric, "dev_loss": dev.loss}
-        row |= {"peak_memory_bytes": peak_memory_bytes}
+        row = {"step": dev.step, "forwards": dev.forwards, "dev": dev.metric, "dev_loss": dev.loss} | more
+        self.chain.update(canonical(row).encode())
+        row |= {"peak_memory_bytes": peak_memory_bytes, "digest": self.chain.copy().hexdigest()[:DIGITS]}
         self.metrics.write(json.dumps(row) + "\n")
+        if "state_sha256" in more:
+            self.remove_states(but=dev.step)
         if self.events is not None:
             add_events(self.events, row)
         self.draw(best_step)
 
-    def result(self, result: dict) -> None:
-        self._write_json("result.json", result)
+    def result(self, result: dict) -> dict:
+        """Write it down, the last file of a run -> it with its digest."""
         self.draw(result["best_step"])
+        result |= {"files_sha256": small_files(self.path)}
+        result |= {"digest": digest_of_result(self.chain, result)}
         for file in (self.metrics, self.trajectory, self.events):
             if file is not None:
                 file.close()
+        write_whole(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+        return result
 
     def draw(self, best_step: int) -> None:
         """The record as a table and as a picture."""
-        held = io.StringIO()
-        table = csv.DictWriter(held, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        table.writeheader()
-        table.writerows(map(json.loads, _whole_lines(self.path / "metrics.jsonl")))
-        self._write("metrics.csv", held.getvalue())
+        lines = whole_lines(self.path / "metrics.jsonl")
+        write_whole(self.path / "metrics.csv", table_of(lines))
         picture = curve_svg(self.losses, self.devs, self.title, self.zero_shot, best_step, self.metric)
-        self._write("curve.svg", picture)
+        write_whole(self.path / "curve.svg", picture)
 
-    def _write_json(self, name: str, value: dict) -> None:
-        self._write(name, json.dumps(value, indent=2) + "\n")
 
-    def _write(self, name: str, text: str) -> None:
-        """Whole or not at all."""
-        partial = self.path / f"{name}.partial"
-        partial.write_text(text)
-        os.replace(partial, self.path / name)
+def series(rows: list[dict]) -> tuple[list[tuple[int, float]], list[DevRow]]:
+    """What a curve shows of a record: (step, loss) of each step, and the evaluations."""
+    devs = [DevRow(row["step"], row["forwards"], row["dev"], row["dev_loss"]) for row in rows if "dev" in row]
+    return [(row["step"], row["loss"]) for row in rows if "projected_grad" in row], devs
+
+
+def state_path(path: Path, step: int) -> Path:
+    return path / f"state-{step}.safetensors"
+
+
+def check_drawings(path: Path, run: RecordedRun, title: str, result: dict) -> None:
+    """Raises ValueError for a table or a picture that is not that of the record, where the folder has them."""
+    losses, devs = series(run.rows)
+    picture = curve_svg(losses, devs, title, result["zero_shot"], result["best_step"], result["metric"])
+    for name, text in (("metrics.csv", table_of(run.metrics)), ("curve.svg", picture)):
+        if (path / name).is_file() and (path / name).read_text(encoding="utf-8") != text:
+            raise ValueError(f"{path / name} is not what the record says")
+
+
+def begin(path: Path, config: dict) -> RecordedRun:
+    """Make the folder of a new run, which appears with its config.json in it -> its record, still empty."""
+    check_free(path)
+    text = json.dumps(config, indent=2) + "\n"
+    if path.is_dir():
+        write_whole(path / "config.json", text)
+    else:
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial.mkdir(parents=True)
+        try:
+            write_whole(partial / "config.json", text)
+            os.rename(partial, path)
+        except OSError:  # a full disk; or another process was first
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return RecordedRun(config, [], [])
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[str | None]:
+    """Hold a run folder -> what to tell the user where it cannot be held.
+
+    Raises ValueError where another process holds it.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} cannot be read as a run folder: it is not a directory")
+    if fcntl is None:
+        yield f"{path} is not locked, since this system has no flock: start no second process on it"
+        return
+    handle, told = os.open(path, os.O_RDONLY), None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"{path} is in use: another process trains or finishes that run") from None
+    except OSError as error:  # some network file systems have no locks
+        told = f"{path} cannot be locked ({error}): start no second process on it"
+    try:
+        yield told
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all, and through no link that somebody has put in the way."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    with partial.open("x", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(partial, path)
+
+
+def table_of(lines: list[str]) -> str:
+    """metrics.csv, from the lines of metrics.jsonl."""
+    held = io.StringIO()
+    table = csv.DictWriter(held, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(map(json.loads, lines))
+    return held.getvalue()
 
 
 def event_writer(path: Path, purge_step: int | None) -> SummaryWriter:
@@ -177,10 +274,13 @@ class StepRecorder:
                 changed, moves, held, way, lost = counts.tolist()
                 row |= {"plus": step.plus.tolist(), "minus": step.minus.tolist(), "queries": len(step.plus)}
                 row |= {"changed": changed / self.size, "held_back": held / max(moves, 1), "lost": lost / max(way, 1)}
-            self.folder.trajectory.write(" ".join(map(repr, projected_grads)) + "\n")
-            self.folder.losses.append((number, loss))
             row |= more
-            self.folder.metrics.write(json.dumps(row) + "\n")
+            line, chain = json.dumps(row), self.folder.chain
+            chain.update(line.encode())
+            digest = chain.copy().hexdigest()[:DIGITS]
+            self.folder.trajectory.write(" ".join([*map(repr, projected_grads), digest]) + "\n")
+            self.folder.losses.append((number, loss))
+            self.folder.metrics.write(line + "\n")
             if self.folder.events is not None:
                 add_events(self.folder.events, row)
         if following is not None:
@@ -201,41 +301,30 @@ def hashed(files: list[Path]) -> dict[str, str]:
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in zip(names, files, strict=True)}
 
 
+def run_config(flags: dict, base_sha256: str, data_files: list[Path], other_files: list[Path]) -> dict:
+    """What config.json holds.  other_files: others that decide the tokens and the model, such as its config.json."""
+    return sealed({
+        "format": FORMAT, "flags": flags, "versions": versions(), "git_commit": git_commit(),
+        "code_sha256": code_sha256(), "data_sha256": hashed(data_files), "other_sha256": hashed(other_files),
+        "base_weights_sha256": base_sha256,
+    })  # fmt: skip
+
+
+def code_sha256() -> str:
+    """Of all modules that a run can use."""
+    root, digest = Path(__file__).parent.parent, hashlib.sha256()
+    for path in sorted(path for folder in ("", "data", "gpu", "runtime") for path in (root / folder).glob("*.py")):
+        digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def check_free(path: Path) -> None:
     """Raises ValueError unless the folder is new or empty and can be made."""
     nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ValueError(f"--out {path}: {nearest} is not a folder that can be written to")
-    if path.is_dir() and any(path.iterdir()):
-        raise ValueError(f"--out {path} is not empty: it may hold a run; give a new folder")
-
-
-def read_run(path: Path) -> RecordedRun:
-    """Raises ValueError for what is not a run folder."""
-    try:
-        config = json.loads((path / "config.json").read_text())
-        if not {"flags", "base_weights_sha256", "data_sha256"} <= set(config):
-            raise ValueError("config.json is not that of a run")
-        if config.get("format") != FORMAT:
-            raise ValueError(f"its format is {config.get('format', 1)}, this version reads {FORMAT}; use the commit "
-                             f"{config.get('git_commit')} that made it")  # fmt: skip
-        projected_grads = read_trajectory(path / "trajectory")
-        rows = [json.loads(line) for line in _whole_lines(path / "metrics.jsonl")]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a run folder: {error}") from None
-    recorded = sum("projected_grad" in row for row in rows)
-    projected_grads = projected_grads[:recorded]  # a step's line is written there first
-    return RecordedRun(config, projected_grads, [row for row in rows if row["step"] <= len(projected_grads)])
-
-
-def read_trajectory(path: Path) -> list[list[float]]:
-    """The projected_grads of every whole line: a killed process may have left half a line at the end."""
-    return [[float(number) for number in line.split()] for line in _whole_lines(path)]
-
-
-def _whole_lines(path: Path) -> list[str]:
-    text = path.read_text()
-    return text[: text.rfind("\n") + 1].splitlines()
+    if path.is_dir() and any(inside.name != "config.json.partial" for inside in path.iterdir()):
+        raise ValueError(f"--out {path} is not empty: it may hold a run; give a new folder, or --resume {path}")
 
 
 def versions() -> dict[str, str]:

@@ -586,6 +586,16 @@ def test_blocks_compiled_for_all_that_a_run_may_ask(raw, compiler):
     assert len(graphs) <= MAX_RECOMPILES
 
 
+def test_a_compiled_model_writes_uncompiled(compiler):
+    """A growing cache would be compiled anew for each of its layers."""
+    lm, compiled, graphs = create(tiny_llama()), create(tiny_llama()), []
+    compiled.compile_blocks(lambda graph, inputs: graphs.append(graph) or graph.forward)
+    assert torch.equal(compiled.generate(some_tokens(2, 5), 6), lm.generate(some_tokens(2, 5), 6)) and not graphs
+    with torch.no_grad():
+        compiled(some_tokens(2, 5))
+    assert graphs
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("spec", [Spec("adp", "mlp", 8, 2, identity=False), Spec("lora", "qv", 0, 2, identity=False)],
                          ids=["adp", "lora"])  # fmt: skip

@@ -34,7 +34,7 @@ from runtime import problem as setup
 from runtime.checkpoints import weights_sha256
 from runtime.config import ADAPTERS, METHODS, RANGES, Config, check_products, parse, spec_of
 from runtime.dry_run import predict
-from runtime.run_folder import read_trajectory
+from runtime.record import whole_lines
 from tensor_train import TRAINED_VECTOR, attach
 from zo_optim import ZO, SparseZO, measured_rate, update
 
@@ -122,10 +122,11 @@ def test_the_run_folder_holds_what_it_promises(run):
     done = run("--queries 3")
     result, folder, config = done.result, done.folder, done.config()
     assert sorted(p.name for p in folder.iterdir()) == [
-        "config.json", "curve.svg", "metrics.jsonl", "model", "predictions.jsonl", "result.json", "trajectory"
+        "config.json", "curve.svg", "metrics.csv", "metrics.jsonl", "model", "predictions.jsonl", "result.json",
+        "trajectory",
     ]  # fmt: skip
     assert json.loads((folder / "result.json").read_text()) == result and result["directions"] == "4"
-    assert config["format"] == 3 and set(config["flags"]) == {f.name for f in fields(Config)}
+    assert config["format"] == 4 and set(config["flags"]) == {f.name for f in fields(Config)}
     assert {"python", "torch", "numpy", "safetensors"} <= set(config["versions"])
     assert set(config["data_sha256"]) == {"train.tsv", "dev.tsv", "test.tsv"}
     steps, devs = done.rows("loss"), done.rows("dev")
@@ -178,6 +179,11 @@ def rate(flags: dict, step: int) -> float:
         return flags["lr"] * (step + 1) / (flags["warmup"] + 1)
     left = (flags["steps"] - step) / (flags["steps"] - flags["warmup"])
     return flags["lr"] * (1 if flags["lr_schedule"] == "constant" else left)
+
+
+def read_trajectory(path: Path) -> list[list[float]]:
+    """The projected gradients of each step, whose digest stands behind them."""
+    return [list(map(float, line.split()[:-1])) for line in whole_lines(path)]
 
 
 def redone(done: Run, steps: int) -> str:
