@@ -6,20 +6,30 @@ everything else into the run folder.  Bad input ends with one line and exit code
 
 from __future__ import annotations
 
+import os
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 (before anything is imported that older ones cannot read)
+    sys.exit(f"train.py: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
+if __name__ == "__main__":
+    try:
+        os.getcwd()  # without one torch's own libraries do not load
+    except OSError as error:
+        sys.exit(f"train.py: the working directory: {error}")
+
 import dataclasses
 import json
 import math
-import resource
 import signal
-import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,6 +46,7 @@ from runtime.config import Config, max_length, parse, probes_per_forward, record
 from runtime.dry_run import longest_sequence, predict, table
 from runtime.first_order import adamw_step, optimizer
 from runtime.hub import raw_config, resolve
+from runtime.json_files import one_line
 from runtime.model_configs import config_of
 from runtime.problem import Problem, Quality, load_base, prepare, restore_best, sizes
 from runtime.record import RecordedRun, check_result, check_same, read_result, read_run
@@ -79,9 +90,9 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
     adamw = optimizer(weights, c.lr, c.weight_decay or 0.0) if c.optimizer == "adamw" else None
     if adamw is not None and progress.steps:  # a run is taken up again
         folder.load_state(progress.steps, adamw, weights)
-    bar = tqdm(range(progress.steps, c.steps), unit="step", file=sys.stderr, dynamic_ncols=True)
+    bar = progress_bar(progress.steps, c.steps)
     with StepRecorder(folder, size=parameters(weights)) as recorder:
-        for step in bar:
+        for step in range(progress.steps, c.steps):
             if stop.signal or progress.diverged:
                 break
             # the batch
@@ -102,7 +113,6 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
                 loss, forwards = sum(losses.sum(1).tolist()) / losses.numel(), losses.numel()
             else:
                 loss, forwards, done = adamw_step(adamw, loss_fn.parts(lm.stored_view()), lr), 1, None
-                check_finite(loss, step + 1)
 
             # record
             recorder.write((step + 1, loss, done, {"lr": lr, "tokens": sum(e.width for e in examples)}))
@@ -113,7 +123,11 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
             if progress.steps % c.eval_every == 0 or progress.steps == c.steps:
                 recorder.write()
                 evaluate_and_keep_best(c, problem, folder, progress, adamw)
-            bar.set_postfix(loss=f"{loss:.3f}", dev=f"{folder.devs[-1].loss:.3f}", lr=f"{lr:.1e}")
+            with suppress(OSError):  # of a standard error that was closed meanwhile
+                bar.set_postfix(loss=f"{loss:.3f}", dev=f"{folder.devs[-1].loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+                bar.update()
+    with suppress(OSError):
+        bar.close()
 
 
 _order = lru_cache(maxsize=2)(permutation)  # a batch may span two epochs
@@ -139,6 +153,7 @@ def estimator(c: Config, lm: LanguageModel) -> ZO:
 
 
 ENOUGH = 16  # steps in a row that go wrong in the same way: a run has then diverged
+FEW = 4  # the same of losses that are not finite, from which nothing comes back
 
 
 @dataclass
@@ -158,6 +173,7 @@ class Progress:
     first_loss: float = math.inf  # that of the first step
     still: int = 0  # steps in a row, up to the last, of which no probe changed the loss
     astray: int = 0  # steps in a row, up to the last, whose loss was far above the first one's
+    skipped: int = 0  # steps in a row, up to the last, one of whose losses was not finite
     diverged: str | None = None  # what went wrong, and what to try
     best_step: int = 0
     best_forwards: int = 0
@@ -182,7 +198,10 @@ class Progress:
         smooth = math.isfinite(self.guess)
         self.still = self.still + 1 if smooth and still else 0
         self.astray = self.astray + 1 if smooth and loss > limit else 0
-        if self.still == ENOUGH:
+        self.skipped = self.skipped + 1 if not math.isfinite(loss) else 0
+        if self.skipped == FEW:
+            self.diverged = f"the loss was not finite in {FEW} steps: start another run with {remedy}"
+        elif self.still == ENOUGH:
             if self.still == self.steps:
                 remedy = "a larger --eps, or a smaller one if it is far above the default"
             self.diverged = f"no probe changed the loss in {ENOUGH} steps: start another run with {remedy}"
@@ -195,6 +214,9 @@ class Progress:
         Those of a dead model are not, though its loss, that of guessing, is lower than many a model's at the start.
         Probes that change nothing give it away, or that very loss: no probe follows the step that killed it yet.
         """
+        if not math.isfinite(dev.loss):
+            self.diverged = f"the dev loss was not finite at step {self.steps}: start another run with a smaller --lr"
+            return False
         dead = self.still > 0 or abs(dev.loss - self.guess) < 1e-5  # a float32 mean of equal losses is off by 1e-6
         if self.best is not None and (dead or dev.loss >= self.best.loss):
             return False
@@ -207,20 +229,14 @@ def evaluate_and_keep_best(
 ) -> None:
     """Save before logging, so that the log never names weights that are not on disk."""
     dev = problem.quality(problem.dev)
-    check_finite(dev.loss, progress.steps)
+    if not progress.steps and not math.isfinite(dev.loss):
+        raise ValueError("the loss is not finite at step 0: the model gives none before any step; try other --weights")
     if progress.note_if_best(dev):
         save(problem.lm, folder.model)
     goes_on = adamw is not None and 0 < progress.steps < c.steps
     state = folder.save_state(progress.steps, adamw, trained(problem.lm)) if goes_on else {}
     row = DevRow(progress.steps, progress.forwards, dev.metric, dev.loss)
     folder.dev(row, progress.best_step, peak_memory(c.device), state)
-
-
-def check_finite(loss: float, step: int) -> None:
-    """step: from 1; 0 is before the first."""
-    if not math.isfinite(loss):
-        advice = "try a smaller --lr" if step else "the model gives none before any step; try other --weights"
-        raise ValueError(f"the loss is not finite at step {step}: {advice}")
 
 
 def save(lm: LanguageModel, directory: Path) -> None:
@@ -328,7 +344,15 @@ def result_of(c: Config, problem: Problem, folder: RunFolder, progress: Progress
 
 def tell(line: str | None) -> None:
     if line is not None:
-        tqdm.write(line, sys.stderr)
+        with suppress(OSError):  # a run does not end for a standard error that is closed or full
+            tqdm.write(line, sys.stderr)
+
+
+def progress_bar(done: int, steps: int) -> tqdm:
+    try:
+        return tqdm(total=steps, initial=done, unit="step", file=sys.stderr, dynamic_ncols=True)
+    except OSError:
+        return tqdm(disable=True)
 
 
 def other_versions(recorded: dict, found: dict) -> str | None:
@@ -396,10 +420,11 @@ def progress_of(past: RecordedRun | None, c: Config, lm: LanguageModel, guess: f
         grads = iter(past.projected_grads)
         for row in past.rows:  # in the order in which train counted
             if "dev" in row:
-                progress.note_if_best(Quality(row["dev"], row["dev_loss"]))
+                progress.note_if_best(Quality(row["dev"], math.inf if row["dev_loss"] is None else row["dev_loss"]))
             else:
                 of_step = next(grads)
-                progress.count_step(torch.tensor(of_step, dtype=torch.float64), 2 * len(of_step) or 1, row["loss"])
+                loss = math.nan if row["loss"] is None else row["loss"]
+                progress.count_step(torch.tensor(of_step, dtype=torch.float64), 2 * len(of_step) or 1, loss)
     return progress
 
 
@@ -435,9 +460,13 @@ def parameters(weights: dict[str, Store]) -> int:
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: of the GPU's allocator on cuda, of the whole process on a CPU."""
+    """Bytes: of the GPU's allocator on cuda, of the whole process on a CPU; 0 on Windows, which does not say."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -505,10 +534,13 @@ def verify_step(c: Config, problem: Problem, past: RecordedRun, step: int, found
     examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, len(problem.train))]
     loss_fn = problem.loss_fn(c.micro_batch_size)(examples)
     plus, minus = probe_losses(trained(problem.lm), loss_fn, Key(c.seed, step), gpu.estimator(zo, c.device))
-    differences = [*(plus - torch.tensor(row["plus"])).abs(), *(minus - torch.tensor(row["minus"])).abs()]
+    then = [torch.tensor([math.nan if loss is None else loss for loss in row[name]]) for name in ("plus", "minus")]
+    difference = torch.stack((plus - then[0], minus - then[1])).abs()
+    both = ~torch.stack((plus, minus)).isfinite() & ~torch.stack(then).isfinite()  # what is not finite is so again
+    difference = difference.where(~both, 0.0).nan_to_num(nan=math.inf)
     found.setdefault("verified_steps", []).append(step + 1)
-    found["largest_difference"] = max([found.get("largest_difference", 0.0), *map(float, differences)])
-    slopes = (torch.tensor(row["plus"]) - torch.tensor(row["minus"])).double() / (2 * c.eps)
+    found["largest_difference"] = max(found.get("largest_difference", 0.0), float(difference.max()))
+    slopes = ((then[0] - then[1]).double() / (2 * c.eps)).nan_to_num(0.0, 0.0, 0.0)
     grads = torch.tensor(row["projected_grad"], dtype=torch.float64)
     cut = grads.abs() < slopes.abs() if c.clip else torch.zeros(len(grads), dtype=torch.bool)  # by --clip
     same = (slopes.abs() - grads.abs()).abs() <= 1e-3 + 1e-3 * slopes.abs()  # a coin may turn random's over
@@ -544,7 +576,7 @@ def dry_run(c: Config) -> dict:
 
 def swept(c: Config) -> dict:
     """Run a sweep and print its table."""
-    result = sweep(c, partial(tqdm.write, file=sys.stderr))
+    result = sweep(c, tell)
     print(table_of_sweep(result))
     return result
 
@@ -560,6 +592,7 @@ def main(argv: list[str]) -> int:
     """Exit codes: 0, 2 for bad input, 130 for an interrupt (128 + SIGINT), and 1 for a run that diverged, a replay that
     came to other weights, a sweep of which a run failed, or a machine that gave out."""
     code, message = 0, ""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (Python has none where it was closed)
     try:
         c = parse(argv)
         if c.asks and not c.sweep:
@@ -574,17 +607,26 @@ def main(argv: list[str]) -> int:
         code, message = 2, str(error)
     except torch.OutOfMemoryError as error:
         code, message = 1, f"out of GPU memory; try a smaller --micro-batch-size, fewer bits or --no-graphs: {error}"
-    except OSError as error:
-        code, message = 1, str(error)
+    except (OSError, SafetensorError) as error:  # of a full disk too
+        code, message = 1, str(error) or repr(error)
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # all that tells the CPU's allocator from a bug
+        code, message = 1, of_the_machine(error)
+        if not message:
             raise
-        code, message = 1, f"out of memory; try a smaller --micro-batch-size or fewer bits: {error}"
     except KeyboardInterrupt:
         code, message = 130, "interrupted: stopped at once"
     if message:
-        print(f"train.py: {' '.join(message.split())}", file=sys.stderr)
+        tell(f"train.py: {one_line(message)}")
     return code
+
+
+def of_the_machine(error: RuntimeError) -> str:
+    """What to say of an error that is no bug: all that tells them apart is their texts and modules."""
+    if "can't allocate memory" in str(error):
+        return f"out of memory; try a smaller --micro-batch-size or fewer bits: {error}"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"the model cannot be compiled here, for want of a C++ compiler perhaps; try --no-compile: {error}"
+    return ""
 
 
 if __name__ == "__main__":

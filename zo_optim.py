@@ -41,16 +41,14 @@ def zo_step(weights: dict[str, Store], loss_fn: LossFn, key: Key, zo: ZO, lr: fl
     """One step of MeZO or QuZO (algorithm 1 of either).
 
     weights: stores by name (quant.encode makes one of any tensor), written in place.  loss_fn: a view of P perturbed
-    copies -> [P] losses.  key: (seed, step).  clip: the largest size of a projected gradient (not in the papers).
-    Raises ValueError, writing nothing, unless losses are finite, one a copy.
+    copies -> [P] losses.  key: (seed, step).  clip: the largest size of a projected gradient (not in the papers).  A
+    query whose losses are not finite counts as 0.  Raises ValueError, writing nothing, unless there is a loss a copy.
     """
     plus, minus = probe_losses(weights, loss_fn, key, zo)  # L(w + eps u1), L(w - eps u1): nothing is written
     projected_grads = (plus - minus) / (2 * zo.eps)
     if zo.estimator == "random":
         projected_grads = projected_grads * coins(key, zo.queries)
-    if not projected_grads.isfinite().all():
-        raise ValueError(f"the loss is not finite at step {key.step + 1}: try a smaller --lr")
-    projected_grads = projected_grads.clamp(-clip, clip)
+    projected_grads = projected_grads.where(projected_grads.isfinite(), 0.0).clamp(-clip, clip)
     counts = update(weights, projected_grads, key, zo, lr)  # w <- round(w - lr / Q sum g u2): all that ever writes
     return Step(plus, minus, projected_grads, counts)
 

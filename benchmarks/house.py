@@ -146,7 +146,8 @@ class Watch:
 
 
 def watch_step(tree: Path) -> dict:
-    """Train in this process, and watch one step, between two yields of the loop's progress bar."""
+    """Train in this process, and watch one step, between two updates of the loop's progress bar (of older trees its
+    yields)."""
     import tqdm
 
     watch = Watch(tree)
@@ -158,6 +159,13 @@ def watch_step(tree: Path) -> dict:
                     sys.setprofile(watch)
                 yield step
                 sys.setprofile(None)
+
+        def update(self, n: int = 1) -> bool | None:
+            sys.setprofile(None)
+            shown = super().update(n)
+            if self.n == WATCHED_STEP:
+                sys.setprofile(watch)
+            return shown
 
     tqdm.tqdm = WatchedBar
     sys.path.insert(0, str(tree))

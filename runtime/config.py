@@ -243,13 +243,26 @@ def parse(argv: list[str]) -> Config:
             options |= {"nargs": "+"}
         else:
             options |= {"type": kinds[f.type.removesuffix(" | None")], "choices": f.metadata["choices"]}
-        groups[title].add_argument("--" + f.name.replace("_", "-"), default=f.default, **options)
-    c = Config(**vars(parser.parse_args(argv)))
-    if c.verify is not None and not c.replay:
-        raise ValueError("--verify goes with --replay")
+        groups[title].add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **options)
+    given = vars(parser.parse_args(argv))
+    c = Config(**given)
+    check_given(c, set(given))
     if c.evaluate is not None and not names_a_run(c.evaluate):
         c = dataclasses.replace(c, model=c.evaluate)
     return c if c.resume or c.replay or c.sweep or names_a_run(c.evaluate) else resolve_defaults(c)
+
+
+def check_given(c: Config, given: set[str]) -> None:
+    """Raises ValueError for flags that cannot stand beside one another in a command, whatever their values."""
+    for name in ("resume", "replay", "evaluate", "predict", "export", "out", "model", "task"):
+        if getattr(c, name) == "":
+            raise ValueError(f"--{name} needs a name, got ''")
+    if c.verify is not None and not c.replay:
+        raise ValueError("--verify goes with --replay")
+    allowed = {"resume", *MOVED} if c.resume else {"replay", "verify", *MOVED}
+    if (c.resume or c.replay) and given - allowed:
+        message = f"a run has its own flags: give --resume or --replay, and beside it at most {', '.join(MOVED)}"
+        raise ValueError(f"{message}; got {', '.join(sorted(given))}")
 
 
 def names_a_run(path: str | None) -> bool:
@@ -357,13 +370,9 @@ MOVED = ("model", "task", "adapters", "data_dir", "device")  # what may be elsew
 def recorded(c: Config, flags: dict) -> Config:
     """The flags of the run that --resume or --replay names, from its config.json.
 
-    Raises ValueError for other flags beside these two, for flags that are not ours, and for a replay of AdamW.
+    Raises ValueError for flags that are not ours, and for a replay of AdamW.
     """
     run, given = c.resume or c.replay, flags_given(c)
-    beside = {*MOVED, "verify"} if c.replay else MOVED
-    if given.keys() >= {"resume", "replay"} or given.keys() - {"resume", "replay", *beside}:
-        message = f"a run has its own flags: give --resume or --replay, and beside it at most {', '.join(MOVED)}"
-        raise ValueError(f"{message}; got {', '.join(sorted(given))}")
     check_flags(run, flags)
     if c.replay and flags["optimizer"] != "zo":
         raise ValueError(f"{run} cannot be replayed: only zeroth order's steps can be redone without a gradient")

@@ -10,6 +10,7 @@ Shape key: R rows, C columns, r some of the rows.  Imports quant.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,13 +101,15 @@ def load_state(path: Path, sha256: str, optimizer: torch.optim.AdamW, weights: d
 
 
 def adamw_step(optimizer: torch.optim.AdamW, losses: Iterable[Tensor], lr: float) -> float:
-    """One step down the gradient of the sum of losses (of one micro-batch after the other) -> the sum."""
+    """One step down the gradient of the sum of losses (of one micro-batch after the other) -> the sum.  Where that is
+    not finite nothing is written."""
     total = 0.0
     for loss in losses:
         loss.backward()  # frees that micro-batch's activations before the next is run
         total += loss.item()
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    if math.isfinite(total):
+        optimizer.step()
     optimizer.zero_grad()
     return total

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from runtime.json_files import parse, read_object, shown
+
 # Of the folder.  1 called projected gradients slopes; 2 had no evaluation of step 0, and of a step's landing it had
 # `clipped` in the place of `held_back` and `lost`; 3 had no digests.
 FORMAT = 4
@@ -79,13 +81,13 @@ def read_run(path: Path) -> RecordedRun:
         config = read_config_of_run(path)
         trajectory, metrics = (whole_lines(path / name) for name in ("trajectory", "metrics.jsonl"))
         return followed(RecordedRun(config, trajectory, metrics))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a run folder: {error}") from None
 
 
 def read_config_of_run(path: Path) -> dict:
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
+    config = read_object(path / "config.json")
+    if not isinstance(config.get("flags"), dict):
         raise ValueError("config.json is not that of a run")
     if config.get("format") != FORMAT:
         raise ValueError(f"its format is {config.get('format', 1)}, this version reads {FORMAT}; use the commit "
@@ -99,7 +101,7 @@ def followed(run: RecordedRun) -> RecordedRun:
     """The record without what a killed process left half done: a step is whole with its line in both files."""
     chain, steps, kept = hashlib.sha256(run.config["sha256"].encode()), 0, []
     for number, line in enumerate(run.metrics, start=1):
-        row = json.loads(line)
+        row = parse(line)
         if not isinstance(row, dict):
             raise ValueError(f"metrics.jsonl:{number} is not an object")
         of_step, grads = "projected_grad" in row, []
@@ -129,11 +131,9 @@ def read_result(path: Path) -> dict | None:
     """result.json, of a run that has one."""
     if not (path / "result.json").is_file():
         return None
-    try:
-        result = json.loads((path / "result.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path / 'result.json'}: {error}") from None
-    if not isinstance(result, dict) or not {"interrupted", "diverged", "best_step", "digest"} <= set(result):
+    result = read_object(path / "result.json")
+    needed = {"interrupted": bool, "best_step": int, "digest": str, "files_sha256": dict, "weights_sha256": str}
+    if "diverged" not in result or not all(isinstance(result.get(name), kind) for name, kind in needed.items()):
         raise ValueError(f"{path / 'result.json'} is not that of a run")
     return result
 
@@ -145,7 +145,7 @@ def check_result(path: Path, run: RecordedRun, result: dict, derived: dict) -> N
     """
     for name, value in derived.items():
         if result.get(name) != value:
-            raise ValueError(f"{path / 'result.json'}: {name} is {result.get(name)!r}, by the record {value!r}")
+            raise ValueError(f"{path / 'result.json'}: {name} is {shown(result.get(name))}, by the record {value!r}")
     if result["digest"] != digest_of_result(chain_of(run), result):
         raise ValueError(f"{path / 'result.json'} is not what the run wrote: its digest is another")
     found = small_files(path)

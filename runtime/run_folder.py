@@ -26,6 +26,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import shutil
@@ -124,7 +125,8 @@ class RunFolder:
     def dev(self, dev: DevRow, best_step: int, peak_memory_bytes: int, more: dict[str, str]) -> None:
         """more: further values for its line."""
         self.devs.append(dev)
-        row = {"step": dev.step, "forwards": dev.forwards, "dev": dev.metric, "dev_loss": dev.loss} | more
+        loss = dev.loss if math.isfinite(dev.loss) else None
+        row = {"step": dev.step, "forwards": dev.forwards, "dev": dev.metric, "dev_loss": loss} | more
         self.chain.update(canonical(row).encode())
         row |= {"peak_memory_bytes": peak_memory_bytes, "digest": self.chain.copy().hexdigest()[:DIGITS]}
         self.metrics.write(json.dumps(row) + "\n")
@@ -155,8 +157,11 @@ class RunFolder:
 
 def series(rows: list[dict]) -> tuple[list[tuple[int, float]], list[DevRow]]:
     """What a curve shows of a record: (step, loss) of each step, and the evaluations."""
-    devs = [DevRow(row["step"], row["forwards"], row["dev"], row["dev_loss"]) for row in rows if "dev" in row]
-    return [(row["step"], row["loss"]) for row in rows if "projected_grad" in row], devs
+    def number(value: float | None) -> float:
+        return math.nan if value is None else value
+
+    devs = [DevRow(row["step"], row["forwards"], row["dev"], number(row["dev_loss"])) for row in rows if "dev" in row]
+    return [(row["step"], number(row["loss"])) for row in rows if "projected_grad" in row], devs
 
 
 def state_path(path: Path, step: int) -> Path:
@@ -269,10 +274,12 @@ class StepRecorder:
                 self.counted.synchronize()
             (number, loss, step, counts, more), self.waiting = self.waiting, None
             projected_grads = [] if step is None else step.projected_grads.tolist()
-            row = {"step": number, "projected_grad": projected_grads, "loss": loss}
+            row = {"step": number, "projected_grad": projected_grads, "loss": loss if math.isfinite(loss) else None}
             if step is not None:
                 changed, moves, held, way, lost = counts.tolist()
-                row |= {"plus": step.plus.tolist(), "minus": step.minus.tolist(), "queries": len(step.plus)}
+                for name, losses in (("plus", step.plus), ("minus", step.minus)):  # JSON has no numbers for others
+                    row[name] = [loss if math.isfinite(loss) else None for loss in losses.tolist()]
+                row["queries"] = len(step.plus)
                 row |= {"changed": changed / self.size, "held_back": held / max(moves, 1), "lost": lost / max(way, 1)}
             row |= more
             line, chain = json.dumps(row), self.folder.chain

@@ -24,6 +24,8 @@ from queue import SimpleQueue
 import torch
 
 from runtime.config import Config, parse, spelled, validate
+from runtime.json_files import read_object
+from runtime.record import read_result
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 Flags = dict[str, str]  # name without dashes in front, as it is spelled: its value
@@ -117,7 +119,7 @@ def begin(out: Path, about: dict) -> None:
     """Make OUT, or find it as the same command left it."""
     path = out / "sweep.json"
     if path.is_file():
-        if json.loads(path.read_text()) != about:
+        if read_object(path) != about:
             raise ValueError(f"--out {out} holds another sweep: {path} says which; give a new folder")
         return
     if out.is_dir() and any(out.iterdir()):
@@ -128,8 +130,7 @@ def begin(out: Path, about: dict) -> None:
 
 def recorded(folder: Path) -> dict | None:
     """The result of a run that came to its end."""
-    path = folder / "result.json"
-    result = json.loads(path.read_text()) if path.is_file() else None
+    result = read_result(folder)
     return None if result is None or result["interrupted"] else result
 
 

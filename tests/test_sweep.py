@@ -108,7 +108,7 @@ def test_a_run_that_fails_does_not_end_the_others(tmp_path, capsys):
     "--sweep show=1,2": "--sweep is over flags of a new run",
     "--sweep lr=1e-3 --evaluate x": "--sweep is over flags of a new run",
     "--sweep lr=1e-3 --jobs 0": "--jobs must be in",
-    "--sweep lr=1e-3 --resume runs/x": "runs/x cannot be read as a run folder",
+    "--sweep lr=1e-3 --resume runs/x": "a run has its own flags",
 }.items())  # fmt: skip
 def test_what_cannot_be_swept_is_said_before_any_run(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)

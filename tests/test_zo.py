@@ -162,18 +162,25 @@ def test_a_step_by_hand(weights, residual, way):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_loss_that_is_not_finite_stops_the_step_before_it_writes(bad):
-    for at in range(4):  # each of two queries' two losses; the last forward is done by then
-        store, seen = four_tensors("int8"), []
-        before = deepcopy(store)
+def test_a_query_whose_loss_is_not_finite_counts_as_nothing(bad):
+    """The other query is stepped along as if that one's losses had been equal."""
+    for at in range(4):  # each of two queries' two losses
+        stepped = []
+        for wrong in (bad, None):
+            store, seen = four_tensors("int8"), []
 
-        def loss_fn(view: PerturbedWeights, at=at, seen=seen) -> Tensor:
-            seen.append(view)
-            return torch.tensor([bad if 2 * (len(seen) - 1) + p == at else 1.0 + p for p in range(2)])
+            def loss_fn(view: PerturbedWeights, at=at, seen=seen, wrong=wrong) -> Tensor:
+                first = 2 * len(seen)
+                seen.append(view)
+                losses = [1.0 + p + first for p in range(2)]
+                if first <= at < first + 2:
+                    losses = [5.0, 5.0] if wrong is None else [wrong if first + p == at else 5.0 for p in range(2)]
+                return torch.tensor(losses)
 
-        with pytest.raises(ValueError, match="not finite at step 5"):
-            zo_step(store, loss_fn, KEY, ZO(queries=2, bits=4), 0.1)
-        assert same(store, before) and len(seen) == 2
+            done = zo_step(store, loss_fn, KEY, ZO(queries=2, bits=4), 0.1)
+            assert done.projected_grads[at // 2] == 0 and done.projected_grads[1 - at // 2] != 0 and len(seen) == 2
+            stepped.append(store)
+        assert same(*stepped) and not same(stepped[0], four_tensors("int8"))
 
 
 def test_a_projected_gradient_is_clipped_before_it_is_stepped_along():
