@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from data.tasks import Row
 from runtime import checkpoints
+from runtime.record import canonical
 
 
 def review(sentence: str, label: int) -> Row:
@@ -112,3 +114,24 @@ def largest_gap(got: Tensor, want: Tensor, mask: Tensor | None = None) -> float:
     assert want.std() > 0.5, "logits of this size could not show an error"
     gap = (got - want).abs()
     return (gap if mask is None else gap[mask.bool()]).max().item()
+
+
+def repeated(path: Path) -> bytes | str | list:
+    """A file's contents without what is not the same when a run is done again: time, memory and paths."""
+    if path.name == "config.json" and path.parent.name != "model":
+        return [{**json.loads(path.read_text()), "flags": None}]
+    if path.name == "result.json":
+        return canonical(json.loads(path.read_text()))
+    if path.name == "metrics.jsonl":
+        return [(canonical(json.loads(line)), json.loads(line).get("digest")) for line in path.open()]
+    if path.name == "metrics.csv":
+        return [line.rpartition(",")[0] for line in path.open()]
+    return path.read_bytes()
+
+
+def assert_equal_folders(one: Path, other: Path) -> None:
+    names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (one, other)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        if (one / name).is_file():
+            assert repeated(one / name) == repeated(other / name), name

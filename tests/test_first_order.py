@@ -1,5 +1,7 @@
 """The first-order baselines against autograd and torch's AdamW on a `transformers` model."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from helpers import random_oracle, tiny_llama, tiny_roberta
 from data.scoring import BatchLoss, Encoded, collate
 from model import load
 from quant import INTEGERS, encode
-from runtime.first_order import Master, adamw_step, make_trainable, optimizer
+from runtime.first_order import Master, adamw_step, load_state, make_trainable, optimizer, save_state
 
 RAW = {"llama": tiny_llama(), "tied llama": tiny_llama(tie_word_embeddings=True), "roberta": tiny_roberta()}
 CODES = ["int8", "int4", "fp8"]
@@ -59,6 +61,40 @@ def test_three_steps_are_those_of_transformers_and_adamw(name, micro_batch_size,
         assert gap.numel() == 0 or gap.max() < 2e-6, name
         compared += gap.numel()
     assert compared > 10_000
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device"))])  # fmt: skip
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_training_goes_on_from_a_state_to_the_same_bits(device, format, tmp_path):
+    """Weights, both moments and the number of steps, which corrects them."""
+    random_oracle(RAW["llama"], tmp_path)
+    ended, sha256 = [], ""
+    for path in (None, tmp_path / "state"):
+        lm = load(tmp_path, device)
+        lm.weights = make_trainable(lm.weights, format, torch.float32)
+        adamw = optimizer(lm.weights, 1.0, 0.1)
+        if path is not None:
+            load_state(path, sha256, adamw, lm.weights)
+        for step in range(0 if path is None else 3, 5):
+            if path is None and step == 3:
+                sha256 = save_state(tmp_path / "state", adamw, lm.weights)
+            loss_fn = BatchLoss.of(lm, examples_of(step), 1, 4)
+            adamw_step(adamw, loss_fn.parts(lm.stored_view()), 1e-3)
+        ended.append({name: stored.value for name, stored in lm.weights.items()})
+    assert all(torch.equal(ended[0][name], value) for name, value in ended[1].items())
+    with pytest.raises(ValueError, match="is not what the run wrote"):
+        load_state(tmp_path / "state", "0" * 64, adamw, lm.weights)
+
+
+def test_a_step_whose_loss_is_not_finite_writes_nothing(tmp_path):
+    random_oracle(RAW["llama"], tmp_path)
+    lm = load(tmp_path)
+    lm.weights = make_trainable(lm.weights, None, torch.float32)
+    before, adamw = {name: stored.value.clone() for name, stored in lm.weights.items()}, optimizer(lm.weights, 1.0, 0.1)
+    parts = [part * float("nan") for part in BatchLoss.of(lm, examples_of(0), 1, 4).parts(lm.stored_view())]
+    assert math.isnan(adamw_step(adamw, parts, 1e-3)) and not adamw.state
+    assert all(torch.equal(before[name], stored.value) for name, stored in lm.weights.items())
 
 
 @pytest.mark.parametrize("weights", CODES)

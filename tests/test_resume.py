@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import assert_equal_folders
 
 import train
 from data.tasks import TINY
@@ -87,27 +88,6 @@ def kill_after(patch: pytest.MonkeyPatch, lines: int) -> None:
         return file
 
     patch.setattr("runtime.run_folder.open", opened, raising=False)
-
-
-def repeated(path: Path) -> bytes | str | list:
-    """A file's contents without what is not the same when a run is done again: time, memory and paths."""
-    if path.name == "config.json" and path.parent.name != "model":
-        return [{**json.loads(path.read_text()), "flags": None}]
-    if path.name == "result.json":
-        return canonical(json.loads(path.read_text()))
-    if path.name == "metrics.jsonl":
-        return [(canonical(json.loads(line)), json.loads(line).get("digest")) for line in path.open()]
-    if path.name == "metrics.csv":
-        return [line.rpartition(",")[0] for line in path.open()]
-    return path.read_bytes()
-
-
-def assert_equal_folders(one: Path, other: Path) -> None:
-    names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (one, other)]
-    assert names[0] == names[1]
-    for name in names[0]:
-        if (one / name).is_file():
-            assert repeated(one / name) == repeated(other / name), name
 
 
 def assert_finished_alike(capsys, cut: Path, whole: Path, expected: dict) -> None:
