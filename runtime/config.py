@@ -377,7 +377,8 @@ def recorded(c: Config, flags: dict) -> Config:
     if c.replay and flags["optimizer"] != "zo":
         raise ValueError(f"{run} cannot be replayed: only zeroth order's steps can be redone without a gradient")
     moved = {name: value for name, value in given.items() if name in MOVED}
-    moved["graphs"] = flags["graphs"] and moved.get("device", flags["device"]).startswith("cuda")
+    if flags["device"].startswith("cuda") and c.device == "cpu":  # updates are the same bits, losses within rounding
+        moved |= {"graphs": False, "compile": False, "compute": "fp32"}
     return Config(**flags | moved | {"out": run, "verify": c.verify})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from helpers import assert_equal_folders
 import train
 from data.tasks import TINY
 from runtime import problem as setup
+from runtime.checkpoints import weights_sha256
 from runtime.config import Config, parse, recorded
 from runtime.record import canonical, read_run, whole_lines
 
@@ -163,10 +165,24 @@ def test_a_replay_makes_no_forward(capsys, monkeypatch, wholes):
     assert run(capsys, "--replay", str(whole))[1]["equal"]
 
 
-def test_a_run_with_graphs_is_taken_up_on_a_cpu_without():
-    flags = vars(parse(["--model", "roberta-base", "--device", "cuda"]))
-    assert recorded(parse(["--resume", "run"]), flags).graphs
-    assert not recorded(Config(resume="run", device="cpu"), flags).graphs
+def test_a_run_of_a_gpu_is_taken_up_on_a_cpu_by_plain_definitions():
+    flags = vars(parse("--model roberta-base --device cuda --weights fp8 --activations fp8".split()))
+    here = recorded(parse(["--resume", "run"]), flags)
+    assert here.graphs and here.compile and here.compute == "fp8"
+    there = recorded(Config(resume="run", device="cpu"), flags)
+    assert not there.graphs and not there.compile and there.compute == "fp32"
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_updates_do_not_depend_on_what_products_are_computed_in(capsys, tmp_path, weights):
+    """So a run in bf16, as on a GPU, is replayed to the bit in fp32."""
+    out = tmp_path / "run"
+    _, result = run(capsys, *FLAGS, "--weights", weights, "--lr", "1e-3", "--compute", "bf16", "--out", str(out))
+    past = read_run(out)
+    c = replace(Config(**past.config["flags"]), compute="fp32")
+    lm = train.load_base(c, TINY / "model", [])
+    train.catch_up(c, lm, past.projected_grads[: result["best_step"]], {})
+    assert result["best_step"] and weights_sha256(lm.weights) == result["weights_sha256"]
 
 
 def test_what_cannot_be_taken_up_is_one_line(capsys, tmp_path, wholes):
