@@ -52,9 +52,11 @@ from runtime.hub import raw_config, resolve
 from runtime.json_files import one_line
 from runtime.model_configs import config_of
 from runtime.problem import Problem, Quality, load_base, prepare, restore_best, sizes
+from runtime.ranks import Ranks, is_first, joined
 from runtime.record import RecordedRun, check_result, check_same, read_result, read_run
 from runtime.run_folder import (
     DevRow,
+    NoFolder,
     RunFolder,
     StepRecorder,
     begin,
@@ -85,10 +87,12 @@ from zo_optim import (
 # ---------------------------------------------------------------- the loop
 
 
-def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: Progress) -> None:
+def train(
+    c: Config, problem: Problem, folder: RunFolder | NoFolder, stop: Stop, progress: Progress, ranks: Ranks
+) -> None:
     """Run the loop, to its last step or until the run has diverged.  The folder's model/ holds the best weights."""
     lm, n, weights = problem.lm, len(problem.train), trained(problem.lm)
-    loss_of = problem.loss_fn(c.micro_batch_size)
+    loss_of = ranks.loss_of(problem.loss_fn(c.micro_batch_size), problem.terms)
     zo = gpu.estimator(estimator(c, lm), c.device, c.graphs) if c.optimizer == "zo" else None
     adamw = optimizer(weights, c.lr, c.weight_decay or 0.0) if c.optimizer == "adamw" else None
     if adamw is not None and progress.steps:  # a run is taken up again
@@ -96,7 +100,7 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
     bar = progress_bar(progress.steps, c.steps)
     with StepRecorder(folder, size=parameters(weights)) as recorder:
         for step in range(progress.steps, c.steps):
-            if stop.signal or progress.diverged:
+            if (ranks.stopping if ranks.world > 1 else stop.signal) or progress.diverged:
                 break
             # the batch
             examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, n)]
@@ -125,7 +129,7 @@ def train(c: Config, problem: Problem, folder: RunFolder, stop: Stop, progress: 
             # evaluate
             if progress.steps % c.eval_every == 0 or progress.steps == c.steps:
                 recorder.write()
-                evaluate_and_keep_best(c, problem, folder, progress, adamw)
+                evaluate_and_keep_best(c, problem, folder, progress, ranks, adamw)
             with suppress(OSError):  # of a standard error that was closed meanwhile
                 bar.set_postfix(loss=f"{loss:.3f}", dev=f"{folder.devs[-1].loss:.3f}", lr=f"{lr:.1e}", refresh=False)
                 bar.update()
@@ -228,13 +232,14 @@ class Progress:
 
 
 def evaluate_and_keep_best(
-    c: Config, problem: Problem, folder: RunFolder, progress: Progress, adamw: torch.optim.AdamW | None = None
-) -> None:
+    c: Config, problem: Problem, folder: RunFolder | NoFolder, progress: Progress, ranks: Ranks,
+    adamw: torch.optim.AdamW | None = None,
+) -> None:  # fmt: skip
     """Save before logging, so that the log never names weights that are not on disk."""
-    dev = problem.quality(problem.dev)
+    dev = ranks.first(problem.quality(problem.dev))
     if not progress.steps and not math.isfinite(dev.loss):
         raise ValueError("the loss is not finite at step 0: the model gives none before any step; try other --weights")
-    if progress.note_if_best(dev):
+    if progress.note_if_best(dev) and folder.model is not None:
         save(problem.lm, folder.model)
     goes_on = adamw is not None and 0 < progress.steps < c.steps
     state = folder.save_state(progress.steps, adamw, trained(problem.lm)) if goes_on else {}
@@ -267,60 +272,73 @@ class Stop:
         self.signal = number
 
 
-def start(c: Config, held: ExitStack) -> tuple[Config, Problem, RecordedRun]:
+def start(c: Config, held: ExitStack) -> tuple[Config, Problem, RecordedRun, Ranks]:
     """A new run or one that is taken up: its flags, its problem, and what its folder holds, which is `held` from now
-    on.
+    on, as the ranks are.
 
     Raises ValueError, before anything is written, where either cannot be.
     """
     past = None
     if c.resume:
-        tell(held.enter_context(locked(Path(c.resume))))
+        if is_first():
+            tell(held.enter_context(locked(Path(c.resume))))
         past = read_run(Path(c.resume))
         c = recorded(c, past.config["flags"])
     validate(c)
-    if past is None:
-        check_free(Path(c.out))
-    else:
+    if past is not None:
         check_unfinished(c, past)
+    elif is_first():
+        check_free(Path(c.out))
     if c.device.startswith("cuda:"):
         torch.cuda.set_device(c.device)  # kernels and memory figures go by the current device
+    ranks = held.enter_context(joined(c.device))
+    if ranks.world > 1 and c.optimizer != "zo":
+        raise ValueError("several processes share zeroth order's steps; AdamW's are not shared: start one process")
     problem, splits = prepare(c)
     others = [resolve(c.model) / "config.json", *problem.lm.other_files]
     begun = run_config(dataclasses.asdict(c), weights_sha256(problem.lm.weights), splits.files, others)
-    if past is None:
+    decided = {name: begun[name] for name in ("code_sha256", "base_weights_sha256", "data_sha256", "other_sha256")}
+    ranks.check_same("what they begin with", json.dumps(decided))
+    if past is not None:
+        check_same(Path(c.out), past.config, decided)
+        tell(other_versions(past.config, begun))
+    elif is_first():
         past = begin(Path(c.out), begun)
         tell(held.enter_context(locked(Path(c.out))))
     else:
-        decided = ("code_sha256", "base_weights_sha256", "data_sha256", "other_sha256")
-        check_same(Path(c.out), past.config, {name: begun[name] for name in decided})
-        tell(other_versions(past.config, begun))
-    return c, problem, past if c.optimizer == "zo" else past.up_to(last_state(Path(c.out), past))
+        past = RecordedRun(begun, [], [])
+    return c, problem, past if c.optimizer == "zo" else past.up_to(last_state(Path(c.out), past)), ranks
 
 
 def run(c: Config) -> dict:
-    """One training run from flags to result, or the rest of one."""
+    """One training run from flags to result, or the rest of one; of ranks but the first, nothing."""
     with ExitStack() as held:
-        c, problem, past = start(c, held)
-        title, metric = title_of(past.config["flags"]), problem.task.metric
-        folder = RunFolder(Path(c.out), title, past, metric, events=c.log == "tensorboard")
+        c, problem, past, ranks = start(c, held)
+        title, metric, out = title_of(past.config["flags"]), problem.task.metric, Path(c.out)
+        events = c.log == "tensorboard"
+        folder = RunFolder(out, title, past, metric, events) if is_first() else NoFolder(past)
         stop = Stop()
+        ranks.asked_to_stop = lambda: bool(stop.signal)
         tell(f"{title}, {c.device}; {sizes(problem)}; run folder {c.out}")
-        zero_shot = folder.zero_shot = measure(metric, problem.answers(problem.tests["test"]))
-        tell(f"zero-shot test {metric} {100 * zero_shot:.1f} %")
+        if is_first():
+            folder.zero_shot = measure(metric, problem.answers(problem.tests["test"]))
+            tell(f"zero-shot test {metric} {100 * folder.zero_shot:.1f} %")
         progress = progress_of(past, c, problem.lm, guess_of(c, problem))
         if c.optimizer == "zo":
-            save_best = [] if progress.best is None else [partial(save, problem.lm, folder.model)]  # it may be lost
+            lost = progress.best is not None and folder.model is not None  # model/ may be
+            save_best = [partial(save, problem.lm, folder.model)] if lost else []
             catch_up(c, problem.lm, past.projected_grads, {progress.best_step: save_best})
         due = progress.steps % c.eval_every == 0 or progress.steps == c.steps
         if due and progress.steps not in [dev.step for dev in folder.devs]:  # a run begins, or was killed before that
-            evaluate_and_keep_best(c, problem, folder, progress)
+            evaluate_and_keep_best(c, problem, folder, progress, ranks)
         started = time.perf_counter()
-        train(c, problem, folder, stop, progress)
+        train(c, problem, folder, stop, progress, ranks)
         seconds = time.perf_counter() - started
+        if ranks.world > 1:
+            ranks.check_same("their weights", weights_sha256(trained(problem.lm)))
         for line in ending(c, progress):
             tell(line)
-        return folder.result(result_of(c, problem, folder, progress, seconds))
+        return folder.result(result_of(c, problem, folder, progress, seconds)) if is_first() else {}
 
 
 def result_of(c: Config, problem: Problem, folder: RunFolder, progress: Progress, seconds: float) -> dict:
@@ -346,14 +364,15 @@ def result_of(c: Config, problem: Problem, folder: RunFolder, progress: Progress
 
 
 def tell(line: str | None) -> None:
-    if line is not None:
+    if line is not None and is_first():
         with suppress(OSError):  # a run does not end for a standard error that is closed or full
             tqdm.write(line, sys.stderr)
 
 
 def progress_bar(done: int, steps: int) -> tqdm:
     try:
-        return tqdm(total=steps, initial=done, unit="step", file=sys.stderr, dynamic_ncols=True)
+        off = not is_first()
+        return tqdm(total=steps, initial=done, unit="step", file=sys.stderr, dynamic_ncols=True, disable=off)
     except OSError:
         return tqdm(disable=True)
 
@@ -604,7 +623,8 @@ def main(argv: list[str]) -> int:
                 print(json.dumps(line, ensure_ascii=False))
             return 0
         result = action(c)(c)
-        print(json.dumps(result))
+        if result:
+            print(json.dumps(result))
         failed = result.get("diverged") or result.get("failed") or not result.get("equal", True)
         code = 130 if result.get("interrupted") else 1 if failed else 0
     except ValueError as error:
@@ -615,22 +635,23 @@ def main(argv: list[str]) -> int:
         code, message = 1, str(error) or repr(error)
     except RuntimeError as error:
         code, message = 1, of_the_machine(error)
-        if not message:
-            raise
     except KeyboardInterrupt:
         code, message = 130, "interrupted: stopped at once"
     if message:
-        tell(f"train.py: {one_line(message)}")
+        with suppress(OSError):
+            print(f"train.py: {one_line(message)}", file=sys.stderr)
     return code
 
 
 def of_the_machine(error: RuntimeError) -> str:
-    """What to say of an error that is no bug: all that tells them apart is their texts and modules."""
+    """What to say of an error that is no bug, which only its text or its module tells; raises any other."""
     if "can't allocate memory" in str(error):
         return f"out of memory; try a smaller --micro-batch-size or fewer bits: {error}"
+    if "gloo" in str(error):
+        return f"another process of this run has ended: {error}"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"the model cannot be compiled here, for want of a C++ compiler perhaps; try --no-compile: {error}"
-    return ""
+    raise error
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ def zo_step(weights: dict[str, Store], loss_fn: LossFn, key: Key, zo: ZO, lr: fl
 def probe_losses(weights: dict[str, Store], loss_fn: LossFn, key: Key, zo: ZO) -> tuple[Tensor, Tensor]:
     """The losses at w + eps u1 and at w - eps u1: [Q] float64 each, on the CPU, all at the same weights w."""
     losses = zo.losses(weights, loss_fn, key).cpu()  # the only place where a step waits for a GPU
+    agreed = getattr(loss_fn, "agreed", None)  # with other processes, which have other examples
+    losses = losses if agreed is None else agreed(losses)
     if losses.shape != (2 * zo.queries,):
         raise ValueError(f"loss_fn must return one loss for each copy of a view, got {list(losses.shape)} in all")
     return losses.double().view(-1, 2).unbind(1)

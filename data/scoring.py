@@ -248,6 +248,7 @@ class BatchLoss:
     lm: object  # a model.LanguageModel
     batches: list[Batch]  # one after the other, to bound memory
     loss: str = "options"
+    agreed: Callable[[Tensor], Tensor] | None = None  # zo_optim.probe_losses: where processes share the examples
 
     @classmethod
     def of(
@@ -357,6 +358,7 @@ class MetricLoss:
     pad: int
     batch_size: int
     metric: Callable[[Prediction], float]
+    agreed: Callable[[Tensor], Tensor] | None = None  # as of BatchLoss
 
     def __call__(self, view) -> Tensor:
         """-> [P] float32; P = 1 where text is written."""

@@ -66,6 +66,11 @@ class Problem:
         """The task's metric, and those that its benchmark reports, by name."""
         return {name: measure(name, answers) for name in (self.task.metric, *self.task.also)}
 
+    def terms(self, examples: list[Encoded]) -> int:
+        """Of how many terms the mean loss over examples is."""
+        of_tokens = self.task.loss == "answer" and self.objective is None
+        return sum(len(e.answers[e.label]) for e in examples) if of_tokens else len(examples)
+
     def loss_fn(self, micro_batch_size: int) -> Callable[[list[Encoded]], BatchLoss | MetricLoss]:
         """From the examples of a step to what it makes smaller."""
         if self.objective is None:

@@ -238,6 +238,19 @@ def table_of(lines: list[str]) -> str:
     return held.getvalue()
 
 
+class NoFolder:
+    """What the other ranks of a run have in the place of its folder: they write nothing."""
+
+    model = events = None
+
+    def __init__(self, run: RecordedRun):
+        self.chain, (self.losses, self.devs) = chain_of(run), series(run.rows)
+        self.metrics = self.trajectory = open(os.devnull, "w")  # noqa: SIM115 (for the whole run)
+
+    def dev(self, dev: DevRow, *rest) -> None:
+        self.devs.append(dev)
+
+
 def event_writer(path: Path, purge_step: int | None) -> SummaryWriter:
     """purge_step: events from there on are those of a killed process, whose steps are done again."""
     from torch.utils.tensorboard import SummaryWriter  # whose package is no requirement
