@@ -10,13 +10,12 @@ adapters of a step run beside one large batch of the frozen model.  Adapters com
 computes in.
 
 Shape key: P perturbed copies, N tokens, I in, O out, k factors, r ranks, d cores.  Imports quant, random_bits, model,
-and runtime's checkpoints.
+and of runtime checkpoints and json_files.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -34,6 +33,7 @@ from model import LanguageModel, View
 from quant import Float, Store
 from random_bits import tensor_id
 from runtime.checkpoints import check_names, find_tensors, read_tensors, weights_sha256, write_directory
+from runtime.json_files import read_object
 
 # ---------------------------------------------------------------- factorisations
 
@@ -515,9 +515,9 @@ def check_base(directory: Path) -> None:
     if not found or any(any(directory.glob(f"{stem}*.safetensors*")) for stem in ("model", "codes")):
         return
     try:
-        raw = json.loads((directory / (PEFT_CONFIG if PEFT_CONFIG in found else "config.json")).read_text("utf-8"))
+        raw = read_object(directory / (PEFT_CONFIG if PEFT_CONFIG in found else "config.json"))
         base = raw.get("base_model_name_or_path") or raw.get("base")
-    except (OSError, AttributeError, ValueError, RecursionError):
+    except (OSError, ValueError):
         base = None  # load says what is wrong with it
     raise ValueError(
         f"{directory} holds adapters and no model: give {base or 'the model that they were trained around'} as --model "
@@ -528,11 +528,11 @@ def check_base(directory: Path) -> None:
 def _read_config(path: Path, lm: LanguageModel) -> tuple[Spec, dict]:
     """Our config.json -> the Spec, and what it says of the base (older ones: nothing)."""
     try:
-        raw, model_type = json.loads(path.read_text("utf-8")), lm.raw_config["model_type"]
+        raw, model_type = read_object(path), lm.raw_config["model_type"]
         if raw["model_type"] != model_type:
             raise ValueError(f"the adapters are of a {raw['model_type']}, the model is a {model_type}")
         return Spec(**raw["adapters"]), raw
-    except (OSError, TypeError, KeyError, ValueError, RecursionError) as error:
+    except (OSError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} does not describe adapters for this model: {error}") from None
 
 
@@ -604,8 +604,8 @@ def _read_peft(directory: Path, lm: LanguageModel) -> tuple[Spec, dict]:
         return any(layer == target or layer.endswith(f".{target}") for target in targets)
 
     try:
-        raw, record = json.loads((directory / PEFT_CONFIG).read_text("utf-8")), directory / PEFT_BASE
-        base = dict(json.loads(record.read_text("utf-8"))) if record.is_file() else {}
+        raw, record = read_object(directory / PEFT_CONFIG), directory / PEFT_BASE
+        base = read_object(record) if record.is_file() else {}
         targets, norms = raw["target_modules"], raw.get("modules_to_save") or []
         supported = {
             "peft_type": raw["peft_type"] == "LORA",

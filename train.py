@@ -629,8 +629,8 @@ def main(argv: list[str]) -> int:
         code = 130 if result.get("interrupted") else 1 if failed else 0
     except ValueError as error:
         code, message = 2, str(error)
-    except torch.OutOfMemoryError as error:
-        code, message = 1, f"out of GPU memory; try a smaller --micro-batch-size, fewer bits or --no-graphs: {error}"
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        code, message = 1, f"out of memory; try a smaller --micro-batch-size, fewer bits or --no-graphs: {error}"
     except (OSError, SafetensorError) as error:  # of a full disk too
         code, message = 1, str(error) or repr(error)
     except RuntimeError as error:

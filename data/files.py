@@ -6,19 +6,21 @@
 from __future__ import annotations
 
 import csv
-import io
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
 from data.tasks import Row, Task, plain
+from runtime.json_files import parse, shown
 
-LARGEST_FILE = 2 * 2**30  # bytes; SNLI's training file has 0.5 GB
+LARGEST_FILE = 2**30  # bytes; SNLI's training file has 0.5 GB
+LARGEST_NESTED = 2**29  # bytes of a file that is one JSON value and so is read whole
+LONGEST_LINE = 2**25  # characters; a line of MultiRC or ReCoRD is a passage and all its questions
 LONGEST_TEXT = 2**20  # characters of one field; a passage has some thousands
+MOST_ROWS = 2**21  # examples in a file, of which the shortest take 200 bytes of memory and 8 microseconds each
 
 
 class Splits(NamedTuple):
@@ -33,32 +35,46 @@ def read_rows(path: Path, task: Task) -> list[Row]:
     if not path.is_file():
         where = "; see README.md for where to get the official files" if task.folder is None else ""
         raise ValueError(f"{path} is missing{where}")
-    if path.stat().st_size > LARGEST_FILE:
-        raise ValueError(f"{path} has {path.stat().st_size / 2**30:.1f} GB; at most {LARGEST_FILE >> 30} are read")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     kind = task.layout if task.layout in READERS else path.suffix
     if kind not in READERS:
         raise ValueError(f"{path}: files of examples end in .jsonl, .csv or .tsv")
+    most = LARGEST_NESTED if kind in ("squad", "drop") else LARGEST_FILE
+    if path.stat().st_size > most:
+        raise ValueError(f"{path} has {path.stat().st_size / 2**30:.1f} GB; at most {most / 2**30} are read")
     rows = []
-    for number, fields in _read(kind, path, text, task):
+    for number, fields in _read(kind, path, task):
         for name, value in fields.items():
-            if isinstance(value, str) and len(value) > LONGEST_TEXT:
-                raise ValueError(f"{path}:{number}: {name!r} has {len(value):,} characters; at most {LONGEST_TEXT:,}")
+            longest = max(map(len, _texts(value)), default=0)
+            if longest > LONGEST_TEXT:
+                raise ValueError(
+                    f"{path}:{number}: {shown(name)} has {longest:,} characters; at most {LONGEST_TEXT:,}"
+                )
         fields = {task.rename.get(name, name): value for name, value in fields.items()}
-        rows.append(Row(f"{path}:{number}", fields))
+        rows.append(Row(f"{path}:{str(number):.80}", fields))
+        if len(rows) > MOST_ROWS:
+            raise ValueError(f"{path} holds more than {MOST_ROWS:,} examples")
     if not rows:
         raise ValueError(f"{path} holds no examples")
     return rows
 
 
-def _read(kind: str, path: Path, text: str, task: Task) -> Iterator[tuple[int | str, Fields]]:
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a field's value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for held in value.values() if isinstance(value, dict) else value:
+            yield from _texts(held)
+
+
+def _read(kind: str, path: Path, task: Task) -> Iterator[tuple[int | str, Fields]]:
     try:
-        yield from READERS[kind](path, text, task)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not in the layout of {kind}'s official files: {error!r}") from None
+        with path.open(encoding="utf-8-sig") as file:
+            yield from READERS[kind](path, file, task)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: not in the layout of {kind}'s official files: {shown(error)}") from None
 
 
 # ---------------------------------------------------------------- one reader a layout: line number and fields of each
@@ -66,40 +82,45 @@ def _read(kind: str, path: Path, text: str, task: Task) -> Iterator[tuple[int | 
 Fields = dict[str, Any]
 
 
-def _lines(text: str) -> list[str]:
-    # not splitlines, which also splits at characters that sentences may hold, such as U+2028
-    return text.rstrip("\n").split("\n")
+def _lines(path: Path, file: TextIO) -> Iterator[str]:
+    """With their ends, of which there is but one kind: not U+2028, say, which sentences may hold."""
+    number = 0
+    while line := file.readline(LONGEST_LINE):
+        number += 1
+        if len(line) == LONGEST_LINE:
+            raise ValueError(f"{path}:{number}: a line has {LONGEST_LINE:,} characters or more")
+        yield line
 
 
-def _json_lines(path: Path, text: str, task: Task | None = None) -> Iterator[tuple[int, Fields]]:
-    for number, line in enumerate(_lines(text), start=1):
+def _json_lines(path: Path, file: TextIO, task: Task | None = None) -> Iterator[tuple[int, Fields]]:
+    for number, line in enumerate(_lines(path, file), start=1):
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
+            fields = parse(line)
+        except ValueError as error:
             raise ValueError(f"{path}:{number}: not JSON: {error}") from None
         if not isinstance(fields, dict):
-            raise ValueError(f"{path}:{number}: expected an object, got {line[:40]!r}")
+            raise ValueError(f"{path}:{number}: expected an object, got {shown(line.strip())}")
         yield number, fields
 
 
-def _table(path: Path, text: str, task: Task) -> Iterator[tuple[int, Fields]]:
+def _table(path: Path, file: TextIO, task: Task) -> Iterator[tuple[int, Fields]]:
     """.csv and .tsv, with a header unless the task names the columns."""
     tab = path.suffix == ".tsv"
     quoted = (task.quoting or ("none" if tab else "csv")) == "csv"
-    rows = _quoted_rows(path, text, "\t" if tab else ",") if quoted else _plain_rows(text, "\t" if tab else ",")
+    rows = (_quoted_rows if quoted else _plain_rows)(path, file, "\t" if tab else ",")
     columns, in_quotes, found = list(task.columns), 0, 0
     for number, cells in rows:
         if not columns:
             columns = cells
             if len(set(columns)) < len(columns):
-                raise ValueError(f"{path}:{number}: two columns have the same name: {cells}")
+                raise ValueError(f"{path}:{number}: two columns have the same name: {shown(cells, 200)}")
             continue
         if task.layout == "annotated":  # SNLI's and MNLI's rows have as many labels as annotators, the gold one last
             cells = [*cells[: len(columns) - 1], cells[-1]]
         if len(cells) != len(columns):
-            expected = f"{len(columns)} columns ({', '.join(columns)})"
+            expected = f"{len(columns)} columns ({shown(', '.join(columns), 200)[1:-1]})"
             raise ValueError(f"{path}:{number}: expected {expected}, got {len(cells)}")
         found += 1
         in_quotes += not quoted and all(len(c) > 1 and c[0] == c[-1] == '"' for c in cells if not c.isdigit())
@@ -108,31 +129,33 @@ def _table(path: Path, text: str, task: Task) -> Iterator[tuple[int, Fields]]:
         raise ValueError(f'{path}: every text is in quotes; read it with "quoting": "csv"')
 
 
-def _plain_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _plain_rows(path: Path, file: TextIO, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """GLUE's way: a quote is a character like any other."""
-    for number, line in enumerate(_lines(text), start=1):
+    for number, line in enumerate(_lines(path, file), start=1):
         if line.strip():
-            yield number, line.split(delimiter)
+            yield number, line.removesuffix("\n").split(delimiter)
 
 
-def _quoted_rows(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+def _quoted_rows(path: Path, file: TextIO, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Strictly, or a quote that is never closed swallows what follows it."""
-    reader, rows, start = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), [], 1
-    limit = csv.field_size_limit(max(len(text), 1))  # the module's; LONGEST_TEXT says it better
-    try:
-        for cells in reader:
-            if any(cell.strip() for cell in cells):
-                rows.append((start, cells))
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}:{start}: a quote that begins here does not end well: {error}") from None
-    finally:
-        csv.field_size_limit(limit)
-    return rows
+    reader, start = csv.reader(_lines(path, file), delimiter=delimiter, strict=True), 1
+    while True:
+        limit = csv.field_size_limit(LONGEST_LINE)  # the module's, for this row; LONGEST_TEXT says it better
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{path}:{start}: a quote that begins here does not end well: {error}") from None
+        finally:
+            csv.field_size_limit(limit)
+        if cells is None:
+            return
+        if any(cell.strip() for cell in cells):
+            yield start, cells
+        start = reader.line_num + 1
 
 
-def _multirc(path: Path, text: str, task: Task) -> Iterator[tuple[int, Fields]]:
-    for number, row in _json_lines(path, text):
+def _multirc(path: Path, file: TextIO, task: Task) -> Iterator[tuple[int, Fields]]:
+    for number, row in _json_lines(path, file):
         for question in row["passage"]["questions"]:
             for answer in question["answers"]:
                 yield number, {"paragraph": row["passage"]["text"], "question": question["question"],
@@ -140,9 +163,9 @@ def _multirc(path: Path, text: str, task: Task) -> Iterator[tuple[int, Fields]]:
                                "group": f"{row['idx']}, {question['idx']}"}  # fmt: skip
 
 
-def _record(path: Path, text: str, task: Task) -> Iterator[tuple[int, Fields]]:
+def _record(path: Path, file: TextIO, task: Task) -> Iterator[tuple[int, Fields]]:
     """Each entity of the passage, in the order in which they appear, fills the query's gap once."""
-    for number, row in _json_lines(path, text):
+    for number, row in _json_lines(path, file):
         passage = row["passage"]["text"]
         spans = sorted(row["passage"]["entities"], key=lambda span: span["start"])
         entities = list(dict.fromkeys(passage[span["start"] : span["end"] + 1] for span in spans))
@@ -153,15 +176,16 @@ def _record(path: Path, text: str, task: Task) -> Iterator[tuple[int, Fields]]:
                            "label": [entities.index(answer) for answer in right if answer in entities]}  # fmt: skip
 
 
-def _nested(path: Path, text: str) -> Any:
+def _nested(path: Path, file: TextIO) -> Any:
+    text = file.read()
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse(text)
+    except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
 
 
-def _squad(path: Path, text: str, task: Task) -> Iterator[tuple[str, Fields]]:
-    for article in _nested(path, text)["data"]:
+def _squad(path: Path, file: TextIO, task: Task) -> Iterator[tuple[str, Fields]]:
+    for article in _nested(path, file)["data"]:
         for paragraph in article["paragraphs"]:
             for qa in paragraph["qas"]:
                 answers = [answer["text"] for answer in qa["answers"]]
@@ -169,9 +193,9 @@ def _squad(path: Path, text: str, task: Task) -> Iterator[tuple[str, Fields]]:
                                  "question": qa["question"], "answers": list(dict.fromkeys(answers))}  # fmt: skip
 
 
-def _drop(path: Path, text: str, task: Task) -> Iterator[tuple[str, Fields]]:
+def _drop(path: Path, file: TextIO, task: Task) -> Iterator[tuple[str, Fields]]:
     """Right is the answer, and what others answered who validated it; of several spans each (Hugging Face's way)."""
-    for passage in _nested(path, text).values():
+    for passage in _nested(path, file).values():
         for qa in passage["qa_pairs"]:
             answers = []
             for answer in (qa["answer"], *qa.get("validated_answers", ())):

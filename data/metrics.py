@@ -99,7 +99,7 @@ def metric_of_one(name: str) -> Callable[[Prediction], float]:
         raise ValueError(f"unknown metric {name!r} of an answer; {known}, or module:function")
     try:
         found = getattr(importlib.import_module(module), function)
-    except Exception as error:  # the module is the user's
+    except (Exception, SystemExit) as error:  # the module is the user's
         raise ValueError(f"metric {name!r}: {error}") from None
     if not callable(found):
         raise ValueError(f"metric {name!r}: it is no function but {found!r}")
@@ -107,7 +107,7 @@ def metric_of_one(name: str) -> Callable[[Prediction], float]:
     def of_ones_own(p: Prediction) -> float:
         try:
             return float(found(p.text, p.texts))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"metric {name!r} failed on {p.text!r} and {p.texts}: {error!r}") from None
 
     return of_ones_own

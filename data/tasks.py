@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from runtime.json_files import read_object, shown, shown_all
+
+LONGEST_PROMPT = 2**23  # characters; a template may name a long field many times
 TINY = Path(__file__).parent / "tiny"
 MASK = "<mask>"
 
@@ -64,15 +67,17 @@ FILTERS: dict[str, Callable[[str], str]] = {
 
 
 def render(template: str, fields: dict[str, Any]) -> tuple[list[str], list[str | None]]:
-    """-> its pieces, and of each the field that it comes from, or None.  Raises ValueError for a field it has not.
+    """-> its pieces, and of each the field that it comes from, or None.  Raises ValueError for a field that is not
+    there, and for too long a text.
 
     >>> render("{s:lower} It was", {"s": "Fine"})
     (['fine', ' It was'], ['s', None])
     """
-    pieces, names = [], []
+    pieces, names, length = [], [], 0
     for literal, name, filters, _ in string.Formatter().parse(template):
         if literal:
-            pieces, names = [*pieces, literal], [*names, None]
+            pieces.append(literal)
+            names.append(None)
         if name is not None:
             try:
                 value, _ = string.Formatter().get_field(name, (), fields)  # "target[span1_text]" is a field of a field
@@ -81,12 +86,16 @@ def render(template: str, fields: dict[str, Any]) -> tuple[list[str], list[str |
             text = plain(value)
             for each in filter(None, filters.split("|")):
                 text = FILTERS[each](text)
-            pieces, names = [*pieces, text], [*names, name]
+            pieces.append(text)
+            names.append(name)
+            length += len(text)
+        if length > LONGEST_PROMPT:
+            raise ValueError(f"its template and fields make a text of more than {LONGEST_PROMPT:,} characters")
     return pieces, names
 
 
 def missing(name: str, fields: dict[str, Any]) -> ValueError:
-    return ValueError(f"there is no field {name!r}; there are: {', '.join(map(repr, fields))}")
+    return ValueError(f"there is no field {shown(name)}; there are: {shown_all(fields)}")
 
 
 def _with_spaces_first(pieces: list[str]) -> list[str]:
@@ -98,7 +107,7 @@ def _with_spaces_first(pieces: list[str]) -> list[str]:
 
 def _listed(fields: dict[str, Any], name: str) -> list:
     if not isinstance(fields.get(name), list):
-        raise ValueError(f"field {name!r} must be a list, got {fields.get(name)!r}")
+        raise ValueError(f"field {shown(name)} must be a list, got {shown(fields.get(name))}")
     return fields[name]
 
 
@@ -160,9 +169,10 @@ class Task:
             if masked and any(MASK in piece for piece, name in zip(pieces, names, strict=True) if name):
                 raise ValueError(f"a field holds {MASK}, which stands for the word that is looked for")
         except (ValueError, KeyError) as error:
-            message = error if isinstance(error, ValueError) else f"the value {error} has no place in a template"
+            of_value = f"the value {shown(error.args[0])} has no place in a template"
+            message = error if isinstance(error, ValueError) else of_value
             raise ValueError(f"{row.place}: {message}") from None
-        passages = [i for i, name in enumerate(names) if name and name.partition("[")[0] == (self.passage or name)]
+        passages = [i for i, name in enumerate(names) if name and self.passage in (None, name.partition("[")[0])]
         label = 0 if self.generates else golds[0]
         pieces = _with_spaces_first(pieces) if masked else pieces
         return Example(tuple(pieces), passages[0], options, label, golds, group, called)
@@ -175,21 +185,21 @@ class Task:
         if self.generates:
             answers = tuple(map(plain, label)) if isinstance(label, list) else (plain(label),)
             if not answers:
-                raise ValueError(f"{self.label!r} holds no answer")
+                raise ValueError(f"{shown(self.label)} holds no answer")
             return ("".join(render(self.answer, fields | {self.label: answers[0]})[0]),), answers
         if isinstance(self.options, dict):
             if plain(label) not in self.options:
-                known = ", ".join(map(repr, self.options))
-                raise ValueError(f"the {self.label} must be one of {known}, got {plain(label)!r}")
+                known = shown_all(self.options)
+                raise ValueError(f"the {self.label:.80} must be one of {known}, got {shown(plain(label))}")
             return tuple(self.options.values()), (list(self.options).index(plain(label)),)
         if isinstance(self.options, str):
             options = tuple(map(plain, _listed(fields, self.options)))
         else:
             options = tuple("".join(render(option, fields)[0]) for option in self.options)
         golds = tuple(label) if isinstance(label, list) else (label,)
-        golds = tuple(int(gold) if str(gold).isdigit() else -1 for gold in golds)
+        golds = tuple(int(gold) if re.fullmatch("[0-9]{1,9}", str(gold)) else -1 for gold in golds)
         if not golds or not all(0 <= gold < len(options) for gold in golds):
-            raise ValueError(f"the {self.label} must be one of 0 to {len(options) - 1}, got {label!r}")
+            raise ValueError(f"the {self.label:.80} must be one of 0 to {len(options) - 1}, got {shown(label)}")
         return options, golds
 
 
@@ -266,7 +276,8 @@ def get_task(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]
     if not name.endswith(".json"):
-        raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}, or a .json file that describes your own")
+        known = f"{', '.join(TASKS)}, or a .json file that describes your own"
+        raise ValueError(f"unknown task {shown(name)}; known: {known}")
     return read_task(Path(name))
 
 
@@ -278,27 +289,23 @@ KINDS = {  # of a task of a user's: the fields that it can have, and what JSON e
 
 
 def _fits(value: Any, kinds: str) -> bool:
-    """Lists and objects hold texts."""
+    """Lists and objects hold texts, and numbers are those that a flag can have."""
     if isinstance(value, list | dict):
         held = value.values() if isinstance(value, dict) else value
         return ("object" if isinstance(value, dict) else "list") in kinds and all(isinstance(v, str) for v in held)
-    return isinstance(value, str) and "text" in kinds or type(value) is int and "number" in kinds
+    return isinstance(value, str) and "text" in kinds or "number" in kinds and type(value) is int and 1 <= value < 2**31
 
 
 def read_task(path: Path) -> Task:
     """A user's own task.  Raises ValueError, with the file and the field, for what no task can have."""
-    try:
-        given = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(given, dict):
-        raise ValueError(f"{path} must hold one object, as in docs/own_data.md")
+    given = read_object(path)
     for name in given:
         if name not in KINDS:
-            raise ValueError(f"{path}: unknown field {name!r}; known: {', '.join(KINDS)}")
+            raise ValueError(f"{path}: unknown field {shown(name)}; known: {', '.join(KINDS)} (docs/own_data.md)")
     for name, value in given.items():
         if not _fits(value, KINDS[name]):
-            raise ValueError(f"{path}: {name} must be {' or '.join(KINDS[name].split())}, got {value!r}")
+            kinds = " or ".join(KINDS[name].split()).replace("number", "number from 1 to 2147483647")
+            raise ValueError(f"{path}: {name} must be {kinds}, got {shown(value)}")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if "answer" in given:
         given = {"loss": "answer", "metric": "f1"} | given
@@ -322,7 +329,10 @@ def _faults(task: Task) -> Iterator[str]:
         yield "there must be two options or more"
     for name, choices in (("loss", ("options", "answer")), ("quoting", (None, "csv", "none"))):
         if getattr(task, name) not in choices:
-            yield f"{name} must be one of {', '.join(map(repr, filter(None, choices)))}, got {getattr(task, name)!r}"
+            known = shown_all(filter(None, choices))
+            yield f"{name} must be one of {known}, got {shown(getattr(task, name))}"
+    if len(set(task.columns)) < len(task.columns):
+        yield f"two columns have the same name: {shown(list(task.columns))}"
 
 
 def _faults_of_files(task: Task) -> Iterator[str]:
@@ -330,7 +340,7 @@ def _faults_of_files(task: Task) -> Iterator[str]:
         yield '"files" must name a train and a test file'
     for split in task.files:
         if split not in ("train", "dev") and not split.startswith("test"):
-            yield f"files: a split is train, dev or one that begins with test, got {split!r}"
+            yield f"files: a split is train, dev or one that begins with test, got {shown(split)}"
 
 
 def _faults_of_templates(task: Task) -> Iterator[str]:
@@ -338,24 +348,24 @@ def _faults_of_templates(task: Task) -> Iterator[str]:
     if isinstance(task.options, tuple):
         templates |= {f"options[{i}]": text for i, text in enumerate(task.options)}
     for name, template in templates.items():
-        yield from () if template is None else _of_template(name, template)
-        of_passage = re.compile(r"\{" + re.escape(task.passage or "") + r"[}:\[]")
-        if name in ("prompt", "cloze") and task.passage and template and not of_passage.search(template):
-            yield f"passage: {name} has no field {task.passage!r}"
+        yield from () if template is None else _of_template(name, template, task.passage)
 
 
-def _of_template(name: str, template: str) -> Iterator[str]:
+def _of_template(name: str, template: str, passage: str | None) -> Iterator[str]:
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
         yield f"{name}: {error}; a brace of the text itself is written twice"
         return
+    columns = [(column or "").partition("[")[0] for _, column, _, _ in parsed]
+    if name in ("prompt", "cloze") and passage and passage not in columns:
+        yield f"passage: {name} has no field {shown(passage)}"
     for _, column, _, conversion in parsed:
         if conversion or "." in (column or ""):
-            yield f"{name}: {column!r} is no plain name of a field; rename the column"
+            yield f"{name}: {shown(column)} is no plain name of a field; rename the column"
     if not any(column for _, column, _, _ in parsed):
         yield f'{name} has no field: write its name in braces, as in "{{text}}"'
     for filters in (filters for _, _, filters, _ in parsed if filters):
         for each in filters.split("|"):
             if each not in FILTERS:
-                yield f"{name}: unknown filter {each!r}; known: {', '.join(FILTERS)}"
+                yield f"{name}: unknown filter {shown(each)}; known: {', '.join(FILTERS)}"

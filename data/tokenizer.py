@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import string
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from runtime.json_files import one_line, read_object, shown
+
+MOST_BYTES = 2**27  # of a tokenizer's file; the largest that is known to us has 35 MB
+MOST_PIECES = 2**24
+MOST_GROWTH = 64  # how many times longer a tokenizer may make a text; those that we know keep its length
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"  # how git leaves a large file without git-lfs
 
 
@@ -37,24 +48,23 @@ class Tokenizer:
             )
         if path.open("rb").read(len(LFS_POINTER)) == LFS_POINTER:
             raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` there")
-        settings = _settings(path.parent)
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"{path} has {path.stat().st_size / 2**20:,.0f} MB; at most {MOST_BYTES >> 20} are read")
+        self.path, settings = path, _settings(path.parent)
         try:
-            if path.suffix == ".model":
-                self._tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-            elif path.name == "vocab.json":
-                self._tokenizer = _roberta(path, settings or {})
-            else:
-                self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-                self._tokenizer.no_truncation()  # a file can ask for either; lengths are handled in scoring.py
-                self._tokenizer.no_padding()
-        except Exception as error:  # tokenizers raises plain Exception, sentencepiece RuntimeError
-            raise ValueError(f"{path} is not a readable tokenizer: {error}") from None
+            with _no_standard_error():
+                self._tokenizer = _read(path, settings or {})
+                _try_out(self._tokenizer)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers raises Exception, or Rust's panics, sentencepiece RuntimeError
+            raise ValueError(f"{path} is not a readable tokenizer: {one_line(str(error), 300)}") from None
         if path.suffix == ".model":
             self.begin, self.end = self._ends_of_pieces(path, settings)
         elif self._tokenizer.post_processor is None:
             self.begin, self.end = (None, None) if settings is None else ([], [])
         else:
-            encoded = self._tokenizer.encode("a")
+            encoded = self._ask(self._tokenizer.encode, "a")
             text = [at for at, special in enumerate(encoded.special_tokens_mask) if not special] or [len(encoded.ids)]
             self.begin, self.end = encoded.ids[: text[0]], encoded.ids[text[-1] + 1 :]
 
@@ -68,24 +78,34 @@ class Tokenizer:
             added = token is not None and settings.get(f"add_{name}_token")
             if added and self._tokenizer.id_to_piece(self._tokenizer.piece_to_id(str(token))) != token:
                 where = path.with_name("tokenizer_config.json")
-                raise ValueError(f"{where}: {name}_token {token!r} is no piece of {path.name}, such as {default}")
+                raise ValueError(f"{where}: {name}_token {shown(token)} is no piece of {path.name}, such as {default}")
             ends.append([self.id_of(token)] if added else [])
         return ends[0], ends[1]
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids, without special tokens."""
         if isinstance(self._tokenizer, tokenizers.Tokenizer):
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
-        return self._tokenizer.encode(text)
+            return self._ask(self._tokenizer.encode, text, add_special_tokens=False).ids
+        return self._ask(self._tokenizer.encode, text)
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         """The same of many texts, which both libraries do on all cores."""
         if isinstance(self._tokenizer, tokenizers.Tokenizer):
-            return [found.ids for found in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
-        return self._tokenizer.encode(texts)
+            return [found.ids for found in self._ask(self._tokenizer.encode_batch, texts, add_special_tokens=False)]
+        return self._ask(self._tokenizer.encode, texts)
 
     def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids)
+        return self._ask(self._tokenizer.decode, ids)
+
+    def _ask(self, act: Callable[..., Any], *args, **options) -> Any:
+        """What a library answers.  A file may be readable and still lack what it needs for some texts, which raises
+        plain Exception, RuntimeError, or a panic of Rust's, which is none of these."""
+        try:
+            return act(*args, **options)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise ValueError(f"{self.path} cannot be used: {one_line(str(error), 200)}") from None
 
     @cached_property
     def line_ends(self) -> list[int]:
@@ -110,15 +130,65 @@ class Tokenizer:
         return found
 
 
+def _read(path: Path, settings: dict) -> sentencepiece.SentencePieceProcessor | tokenizers.Tokenizer:
+    if path.suffix == ".model":
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    if path.name == "vocab.json":
+        return _roberta(path, settings)
+    read = tokenizers.Tokenizer.from_file(str(path))
+    read.no_truncation()  # a file can ask for either; lengths are handled in scoring.py
+    read.no_padding()
+    for part in (read.normalizer, read.decoder):
+        growth = 1 if part is None else _growth(json.loads(part.__getstate__()))
+        if growth > MOST_GROWTH:
+            raise ValueError(f"it makes texts up to {growth:.3g} times as long; at most {MOST_GROWTH} is read")
+    return read
+
+
+def _growth(part: Any) -> float:
+    """How many times longer the replacements of a normalizer or decoder can make a text, one after the other."""
+    if isinstance(part, list):
+        return math.prod(map(_growth, part))
+    if not isinstance(part, dict):
+        return 1
+    if part.get("type") == "Replace":
+        old = part["pattern"].get("String", "?")  # a regular expression may match a single character
+        return max(1, len(part["content"]) / max(1, len(old)))
+    return math.prod(map(_growth, part.values()))
+
+
+def _try_out(tokenizer: sentencepiece.SentencePieceProcessor | tokenizers.Tokenizer) -> None:
+    """Raises what a file that reads well makes of a few characters of all kinds, where that is a panic of Rust's."""
+    with suppress(Exception):  # which some texts alone raise, as where no piece stands for unknown ones
+        encoded = tokenizer.encode(string.printable + "caf\u00e9 \u4e16\u754c \U0001f600<s></s>")
+        for i in {*(encoded if isinstance(encoded, list) else encoded.ids)}:
+            tokenizer.decode([i])
+
+
+@contextmanager
+def _no_standard_error() -> Iterator[None]:
+    """Nothing that the process writes to standard error is seen.  Rust writes a panic's message there, past sys.stderr,
+    before Python sees an exception."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def _settings(directory: Path) -> dict | None:
     """tokenizer_config.json, with older files' special_tokens_map.json over it; None where there is neither."""
     settings = None
     for path in directory / "tokenizer_config.json", directory / "special_tokens_map.json":
         if path.is_file() and "added_tokens_decoder" not in (settings or {}):
-            try:
-                settings = (settings or {}) | json.loads(path.read_text(encoding="utf-8"))
-            except (ValueError, TypeError, RecursionError) as error:
-                raise ValueError(f"{path} is not a JSON object in UTF-8: {error}") from None
+            settings = (settings or {}) | read_object(path)
     return settings
 
 
@@ -129,17 +199,26 @@ def _spelling(token: object) -> object:
 
 def _roberta(vocab: Path, settings: dict) -> tokenizers.Tokenizer:
     """vocab.json and merges.txt beside it as RoBERTa's byte-level BPE, with its special tokens."""
-    if not vocab.with_name("merges.txt").is_file():
-        raise ValueError("merges.txt is missing beside it")
+    merges = vocab.with_name("merges.txt")
+    if not merges.is_file() or merges.stat().st_size > MOST_BYTES:
+        raise ValueError(f"merges.txt is missing beside it, or has more than {MOST_BYTES >> 20} MB")
     names = {"cls": "<s>", "sep": "</s>", "bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}
     special = {name: settings.get(f"{name}_token") or default for name, default in names.items()}
     later, path = settings.get("added_tokens_decoder") or {}, vocab.with_name("added_tokens.json")
     if not later and path.is_file():
-        later = {at: token for token, at in json.loads(path.read_text(encoding="utf-8")).items()}
-    absent = {_spelling(token) for token in special.values()} - set(json.loads(vocab.read_text(encoding="utf-8")))
+        later = {at: token for token, at in read_object(path).items()}
+    pieces = read_object(vocab)
+    ids = set(pieces.values()) if all(type(i) is int for i in pieces.values()) else set()
+    if not pieces or len(ids) < len(pieces) or not 0 <= min(ids) <= max(ids) < MOST_PIECES:  # tokenizers would take it
+        raise ValueError(f"its ids are not {len(pieces):,} different numbers from 0 to {MOST_PIECES - 1:,}")
+    for name, token in special.items():
+        if not isinstance(_spelling(token), str):
+            raise ValueError(f"{name}_token {shown(token)} has no spelling")
+    absent = {_spelling(token) for token in special.values()} - set(pieces)
     if absent:  # such as Qwen2, which also splits texts into words by another rule
-        raise ValueError(f"it is not RoBERTa's, without {min(absent)}; save a tokenizer.json with transformers instead")
-    built = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(vocab.with_name("merges.txt"))))
+        without = shown(min(absent))[1:-1]
+        raise ValueError(f"it is not RoBERTa's, without {without}; save a tokenizer.json with transformers instead")
+    built = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.get("add_prefix_space", False))
     built.decoder = decoders.ByteLevel()
     found = {}

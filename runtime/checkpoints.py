@@ -1,6 +1,7 @@
 """Model directories on disk: strict reading of safetensors into stores, one tensor at a time, and atomic writing.
 
-Nothing is ever unpickled, and nothing outside the directory is read or written.  Imports quant.
+Nothing is ever unpickled, and nothing outside the directory is read or written.  Imports quant, and of runtime
+json_files.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-from quant import FLOATS, Store, check_format, encode, from_tensors, tensor_specs
+from quant import FLOATS, FORMATS, RESIDUALS, Store, check_format, encode, from_tensors, tensor_specs
+from runtime.json_files import read_object, shown
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"  # how git leaves a large file without git-lfs
 
@@ -59,17 +61,16 @@ def _pickle_advice(directory: Path) -> str:
 
 def _read_index(index: Path, ignorable: Callable[[str], bool]) -> dict[str, str]:
     """Tensor name -> shard file name, each a plain name of a file beside the index; ignorable ones may have none."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = {name: str(weight_map[name]) for name in weight_map}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is not a safetensors index: {error!r}") from None
+    shards = read_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise ValueError(f"{index} is not a safetensors index: its weight_map is {shown(shards)}")
     for shard in sorted(set(shards.values())):
-        if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\\" in shard:
-            raise ValueError(f"{index} names {shard!r}, which is not a plain file name in its own directory")
+        odd = shard in ("", ".", "..") or "\\" in shard or "\0" in shard or len(os.fsencode(shard)) > 255
+        if odd or shard != os.path.basename(shard):
+            raise ValueError(f"{index} names {shown(shard, 300)}, which is not a plain file name in its own directory")
         if not (index.parent / shard).is_file():
             if not all(ignorable(name) for name in shards if shards[name] == shard):
-                raise ValueError(f"{index} names {shard}, which is not in {index.parent}")
+                raise ValueError(f"{index} names {first_names([shard])}, which is not in {index.parent}")
             shards = {name: other for name, other in shards.items() if other != shard}
     return shards
 
@@ -89,7 +90,8 @@ def _open(path: Path):
 
 
 def first_names(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    first = ", ".join(shown(name)[1:-1] for name in names[:3])
+    return first + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_names(directory: Path, found: set[str], wanted: set[str], ignorable: Callable[[str], bool]) -> None:
@@ -187,9 +189,16 @@ def holds_codes(directory: Path) -> bool:
 def stored_format(raw_config: dict) -> tuple[str, int]:
     """How a directory's matrices are stored: weights and residual of codes, or the floats that it has."""
     held = raw_config.get(CODES)
-    if isinstance(held, dict) and held.keys() == {"weights", "residual"}:
+    if _names_a_format(held):
         return held["weights"], held["residual"]
     return "bf16" if (raw_config.get("dtype") or raw_config.get("torch_dtype")) == "bfloat16" else "fp32", 0
+
+
+def _names_a_format(held: object) -> bool:
+    """Whether a config's CODES say of which format and residual they are; lists compare, where sets would hash."""
+    if not isinstance(held, dict) or held.keys() != {"weights", "residual"}:
+        return False
+    return held["weights"] in list(FORMATS) and type(held["residual"]) is int and held["residual"] in RESIDUALS
 
 
 def _is_finite(file: Path, name: str, tensor: Tensor) -> Tensor:
@@ -212,8 +221,8 @@ def _check_finite(files: dict[str, Path], finite: dict[str, Tensor]) -> None:
 def _check_same_codes(directory: Path, held: object, weights: str, residual: int) -> None:
     if held == {"weights": weights, "residual": residual}:
         return
-    if not isinstance(held, dict) or set(held) != {"weights", "residual"}:
-        raise ValueError(f"{directory / 'config.json'} must say what the codes are, got {CODES} {held!r}")
+    if not _names_a_format(held):
+        raise ValueError(f"{directory / 'config.json'} must say what the codes are, got {CODES} {shown(held)}")
     raise ValueError(
         f"{directory} holds {held['weights']} codes with {held['residual']} residual bits; load it with weights "
         f"{held['weights']} and residual {held['residual']}, got {weights} and {residual}"
@@ -259,7 +268,10 @@ def _tokenizer_config(files: list[Path]) -> dict[str, dict]:
     found = {file.name: file for file in files}
     if "tokenizer.model" not in found or found.keys() & {"tokenizer.json", "tokenizer_config.json"}:
         return {}
-    pieces = SentencePieceProcessor(model_file=str(found["tokenizer.model"]))
+    try:
+        pieces = SentencePieceProcessor(model_file=str(found["tokenizer.model"]))
+    except RuntimeError:  # it is no tokenizer, goes along as it is, and whoever reads it is told
+        return {}
     special = {"bos": pieces.bos_id(), "eos": pieces.eos_id(), "unk": pieces.unk_id()}
     config = {f"{name}_token": pieces.id_to_piece(i) for name, i in special.items() if i >= 0}
     config |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": "bos_token" in config}

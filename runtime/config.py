@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
 import os
 import re
 import time
@@ -21,6 +20,7 @@ from data.tasks import TASKS, TINY, Task, get_task
 from quant import ACTIVATIONS, FLOATS, FORMATS, RESIDUALS, check_format
 from runtime.checkpoints import stored_format
 from runtime.hub import PRESETS, check_known
+from runtime.json_files import read_object, shown
 from tensor_train import Spec, check_base
 
 ADAPTERS = {"loretta-adp": "adp", "adazeta": "adp", "loretta-rep": "rep", "lora": "lora"}  # method: kind
@@ -322,12 +322,10 @@ def resolve_defaults(c: Config) -> Config:
 
 
 def as_stored(directory: Path) -> tuple[str, int]:
-    path = directory / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        return stored_format(read_object(directory / "config.json"))
     except (OSError, ValueError):
-        raw = {}  # what is wrong is said when it is read
-    return stored_format(raw if isinstance(raw, dict) else {})
+        return stored_format({})  # what is wrong is said when it is read
 
 
 def max_length(c: Config, masked: bool, task: Task) -> int:
@@ -411,19 +409,30 @@ def spelled(c: Config) -> list[str]:
     return words
 
 
+TYPES = {"int": int, "float": int | float, "str": str, "bool": bool, "list[str]": list}
+
+
 def check_flags(run: str, flags: dict) -> None:
-    """Raises ValueError for flags of a recorded run that are not ours."""
-    differ = set(flags) ^ {f.name for f in dataclasses.fields(Config)}
+    """Raises ValueError for flags of a recorded run that are not ours, or of another type."""
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    differ = set(flags) ^ set(fields)
     if differ:
-        raise ValueError(f"{run} was made by another version: flags differ in {', '.join(differ)}")
+        raise ValueError(f"{run} was made by another version: flags differ in {', '.join(map(shown, sorted(differ)))}")
+    for name, value in flags.items():
+        if value is None and fields[name].type.endswith("| None"):
+            continue
+        kind, choices = fields[name].type.removesuffix(" | None"), fields[name].metadata["choices"]
+        typed = isinstance(value, TYPES[kind]) and isinstance(value, bool) == (kind == "bool")
+        if not typed or choices and value not in choices:
+            raise ValueError(f"{run}: its flag {name} cannot be {shown(value)}")
 
 
 COUNT = (1, 2**31 - 1)
 RANGES = {
-    "steps": COUNT, "batch_size": COUNT, "micro_batch_size": COUNT, "eval_every": COUNT, "num_train": COUNT,
-    "num_dev": COUNT, "num_eval": COUNT, "k": COUNT, "max_length": COUNT, "queries": (1, 2**28 - 1),
-    "probes_per_forward": COUNT, "max_queries": (1, 2**28 - 1), "alpha": (0, 1e6), "beta": (0, 10),
-    "show": COUNT, "calibrate": (0, 2**20), "bottleneck": (1, 2**16), "tt_rank": (1, 2**16), "lora_rank": (1, 2**16),
+    "steps": COUNT, "batch_size": (1, 2**20), "micro_batch_size": (1, 2**20), "eval_every": COUNT, "num_train": COUNT,
+    "num_dev": COUNT, "num_eval": COUNT, "k": COUNT, "max_length": COUNT, "queries": (1, 2**20),
+    "probes_per_forward": COUNT, "max_queries": (1, 2**20), "alpha": (0, 1e6), "beta": (0, 10),
+    "show": COUNT, "calibrate": (0, 2**20), "bottleneck": (1, 2**16), "tt_rank": (1, 2**12), "lora_rank": (1, 2**16),
     "lora_alpha": (1e-6, 1e6), "lr": (0, 1e6), "eps": (1e-8, 1e3), "cell": (8, 2**30), "clip": (0.1, 1e6),
     "weight_decay": (0, 1e3), "seed": (0, 2**64 - 1), "data_seed": (0, 2**32 - 1), "warmup": (0, COUNT[1]),
     "jobs": (1, 1024), "verify": COUNT,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from huggingface_hub import errors, snapshot_download
 
 from data.tasks import TINY
+from runtime.json_files import read_object
 
 PRESETS = {
     "tiny": TINY / "model",
@@ -82,14 +82,7 @@ def raw_config(model: str) -> dict:
     check_known(model)
     if model in SHAPES:
         return SHAPES[model]
-    path = (PRESETS[model] if model in PRESETS else Path(model)) / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold an object, got {type(raw).__name__}")
-    return raw
+    return read_object((PRESETS[model] if model in PRESETS else Path(model)) / "config.json")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,30 +1,44 @@
 """Frozen configs of LLaMA (Mistral and Qwen2 too) and RoBERTa, read strictly from config.json and from nothing else.
 
-Imports nothing of ours.
+Of runtime, imports json_files.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from runtime.json_files import read_object, shown
+
+
+def within(low: float, high: float, default: Any = MISSING) -> Any:
+    """A field of numbers between these two, both included."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+def size(high: int, default: Any = MISSING) -> Any:
+    """A field of counts.  Bounds are some ten times those of the largest models, and their products fit 63 bits."""
+    return within(1, high, default)
+
+
+TOKENS, WIDTH, LAYERS, POSITIONS = 2**24, 2**20, 1000, 2**31
 
 
 @dataclass(frozen=True)
 class Rope:
     """Rotary embedding: its base, and how its frequencies are scaled for longer contexts (model.rope_frequencies)."""
 
-    theta: float = 10000.0
+    theta: float = within(1e-6, 1e15, 10000.0)
     kind: str = "default"
-    factor: float = 1.0
-    original_max_position_embeddings: float = 8192  # the context before scaling: llama3, yarn, dynamic
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0
-    attention_factor: float = 1.0  # of cosines and sines
+    factor: float = within(1e-6, 1e6, 1.0)
+    original_max_position_embeddings: float = within(1, POSITIONS, 8192)  # before scaling: llama3, yarn, dynamic
+    low_freq_factor: float = within(1e-6, 1e6, 1.0)  # llama3
+    high_freq_factor: float = within(1e-6, 1e6, 4.0)
+    beta_fast: float = within(1e-6, 1e6, 32.0)  # yarn
+    beta_slow: float = within(1e-6, 1e6, 1.0)
+    attention_factor: float = within(1e-6, 1e6, 1.0)  # of cosines and sines
     truncate: bool = True
 
     @classmethod
@@ -33,25 +47,26 @@ class Rope:
         given = {name: raw[name] for name in ("rope_parameters", "rope_scaling") if raw.get(name)}
         ropes = [cls._from_object(name, scaling, raw, max_positions) for name, scaling in given.items()]
         if len(set(ropes)) > 1:  # transformers would take rope_scaling, without the base that the other one names
-            raise ValueError(" and ".join(f"{n} {v}" for n, v in given.items()) + " contradict each other: keep one")
+            both = " and ".join(f"{name} {shown(value, 150)}" for name, value in given.items())
+            raise ValueError(f"{both} contradict each other: keep one")
         return ropes[0] if ropes else cls._from_object("rope_parameters", {}, raw, max_positions)
 
     @classmethod
     def _from_object(cls, name: str, scaling: object, raw: dict, max_positions: int) -> Rope:
         if not isinstance(scaling, dict):
-            raise ValueError(f"{name} must be an object, got {scaling!r}")
+            raise ValueError(f"{name} must be an object, got {shown(scaling)}")
         here = {f"{name}.{key}": value for key, value in scaling.items()}
         kind = _agreed(here, f"{name}.rope_type", f"{name}.type") or "default"
         needed = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
                   "llama3": ("factor", "low_freq_factor", "high_freq_factor")}  # fmt: skip
-        if kind not in needed:
-            raise ValueError(f"rope scaling {kind!r} is not supported; known: {', '.join(needed)}")
+        if kind not in list(needed):  # a list compares, where a dictionary would hash
+            raise ValueError(f"rope scaling {shown(kind)} is not supported; known: {', '.join(needed)}")
         missing = [key for key in needed[kind] if scaling.get(key) is None]
         if missing:
             raise ValueError(f"{kind} rope scaling lacks {', '.join(missing)}")
         part = _agreed(here | raw, f"{name}.partial_rotary_factor", "partial_rotary_factor")
         if part not in (None, 1):
-            raise ValueError(f"partial_rotary_factor {part!r} is not supported; known: 1.0")
+            raise ValueError(f"partial_rotary_factor {shown(part)} is not supported; known: 1.0")
         if scaling.get("mscale") and scaling.get("mscale_all_dim"):
             raise ValueError("rope scaling by mscale is not supported; known: attention_factor")
         found = {key: scaling[key] for key in needed[kind]}
@@ -62,7 +77,7 @@ class Rope:
         if kind == "yarn":
             optional = ("beta_fast", "beta_slow", "attention_factor", "truncate")
             found |= {key: scaling.get(key) for key in optional}
-            if found["attention_factor"] is None and _fits(found["factor"], "float", 1):
+            if found["attention_factor"] is None and _fits(found["factor"], "float", 1, 1e6):
                 found["attention_factor"] = 0.1 * math.log(found["factor"]) + 1  # YaRN (2309.00071), eq. 22
         if kind != "default" and found.get("original_max_position_embeddings") is None:
             found["original_max_position_embeddings"] = max_positions
@@ -70,12 +85,12 @@ class Rope:
 
     def __post_init__(self):
         for f in fields(self):
-            value = getattr(self, f.name)
-            if not _fits(value, f.type, 0):
-                wanted = f"a {f.type}" if f.type == "bool" else "a number above 0"
-                raise ValueError(f"rope_{f.name} must be {wanted}, got {value!r}")
+            _check(f"rope_{f.name}", f, getattr(self, f.name))
         if self.kind == "yarn" and self.theta <= 1:
             raise ValueError(f"rope_theta must be above 1 for yarn, got {self.theta!r}")
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            low, high = self.low_freq_factor, self.high_freq_factor
+            raise ValueError(f"low_freq_factor {low!r} must be below high_freq_factor {high!r}")
 
 
 ABSENT = {  # what a field that is not in config.json means, where that is not a default of LlamaConfig
@@ -91,25 +106,25 @@ class LlamaConfig:
     """LLaMA, and what has its blocks: Mistral and Qwen2."""
 
     masked: ClassVar[bool] = False  # reads left to right
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int  # fewer than num_attention_heads means grouped queries
-    head_dim: int
+    vocab_size: int = size(TOKENS)
+    hidden_size: int = size(WIDTH)
+    intermediate_size: int = size(WIDTH)
+    num_hidden_layers: int = size(LAYERS)
+    num_attention_heads: int = size(2**16)
+    num_key_value_heads: int = size(2**16)  # fewer than num_attention_heads means grouped queries
+    head_dim: int = size(2**16)
     rope: Rope
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = size(POSITIONS, 2048)
+    rms_norm_eps: float = within(1e-30, 1, 1e-6)
     attention_bias: bool = False  # of queries, keys and values
     output_bias: bool = False  # of attention's output
     mlp_bias: bool = False
-    sliding_window: int | None = None  # no sequence may be longer
+    sliding_window: int | None = size(POSITIONS, None)  # no sequence may be longer
     tie_word_embeddings: bool = False
     hidden_act: str = "silu"
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-    pad_token_id: int | None = None
+    bos_token_id: int | None = within(0, TOKENS, 1)
+    eos_token_id: int | list[int] | None = within(0, TOKENS, 2)
+    pad_token_id: int | None = within(0, TOKENS, None)
 
     @property
     def longest(self) -> int:
@@ -126,35 +141,48 @@ class LlamaConfig:
             known |= {"output_bias": known.get("attention_bias", False), "sliding_window": None}
         else:
             known |= {"attention_bias": kind == "qwen2", "output_bias": False, "mlp_bias": False}
-        if kind == "qwen2":
-            kinds = raw.get("layer_types") or ["sliding_attention"] * (layers > raw.get("max_window_layers", 28))
-            if not raw.get("use_sliding_window") or "sliding_attention" not in kinds:
-                known["sliding_window"] = None
+        windowed = kind != "qwen2" or (
+            raw.get("use_sliding_window") and "sliding_attention" in cls._layer_types(raw, layers)
+        )
+        known |= {} if windowed else {"sliding_window": None}
         rope = Rope.from_config(raw, known.get("max_position_embeddings", cls.max_position_embeddings))
         config = cls(**derived | known, rope=rope)
         if config.hidden_act != "silu":
-            raise ValueError(f"hidden_act {config.hidden_act!r} is not supported for llama; known: silu")
+            raise ValueError(f"hidden_act {shown(config.hidden_act)} is not supported for llama; known: silu")
         if heads % config.num_key_value_heads:
             raise ValueError(f"{heads} heads do not split into {config.num_key_value_heads} key-value heads")
-        if config.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary embedding, got {config.head_dim}")
+        if config.head_dim < 1:
+            raise ValueError(f"hidden_size {config.hidden_size} is less than num_attention_heads {heads}")
+        if config.head_dim % 2 or (config.head_dim == 2 and rope.kind == "dynamic"):
+            least = " and above 2" if rope.kind == "dynamic" else ""
+            raise ValueError(f"head_dim must be even{least} for rotary embedding, got {config.head_dim}")
         return config
+
+    @staticmethod
+    def _layer_types(raw: dict, layers: int) -> list:
+        """The kinds of Qwen2's layers that are there; without a list, those from max_window_layers on have a window."""
+        given, first = raw.get("layer_types") or [], raw.get("max_window_layers", 28)
+        if not isinstance(given, list):
+            raise ValueError(f"layer_types must be a list, got {shown(given)}")
+        if type(first) is not int:
+            raise ValueError(f"max_window_layers must be an int, got {shown(first)}")
+        return given or ["sliding_attention"] * (layers > first)
 
 
 @dataclass(frozen=True)
 class RobertaConfig:
     masked: ClassVar[bool] = True  # answers at a mask
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    max_position_embeddings: int
-    type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12
-    bos_token_id: int = 0
-    eos_token_id: int = 2
-    pad_token_id: int = 1
+    vocab_size: int = size(TOKENS)
+    hidden_size: int = size(WIDTH)
+    intermediate_size: int = size(WIDTH)
+    num_hidden_layers: int = size(LAYERS)
+    num_attention_heads: int = size(2**16)
+    max_position_embeddings: int = size(TOKENS)
+    type_vocab_size: int = size(2**16, 2)
+    layer_norm_eps: float = within(1e-30, 1, 1e-12)
+    bos_token_id: int = within(0, TOKENS, 0)
+    eos_token_id: int = within(0, TOKENS, 2)
+    pad_token_id: int = within(0, TOKENS, 1)
     tie_word_embeddings: bool = True
     hidden_act: str = "gelu"
     position_embedding_type: str = "absolute"
@@ -171,7 +199,8 @@ class RobertaConfig:
         supported = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
         for name, value in supported.items():
             if getattr(config, name) != value:
-                raise ValueError(f"{name} {getattr(config, name)!r} is not supported for roberta; known: {value!r}")
+                given = shown(getattr(config, name))
+                raise ValueError(f"{name} {given} is not supported for roberta; known: {value!r}")
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(f"{config.num_attention_heads} heads do not divide hidden_size {config.hidden_size}")
         return config
@@ -184,7 +213,7 @@ def _agreed(given: dict, *spellings: str) -> object:
     """
     values = {name: given[name] for name in spellings if given.get(name) is not None}
     if any(value != list(values.values())[0] for value in values.values()):
-        both = " and ".join(f"{name} {value!r}" for name, value in values.items())
+        both = " and ".join(f"{name} {shown(value)}" for name, value in values.items())
         raise ValueError(f"{both} contradict each other: keep one")
     return next(iter(values.values()), None)
 
@@ -194,36 +223,45 @@ def _known(cls: type, raw: dict) -> dict:
     known = {}
     for f in fields(cls):
         value = raw.get(f.name)
-        above = -1 if f.name.endswith("_id") else 0
         if value == -1 and "None" in f.type:  # some checkpoints' way of saying none
             value = None
-        if value is not None and not _fits(value, f.type, above):
-            raise ValueError(f"{f.name} {value!r} is not a usable {f.type}")
-        if value is not None or (f.name in raw and "None" in f.type):
+        if value is not None and f.name in raw and f.type != "Rope":
+            _check(f.name, f, value)
             known[f.name] = value
+        elif f.name in raw and "None" in f.type:
+            known[f.name] = None
     return known
 
 
-def _fits(value: object, kind: str, above: int) -> bool:
+def _check(name: str, f: Field, value: object) -> None:
+    """Raises ValueError for a value that a field cannot have."""
+    low, high = f.metadata.get("low", -math.inf), f.metadata.get("high", math.inf)
+    if not _fits(value, f.type, low, high):
+        bounds = f" from {low:,} to {high:,}" if f.metadata else ""
+        kind = f.type.removesuffix(" | None").replace("list[int]", "list of int").replace(" | ", " or ")
+        raise ValueError(f"{name} {shown(value)} is not a usable {kind}{bounds}")
+
+
+def _fits(value: object, kind: str, low: float, high: float) -> bool:
     """Whether a JSON value is of an annotated type.  bool is an int to Python, so types are compared exactly."""
     if isinstance(value, list) and "list" in kind:
-        return all(_fits(v, "int", above) for v in value)
+        return all(_fits(v, "int", low, high) for v in value)
     if kind in ("bool", "str"):
         return type(value).__name__ == kind
-    return (type(value) is int or (kind == "float" and type(value) is float)) and above < value < math.inf
+    return (type(value) is int or (kind == "float" and type(value) is float)) and low <= value <= high
 
 
 def config_of(raw: dict) -> LlamaConfig | RobertaConfig:
     """The contents of config.json -> a frozen config.  Raises ValueError for what is unknown or unsupported."""
     kinds = dict.fromkeys(ABSENT, LlamaConfig) | {"roberta": RobertaConfig}
     if raw.get("model_type") not in list(kinds):  # a list compares, where a dictionary would hash
-        raise ValueError(f"model_type {raw.get('model_type')!r} is not supported; known: {', '.join(kinds)}")
+        raise ValueError(f"model_type {shown(raw.get('model_type'))} is not supported; known: {', '.join(kinds)}")
     try:
         config = kinds[raw["model_type"]].from_raw(raw)
     except KeyError as error:
         raise ValueError(f"lacks {error}") from None
     except TypeError as error:  # a required field without a default
-        raise ValueError(str(error).split("__init__() ")[-1]) from None
+        raise ValueError(f"lacks {str(error).split(': ')[-1]}") from None
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = getattr(config, name)
         for token in ids if isinstance(ids, list) else [ids]:
@@ -231,6 +269,9 @@ def config_of(raw: dict) -> LlamaConfig | RobertaConfig:
                 raise ValueError(
                     f"{name} {token} is outside the vocabulary of {config.vocab_size}: write null or another"
                 )
+    if config.longest < 1:
+        positions = f"max_position_embeddings {config.max_position_embeddings}"
+        raise ValueError(f"{positions} leaves no position behind pad_token_id {config.pad_token_id}")
     return config
 
 
@@ -239,10 +280,8 @@ def read_config(directory: str | Path) -> tuple[LlamaConfig | RobertaConfig, dic
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory} has no config.json; --model takes a Hugging Face model directory or a preset")
+    raw = read_object(path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError(f"must hold an object, got {type(raw).__name__}")
         return config_of(raw), raw
-    except (ValueError, RecursionError) as error:  # what json raises is a ValueError too
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

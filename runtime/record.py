@@ -17,6 +17,7 @@ from runtime.json_files import parse, read_object, shown
 FORMAT = 4
 DIGITS = 16  # of a digest that are written
 NOT_REPEATED = ("peak_memory_bytes", "reserved_memory_bytes", "seconds", "out", "digest")  # in a run done again
+MOST_BYTES = 2**30  # of a file of lines
 Chain = Any  # a hashlib object: the SHA-256 of all that was written so far
 
 
@@ -123,6 +124,10 @@ def followed(run: RecordedRun) -> RecordedRun:
 
 def whole_lines(path: Path) -> list[str]:
     """A killed process may have left half a line at the end."""
+    if not path.is_file():  # a pipe could be waited for without end
+        raise ValueError(f"{path.name} is missing or no file")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path.name} has {path.stat().st_size / 2**30:.1f} GB; at most {MOST_BYTES >> 30} are read")
     text = path.read_text(encoding="utf-8")
     return text[: text.rfind("\n") + 1].splitlines()
 

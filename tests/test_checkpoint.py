@@ -144,8 +144,9 @@ DAMAGE = [  # form, damage, what the line holds beside the directory
     *((form, write(name, POINTER), [name, "is a git-lfs pointer", "git lfs pull"])
       for form, name in (("llama", "model.safetensors"), ("shards", SHARD_2))),
     # index and shards
+    *(("shards", write(INDEX, text), [INDEX, "is not a JSON object"]) for text in ("", "{", "[]", "3")),
     *(("shards", write(INDEX, text), [INDEX, "is not a safetensors index"]) for text in
-      ("", "{", "[]", "3", "{}", *(f'{{"weight_map": {value}}}' for value in ("null", '["a"]', '"model"', "3")))),
+      ("{}", *(f'{{"weight_map": {value}}}' for value in ("null", '["a"]', '"model"', "3")))),
     ("shards", write(INDEX, '{"weight_map": {}}'), ["missing", "lm_head.weight", "more"]),
     ("shards", remove(SHARD_2), [INDEX, SHARD_2]),
     ("shards", cut(SHARD_2, -1), [SHARD_2, "truncated"]),

@@ -180,7 +180,7 @@ def test_the_task_gives_the_length_where_its_files_are_at_hand(capsys):
 def test_a_bad_config_is_one_line(tmp_path, capsys):
     (tmp_path / "config.json").write_text("[]")
     assert train.main(["--dry-run", "--model", str(tmp_path), "--task", "tiny"]) == 2
-    assert "must hold an object, got list" in capsys.readouterr().err
+    assert "is not a JSON object in UTF-8: it holds []" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -486,14 +486,14 @@ REFUSED = {
     "yarn rope scaling lacks factor": tiny_llama(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
     "scaling by mscale is not supported": tiny_llama(rope_scaling=YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}),
     "rope_theta must be above 1 for yarn, got 1.0": tiny_llama(rope_parameters=YARN | {"rope_theta": 1.0}),
-    "rope_factor must be a number above 0, got inf": tiny_llama(rope_parameters=YARN | {"factor": float("inf")}),
-    "rope_truncate must be a bool, got 1": tiny_llama(rope_parameters=YARN | {"truncate": 1}),
+    "rope_factor inf is not a usable float from 1e-06": tiny_llama(rope_parameters=YARN | {"factor": float("inf")}),
+    "rope_truncate 1 is not a usable bool": tiny_llama(rope_parameters=YARN | {"truncate": 1}),
     "partial_rotary_factor 0.5 is not supported": tiny_llama(partial_rotary_factor=0.5),
     "pad_token_id 97 is outside the vocabulary of 97": tiny_llama(pad_token_id=97),
     "bos_token_id 32000 is outside the vocabulary of 97": tiny_llama(bos_token_id=32000),
     "eos_token_id 200 is outside the vocabulary of 97": tiny_llama(eos_token_id=[2, 200]),
     "pad_token_id 100 is outside the vocabulary of 97": tiny_roberta(pad_token_id=100),
-    "rope_factor must be a number above 0, got '8'": tiny_llama(rope_parameters=LLAMA3 | {"factor": "8"}),
+    "rope_factor '8' is not a usable float": tiny_llama(rope_parameters=LLAMA3 | {"factor": "8"}),
     "llama3 rope scaling lacks factor": tiny_llama(rope_scaling={"rope_type": "llama3"}),
 }
 UNUSABLE = {  # values of the wrong type or size; the message has the field's name

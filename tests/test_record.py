@@ -180,6 +180,28 @@ def test_what_is_edited_is_named(copy, capsys, name):
     assert message in refused(capsys, copy)
 
 
+@pytest.mark.parametrize("name, value", {
+    "num_eval": {}, "lr": "fast", "compute": -1e38, "method": "magic", "graphs": 1, "seed": True, "queries": [1],
+    "weights": None, "out": 7, "steps": 0.5, "eps": float("nan"), "batch_size": 2**40, "k": -1,
+}.items())  # fmt: skip
+def test_flags_of_another_type_are_refused_where_the_seal_is_made_anew(copy, capsys, name, value):
+    config = json.loads((copy / "config.json").read_text())
+    config["flags"][name] = value
+    config = sealed({key: held for key, held in config.items() if key != "sha256"})
+    (copy / "config.json").write_text(json.dumps(config))
+    for line in ("trajectory", "metrics.jsonl"):
+        (copy / line).write_text("")
+    (copy / "result.json").unlink()
+    code, _, err = said(capsys, "--resume", copy)
+    assert code == 2 and err.count("\n") == 1 and name.replace("_", "-") in err.replace("_", "-")
+
+
+def test_what_is_no_file_of_lines_is_refused(copy, capsys):
+    (copy / "trajectory").unlink()
+    os.mkfifo(copy / "trajectory")
+    assert "trajectory is missing or no file" in refused(capsys, copy)
+
+
 def test_what_a_run_began_with_is_compared(copy, capsys, monkeypatch, tmp_path):
     """Other code; and of another base its config.json and tokenizer, though the weights are the same."""
     base = tmp_path / "base"

@@ -375,7 +375,7 @@ BAD = [
     ({"options": {"0": " bad"}}, FEW), ({"options": ["{a}"]}, FEW),
     ({"quoting": "tsv"}, "quoting must be one of 'csv', 'none', got 'tsv'"),
     ({"files": {"train": "a"}}, NO_FILE), ({"files": {"test": "a", "dev": "b"}}, NO_FILE), ({"files": None}, NO_FILE),
-    ('{"prompt": ', "Expecting value: line 1 column 12"), ('["prompt"]', "must hold one object"),
+    ('{"prompt": ', "Expecting value: line 1 column 12"), ('["prompt"]', "is not a JSON object"),
     ({"passage": "txt"}, "passage"), ({"prompt": 5}, "prompt"), ({"options": 2}, "options"),
 ]  # fmt: skip
 
