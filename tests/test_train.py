@@ -684,7 +684,7 @@ REFUSED = {
     "--activations fp8-e5m2": "'fp8-e5m2'", "--activations int4": "'int4'", "--estimator q-rge3": "'q-rge3'",
     "--residual 3": "3", "--method loretta-adp --placement qv": "'qv'", "--method loretta-adp --init zero": "'zero'",
     "--method adazeta --tt-rank 2.5": "'2.5'", "--device tpu": "--device must be cpu, cuda or cuda:N, got 'tpu'",
-    "--batch-size 0": "--batch-size must be in [1, 2147483647], got 0", "--lr nan": "got nan", "--eps 0": "--eps must",
+    "--batch-size 0": "--batch-size must be in [1, 1048576], got 0", "--lr nan": "got nan", "--eps 0": "--eps must",
     "--method adazeta --bottleneck 0": "--bottleneck must be in [1, 65536], got 0", "--seed -1": "--seed must be in",
     "--method lora --warmup -1": "--warmup must be in [0, 2147483647], got -1",
     "--warmup 1 --steps 1": "--warmup 1 leaves none of --steps 1 at the full rate",
