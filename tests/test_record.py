@@ -170,7 +170,9 @@ EDITS: dict[str, tuple[Callable[[Path], None], str]] = {  # what is edited: how,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if at % 9 == 0 else pytest.mark.full) for at, name in enumerate(EDITS)
+])  # fmt: skip
 def test_what_is_edited_is_named(copy, capsys, name):
     assert len(EDITS) >= 80
     edit, message = EDITS[name]
