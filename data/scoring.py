@@ -71,6 +71,7 @@ class Encoder:
         """share=False scores every option in a sequence of its own, which tests compare with the shared way."""
         self.tokenizer, self.task, self.config = tokenizer, task, config
         self.max_length, self.share = min(max_length, config.longest), share
+        self.words: list[list[int]] = []  # of a masked model's options
         self.begin, self.end = tokenizer.begin, tokenizer.end  # its files go before config.json, which may be wrong
         if self.begin is None or config.masked and not self.begin:  # a masked model always has both
             self.begin = [] if config.bos_token_id is None else [config.bos_token_id]
@@ -93,7 +94,14 @@ class Encoder:
             examples = [e._replace(options=(e.options[e.label],), label=0) for e in examples]
         texts = list(dict.fromkeys(text for e in examples for text in self._texts(e)))
         ids = dict(zip(texts, self.tokenizer.encode_all(texts), strict=True))
-        return [self._encoded(row, example, ids) for row, example in zip(rows, examples, strict=True)]
+        encoded = [self._encoded(row, example, ids) for row, example in zip(rows, examples, strict=True)]
+        if self.config.masked:  # a batch is read off one list of words
+            self.words = self.words or encoded[0].answers
+            for row, e in zip(rows, encoded, strict=True):
+                if e.answers != self.words:
+                    raise ValueError(f"{row.place}: of a masked model all examples have the same options, here they are "
+                                     f"{list(e.example.options)}")  # fmt: skip
+        return encoded
 
     def _texts(self, example: Example) -> Iterator[str]:
         """What of an example is encoded."""

@@ -293,6 +293,12 @@ def test_a_task_that_does_not_fit_the_tokenizer_is_refused(words):
     for masked in (False, True):
         with pytest.raises(ValueError, match="tell the options apart.*awful"):
             Encoder(words, task(" awful", " superb"), config(masked), 64)(review("fun", 0))
+    of_their_own = Task("own", cloze="<mask>: {sentence}", options=(" {a}", " dull"))
+    rows = [Row(f"file:{at}", {"sentence": "fun", "a": a, "label": 0}) for at, a in enumerate(("great", "awful"), 2)]
+    encode = Encoder(words, of_their_own, config(masked=True), 64)
+    encode.all(rows[:1])
+    with pytest.raises(ValueError, match="file:3: of a masked model all examples have the same options, .*awful"):
+        encode.all(rows)
     small = config()
     small.vocab_size = 10
     with pytest.raises(ValueError, match="token id 10 is outside the model's vocabulary of 10"):
