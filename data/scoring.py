@@ -99,7 +99,7 @@ class Encoder:
             self.words = self.words or encoded[0].answers
             for row, e in zip(rows, encoded, strict=True):
                 if e.answers != self.words:
-                    raise ValueError(f"{row.place}: of a masked model all examples have the same options, here they are "
+                    raise ValueError(f"{row.place}: of a masked model all examples have the same options, here "
                                      f"{list(e.example.options)}")  # fmt: skip
         return encoded
 
