@@ -99,18 +99,21 @@ class RunFolder:
 
     def save_state(self, step: int, adamw: torch.optim.AdamW, weights: dict[str, Store]) -> dict[str, str]:
         """Weights and moments, from which --resume goes on -> what the evaluation's line says of them."""
-        partial = self.path / "state.partial"
-        partial.unlink(missing_ok=True)
-        sha256 = self.state_sha256[step] = save_state(partial, adamw, weights)
-        os.replace(partial, state_path(self.path, step))
+        partial = self.path / "state.partial"  # a folder: safetensors writes to a file of another name at first
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        sha256 = self.state_sha256[step] = save_state(partial / "state", adamw, weights)
+        os.replace(partial / "state", state_path(self.path, step))
+        partial.rmdir()
         return {"state_sha256": sha256}
 
     def load_state(self, step: int, adamw: torch.optim.AdamW, weights: dict[str, Store]) -> None:
         load_state(state_path(self.path, step), self.state_sha256[step], adamw, weights)
 
     def remove_states(self, but: int | None = None) -> None:
-        """All of them, or the older ones."""
-        for path in self.path.glob("state*"):
+        """All of them, or the older ones, and what a killed process left half written."""
+        shutil.rmtree(self.path / "state.partial", ignore_errors=True)
+        for path in self.path.glob("state-*"):
             if but is None or path != state_path(self.path, but):
                 path.unlink()
 

@@ -360,4 +360,6 @@ def test_a_state_of_adamw_that_is_not_the_runs_is_refused(tmp_path, capsys, monk
     code, _, err = said(capsys, "--resume", out)
     assert code == 2 and f"{state} is not what the run wrote" in err
     state.unlink()  # then everything is done again
+    (out / "state.partial").mkdir()
+    (out / "state.partial/.tmpAbC").write_text("of safetensors, in a process that was killed")
     assert said(capsys, "--resume", out)[0] == 0 and not list(out.glob("state*"))
