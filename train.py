@@ -12,9 +12,9 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036 (before anything is imported that older ones cannot read)
     sys.exit(f"train.py: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
 if __name__ == "__main__":
-    # A thread that waits for the others of a parallel region sleeps, instead of keeping a core from them where the
-    # machine has other work: 40 steps on two loaded cores take 14 s so, and 78 to 217 s otherwise
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A thread that waits long for the others of a parallel region sleeps, instead of keeping a core from them where the
+    # machine has other work: 40 steps take 5 s on two idle cores, and on loaded ones 17 s instead of 78 to 217 (NOTES.md)
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     try:
         os.getcwd()  # without one torch's own libraries do not load
     except OSError as error:
