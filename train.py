@@ -13,7 +13,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (before anything is imported that 
     sys.exit(f"train.py: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
 if __name__ == "__main__":
     # A thread that waits long for the others of a parallel region sleeps, instead of keeping a core from them where the
-    # machine has other work: 40 steps take 5 s on two idle cores, and on loaded ones 17 s instead of 78 to 217 (NOTES.md)
+    # machine has other work: 40 steps take 5 s on two idle cores, on loaded ones 17 s instead of 78 to 217 (NOTES.md)
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     try:
         os.getcwd()  # without one torch's own libraries do not load
