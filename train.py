@@ -286,7 +286,7 @@ def start(c: Config, held: ExitStack) -> tuple[Config, Problem, RecordedRun, Ran
         c = recorded(c, past.config["flags"])
     validate(c)
     if past is not None:
-        check_unfinished(c, past)
+        check_unfinished(c)
     elif is_first():
         check_free(Path(c.out))
     if c.device.startswith("cuda:"):
@@ -295,8 +295,7 @@ def start(c: Config, held: ExitStack) -> tuple[Config, Problem, RecordedRun, Ran
     if ranks.world > 1 and c.optimizer != "zo":
         raise ValueError("several processes share zeroth order's steps; AdamW's are not shared: start one process")
     problem, splits = prepare(c)
-    others = [resolve(c.model) / "config.json", *problem.lm.other_files]
-    begun = run_config(dataclasses.asdict(c), weights_sha256(problem.lm.weights), splits.files, others)
+    begun = run_config(dataclasses.asdict(c), weights_sha256(problem.lm.weights), splits.files, files_of_base(c))
     decided = {name: begun[name] for name in ("code_sha256", "base_weights_sha256", "data_sha256", "other_sha256")}
     ranks.check_same("what they begin with", json.dumps(decided))
     if past is not None:
@@ -384,6 +383,12 @@ def other_versions(recorded: dict, found: dict) -> str | None:
     return f"not to the same bits, perhaps: {'; '.join(differ)}" if differ else None
 
 
+def files_of_base(c: Config) -> list[Path]:
+    """What decides the tokens and the model, beside its tensors."""
+    directory = resolve(c.model)
+    return [directory / "config.json", *companion_files(directory)]
+
+
 def last_state(out: Path, past: RecordedRun) -> int:
     """The step that a run of AdamW can go on from: that of its last state on disk, else 0, to do everything again."""
     kept = [row["step"] for row in past.rows if "state_sha256" in row and state_path(out, row["step"]).is_file()]
@@ -468,7 +473,7 @@ def catch_up(
             progress.count_step(of_step, 2 * len(of_step), math.inf)
 
 
-def check_unfinished(c: Config, past: RecordedRun) -> None:
+def check_unfinished(c: Config) -> None:
     """Raises ValueError where no step of the recorded run is left to be done."""
     result = read_result(Path(c.out))  # a killed run has none
     if result and result["diverged"]:
@@ -508,20 +513,20 @@ def replay(c: Config) -> dict:
     if result is None:
         raise ValueError(f"{c.out} has no result.json: that run was not finished; --resume finishes it")
     validate(c)
-    out, directory, best_step = Path(c.out), resolve(c.model), result["best_step"]
+    out, best_step = Path(c.out), result["best_step"]
     check_result(out, past, result, derived(past, best_step))
     check_drawings(out, past, title_of(past.config["flags"]), result)
-    files = [directory / "config.json", *companion_files(directory)]
-    check_same(out, past.config, {"code_sha256": code_sha256(), "other_sha256": hashed(files)})
+    check_same(out, past.config, {"code_sha256": code_sha256(), "other_sha256": hashed(files_of_base(c))})
     problem, splits = prepare(c) if c.calibrate or verify else (None, None)
-    lm = problem.lm if problem else load_base(c, directory, [])
+    lm = problem.lm if problem else load_base(c, resolve(c.model), [])
     check_same(out, past.config, {"base_weights_sha256": weights_sha256(lm.weights)})
     steps, found = past.projected_grads, {}
     at = {best_step: [lambda: found.update(weights_sha256=weights_sha256(lm.weights))]}
     if verify:
         check_same(out, past.config, {"data_sha256": hashed(splits.files)})
+        rows = [row for row in past.rows if "projected_grad" in row]
         for step in permutation(int(result["digest"], 16), 0, len(steps))[:verify].tolist():
-            at.setdefault(step, []).append(partial(verify_step, c, problem, past, step, found))
+            at.setdefault(step, []).append(partial(verify_step, c, problem, rows[step], step, found))
         at[best_step].append(partial(verify_metrics, problem, result, found))
     catch_up(c, lm, steps if verify else steps[:best_step], at)
     sha256 = found.pop("weights_sha256")
@@ -547,12 +552,11 @@ def derived(past: RecordedRun, best_step: int) -> dict:
     return named(past.config["flags"]) | values
 
 
-def verify_step(c: Config, problem: Problem, past: RecordedRun, step: int, found: dict) -> None:
-    """Compute a step's losses again, with the weights as they were before it.
+def verify_step(c: Config, problem: Problem, row: dict, step: int, found: dict) -> None:
+    """Compute a step's losses again, with the weights as they were before it.  row: what was recorded of it.
 
     Raises ValueError where its projected gradients are not those of its own recorded losses.
     """
-    row = next(row for row in past.rows if "projected_grad" in row and row["step"] == step + 1)
     zo = replace(estimator(c, problem.lm), queries=row["queries"])
     examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, len(problem.train))]
     loss_fn = problem.loss_fn(c.micro_batch_size)(examples)

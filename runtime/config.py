@@ -1,6 +1,7 @@
 """The command line: one dataclass with every flag, each method's defaults, and the checks that need no file.
 
-A flag that is not given takes its method's default.  Imports data, quant, tensor_train, and of runtime hub.
+A flag that is not given takes its method's default.  Imports data, quant, tensor_train, and of runtime
+checkpoints, hub and json_files.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ counts.  The counts below follow the code line by line, and leave out what is sm
 measures them.
 
 Shape key: B sequences in a forward, T tokens, D hidden, F feed-forward width, V vocabulary.  Imports data, model,
-quant, tensor_train, zo_optim, and of runtime config, hub and model_configs.
+quant, tensor_train, zo_optim, and of runtime config, model_configs and problem.
 """
 
 from __future__ import annotations

@@ -82,15 +82,18 @@ def save_state(path: Path, optimizer: torch.optim.AdamW, weights: dict[str, Floa
     tensors = {name: stored.value.detach() for name, stored in weights.items()}
     tensors |= {f"{name}.{of}": optimizer.state[stored.value][of] for name, stored in weights.items() for of in MOMENTS}
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_state(path: Path, sha256: str, optimizer: torch.optim.AdamW, weights: dict[str, Float | Master]) -> None:
     """Raises ValueError for another file than save_state wrote."""
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise ValueError(f"{path} is not what the run wrote: begin a new one")
+    if _sha256(path) != sha256:
+        raise ValueError(f"{path} is not what the run wrote: begin a new one")
     tensors = load_file(path, str(next(iter(weights.values())).device))
     for name, stored in weights.items():
         stored.value.data.copy_(tensors[name])

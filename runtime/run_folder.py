@@ -88,8 +88,9 @@ class RunFolder:
         self.path, self.model, self.title = path, path / "model", title
         self.zero_shot: float | None = None  # test metric before the first step
         self.metric, self.flags, self.chain = metric, run.config["flags"], chain_of(run)
-        self.losses, self.devs = series(run.rows)
-        self.state_sha256 = {row["step"]: row["state_sha256"] for row in run.rows if "state_sha256" in row}
+        rows = run.rows
+        self.losses, self.devs = series(rows)
+        self.state_sha256 = {row["step"]: row["state_sha256"] for row in rows if "state_sha256" in row}
         for name, lines in (("trajectory", run.trajectory), ("metrics.jsonl", run.metrics)):
             write_whole(path / name, "".join(line + "\n" for line in lines))
         self.metrics = open(path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (by line, for the whole run)

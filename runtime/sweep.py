@@ -26,6 +26,7 @@ import torch
 from runtime.config import Config, parse, spelled, validate
 from runtime.json_files import read_object
 from runtime.record import read_result
+from runtime.run_folder import write_whole
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 Flags = dict[str, str]  # name without dashes in front, as it is spelled: its value
@@ -125,7 +126,7 @@ def begin(out: Path, about: dict) -> None:
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"--out {out} is not empty; give a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(about, indent=2) + "\n")
+    write_whole(path, json.dumps(about, indent=2) + "\n")
 
 
 def recorded(folder: Path) -> dict | None:

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers import shortened
 
 import train
-from runtime import problem as setup
 
 ROOT = Path(train.__file__).parent
 TEXT = (ROOT / "README.md").read_text() + (ROOT / "RESULTS.md").read_text().split("\n## The embedded model")[0]
@@ -26,16 +26,10 @@ def test_there_are_commands():
 def test_a_documented_command_runs(flags, smollm2_directory, real_data, tmp_path, monkeypatch, capsys):
     """With the sizes that it is given but for steps and batches, on 16 examples to train with and 8 for dev.  Its last
     step changes weights, and its losses are those of a model that reads: near 1."""
-    real = setup.load_splits
-
-    def short(*args):
-        splits = real(*args)
-        return splits._replace(train=splits.train[:16], dev=splits.dev[:8])
-
-    monkeypatch.setattr(setup, "load_splits", short)
     data = real_data("SST-2").parent
     given = ["--model", str(smollm2_directory), *flags.split(), "--data-dir", str(data), *FEW.split()]
-    assert train.main([*given, "--out", str(tmp_path / "run")]) == 0, capsys.readouterr().err
+    with shortened(train=16, dev=8):
+        assert train.main([*given, "--out", str(tmp_path / "run")]) == 0, capsys.readouterr().err
     result = json.loads(capsys.readouterr().out)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]

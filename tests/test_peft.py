@@ -15,7 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import auto_class, largest_gap, oracle_logits, padded_batch, random_oracle, tiny_llama, tiny_roberta
+from helpers import (
+    auto_class,
+    largest_gap,
+    oracle_logits,
+    padded_batch,
+    random_oracle,
+    shortened,
+    tiny_llama,
+    tiny_roberta,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,7 +33,6 @@ import train
 from data.tasks import TINY
 from model import LanguageModel, load
 from runtime import checkpoints
-from runtime import problem as setup
 from runtime.checkpoints import weights_sha256, write_directory
 from tensor_train import TRAINED_VECTOR, Spec, attach
 
@@ -401,10 +409,8 @@ SHORT = "--steps 2 --eval-every 2 --batch-size 4 --num-eval 4".split()
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
     """A run's folder by method, on 16 of the embedded task's examples a part."""
-    real, folder = setup.load_splits, tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "load_splits", lambda *args: real(*args)._replace(train=real(*args).train[:16],
-                                                                               dev=real(*args).dev[:4]))  # fmt: skip
+    folder = tmp_path_factory.mktemp("runs")
+    with shortened(train=16, dev=4):
         for method in ("lora", "adazeta"):
             assert train.main([*SHORT, "--method", method, "--seed", "2", "--out", str(folder / method)]) == 0
             assert json.loads((folder / method / "result.json").read_text())["best_step"] == 2  # not the start

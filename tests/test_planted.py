@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import tiny_llama
+from helpers import shortened, tiny_llama
 from oracles import gaussian
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +25,6 @@ from data.tasks import TASKS, TINY, Example
 from model import create
 from quant import ACTIVATIONS
 from random_bits import tensor_id
-from runtime import problem as setup
 from runtime.config import parse
 from runtime.run_folder import StepRecorder
 from tensor_train import Spec, TensorTrain, balanced
@@ -34,12 +33,7 @@ from zo_optim import Step
 
 @pytest.fixture(autouse=True, scope="module")
 def short_splits():
-    def short(splits):
-        return splits._replace(train=splits.train[:64], dev=splits.dev[:8])
-
-    real = setup.load_splits
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "load_splits", lambda *args: short(real(*args)))
+    with shortened(train=64, dev=8):
         yield
 
 

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import shortened
 
 import train
-from runtime import problem as setup
 from runtime import record, run_folder
 from runtime.record import read_run, sealed
 
@@ -24,12 +24,7 @@ FLAGS = "--steps 8 --eval-every 3 --num-eval 16 --batch-size 8 --seed 1 --lr 1e-
 
 @pytest.fixture(autouse=True, scope="module")
 def short_splits():
-    def short(splits):
-        return splits._replace(train=splits.train[:256], dev=splits.dev[:32])
-
-    real = setup.load_splits
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "load_splits", lambda *args: short(real(*args)))
+    with shortened():
         yield
 
 

@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import assert_equal_folders
+from helpers import assert_equal_folders, shortened
 
 import train
 from data.tasks import TINY
-from runtime import problem as setup
 from runtime.checkpoints import weights_sha256
 from runtime.config import Config, parse, recorded
 from runtime.record import canonical, read_run, whole_lines
@@ -41,12 +40,7 @@ full = pytest.mark.full
 
 @pytest.fixture(autouse=True, scope="module")
 def short_splits():
-    def short(splits):
-        return splits._replace(train=splits.train[:256], dev=splits.dev[:32])
-
-    real = setup.load_splits
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "load_splits", lambda *args: short(real(*args)))
+    with shortened():
         yield
 
 

@@ -12,12 +12,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from helpers import shortened
 
 import train
 import zo_optim
 from benchmarks.house import circles, imported, module_name
 from runtime import config
-from runtime import problem as setup
 
 ROOT = Path(train.__file__).parent
 IGNORED = {line.strip("/") for line in (ROOT / ".gitignore").read_text().split()}
@@ -194,19 +194,14 @@ def test_commands_of_the_documents_parse():
 def test_commands_of_the_readme_run_on_a_real_model(model, real_model, real_data, tmp_path, monkeypatch):
     """One step each, on a few examples, of which few are read to calibrate; on int4 codes, whose making takes most of
     the time, one command of one model alone."""
-    load_splits, directory = setup.load_splits, real_model(model)
-
-    def few(*args):
-        splits = load_splits(*args)
-        return splits._replace(train=splits.train[:16], dev=splits.dev[:8])
-
+    directory = real_model(model)
     short = ["--steps", "1", "--batch-size", "4", "--data-dir", str(real_data("k-shot").parent), "--device", "cpu"]
-    monkeypatch.setattr(setup, "load_splits", few)
     for at, flags in enumerate(flags for flags in commands(README) if "--model DIR" in flags):
         if "int4" in flags and (model == "zoroberta-26m" or "loretta" in flags):
             continue
         given = [*flags.replace("DIR", str(directory)).split(), *short, "--num-eval", "8"]
-        assert train.main([*given, "--out", str(tmp_path / str(at))]) == 0, flags
+        with shortened(train=16, dev=8):
+            assert train.main([*given, "--out", str(tmp_path / str(at))]) == 0, flags
     assert at >= 2
 
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers import shortened
 
 import tensor_train
 import train
@@ -47,15 +48,7 @@ full = pytest.mark.full
 
 @pytest.fixture(autouse=True, scope="module")
 def short_splits():
-    """Of the embedded task's 1,024 and 256 examples a part, which is read in no time."""
-    real = setup.load_splits
-
-    def cut(*args):
-        splits = real(*args)
-        return splits._replace(train=splits.train[:256], dev=splits.dev[:32])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "load_splits", cut)
+    with shortened():
         yield
 
 

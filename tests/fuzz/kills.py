@@ -24,10 +24,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-from helpers import assert_equal_folders  # noqa: E402
+from helpers import assert_equal_folders, shortened  # noqa: E402
 
 import train  # noqa: E402
-from runtime import problem as setup  # noqa: E402
 
 SHORT = "--steps 24 --eval-every 5 --num-eval 64 --batch-size 8 --device cpu --lr 1e-3"
 METHODS = {
@@ -36,17 +35,6 @@ METHODS = {
     "loretta by zo": "--method loretta-adp --optimizer zo", "adamw": "--method fo",
     "loretta by adamw": "--method loretta-rep",
 }  # fmt: skip
-
-
-def shorten() -> None:
-    """Fewer examples, so that a run takes a second or two, most of it in steps."""
-    real = setup.load_splits
-
-    def short(*args):
-        splits = real(*args)
-        return splits._replace(train=splits.train[:256], dev=splits.dev[:32])
-
-    setup.load_splits = short
 
 
 def child(argv: list[str], log: Path) -> int:
@@ -159,10 +147,9 @@ def main() -> None:
     parser.add_argument("--disks", type=int, default=0, help="runs whose disk is full")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    shorten()
     for wanted, do in ((args.count, kills), (args.disks, disks)):
-        if wanted:
-            with TemporaryDirectory() as folder:
+        if wanted:  # of few examples, so that a run takes a second or two, most of it in steps
+            with TemporaryDirectory() as folder, shortened():
                 print(json.dumps(do(args, Path(folder))), flush=True)
 
 
