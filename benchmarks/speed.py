@@ -80,6 +80,7 @@ class Case:
 BF16 = "--method mezo --weights bf16"
 INT8 = "--method quzo --weights int8 --direction-bits 4 --estimator q-rge2"
 SPARSE = "--method quzo --weights int8 --direction-bits sparse"
+FP8 = "--method quzo --weights fp8"
 EAGER = f"{BF16} --no-compile"  # as released
 REFERENCE, MIDDLE = "peer: MeZO in place", "QuZO int8, 4 bits"
 BOTH = ((16, 64), (16, 256))
@@ -94,13 +95,14 @@ CASES = {
     "peer: AdamW, bf16": Case("--method fo --weights bf16"),
     "peer: AdamW, fo-ste int8": Case("--method fo-ste --weights int8"),
     "MeZO bf16": Case(BF16, targets=("14.2 GiB, 0.4x",)),
-    MIDDLE: Case(INT8, BOTH, targets=("65 ms, 7.6 GiB", "190 ms")),
+    "MeZO bf16, sparse": Case(f"{BF16} --direction-bits sparse", targets=("44 ms",)),
+    MIDDLE: Case(INT8, BOTH, targets=("66 ms, 7.6 GiB", "190 ms")),
     "QuZO int8, sparse": Case(SPARSE, BOTH, targets=("65 ms, 7.6 GiB", "190 ms")),
-    "QuZO fp8": Case("--method quzo --weights fp8"),
-    "QuZO fp8, fp8 activations": Case("--method quzo --weights fp8 --activations fp8", targets=("50 ms",)),
-    "QuZO int4": Case("--method quzo --weights int4", targets=("70 ms, 4.6 GiB",)),
+    "QuZO fp8": Case(FP8),
+    "QuZO fp8, fp8 activations": Case(f"{FP8} --activations fp8", BOTH, targets=("31 ms", "95 ms")),
+    "QuZO int4": Case("--method quzo --weights int4", BOTH, targets=("46 ms, 4.4 GiB", "165 ms")),
     "AdaZeta Q = 4, int4 base": Case("--method adazeta --weights int4 --queries 4"),
-    "QuZO int4, 13B": Case("--method quzo --weights int4", model="llama2-13b", targets=("8.6 GiB",)),
+    "QuZO int4, 13B": Case("--method quzo --weights int4", model="llama2-13b", targets=("90 ms, 8.1 GiB",)),
     "growth with tokens": Case(INT8, DOUBLING),
     "growth with parameters, 28M": Case(INT8, model="llama-28m"),
     "growth with parameters, 1.1B": Case(INT8, model="tinyllama-1.1b"),
