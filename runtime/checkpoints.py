@@ -322,6 +322,7 @@ SHARD_BYTES = 2**31  # a file holds at most this, so saving needs no second copy
 OURS = re.compile(
     "|".join(map(re.escape, COMPANIONS)) + r"|config\.json|tokenizer.*|.*\.safetensors(\.index\.json)?|.*\.tmp"
 )
+LEFT = re.compile(r"\.tmp\w{6}")  # by a kill: safetensors writes to a file of such a name and renames it
 
 
 def write_directory(
@@ -358,7 +359,7 @@ def _refuse_foreign(path: Path, ours: re.Pattern) -> None:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ValueError(f"cannot save to {path}: it is a {'link' if path.is_symlink() else 'file'}")
     inside = path.iterdir() if path.exists() else ()
-    foreign = sorted(p.name for p in inside if p.is_dir() or not ours.fullmatch(p.name))
+    foreign = sorted(p.name for p in inside if p.is_dir() or not (ours.fullmatch(p.name) or LEFT.fullmatch(p.name)))
     if foreign:
         raise ValueError(f"saving would delete {first_names(foreign)} in {path}; give a new directory")
 

@@ -494,6 +494,15 @@ def test_saving_never_deletes_what_is_not_a_model(where, tmp_path):
     assert not any((tmp_path / "elsewhere").iterdir())
 
 
+def test_saving_passes_over_what_a_killed_save_left(tmp_path):
+    """safetensors' own temporary file, found by killing: the run could not be taken up again."""
+    (tmp_path / "m.partial").mkdir()
+    (tmp_path / "m.partial" / ".tmp55nve4").write_bytes(b"half")
+    LLAMA.save(tmp_path / "m")
+    assert {path.name for path in tmp_path.iterdir()} == {"m"}
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {"config.json", "model.safetensors"}
+
+
 def test_saving_over_links_leaves_what_they_lead_to(directory, tmp_path):
     """As in the hub's cache, whose directories hold links."""
     (tmp_path / "blobs").mkdir()
