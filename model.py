@@ -52,13 +52,14 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(1, -2)  # [P, N, D]
         flat = flat if self.round_input is None else self.round_input(flat)
+        flat = flat.expand(max(len(flat), len(self.weight)), -1, -1)  # copies may differ from here on
         if len(self.weight) < len(flat):  # a frozen weight, which all copies share: one large product
             y = F.linear(flat, self.weight[0], None if self.bias is None else self.bias[0].to(x.dtype))
         elif self.bias is None:
             y = torch.bmm(flat, self.weight.mT)
         else:
             y = torch.baddbmm(self.bias.to(x.dtype)[:, None], flat, self.weight.mT)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(len(y), *x.shape[1:-1], -1)
 
 
 class RMSNorm(nn.Module):

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quant import COUNTED, E4M3, Places, Store, row_chunks
+from quant import COUNTED, E4M3, Places, Store, StoredWeights, row_chunks
 from random_bits import Key, Purpose, bits16, bits32, philox_blocks, tensor_id
 
 # ---------------------------------------------------------------- one step
@@ -78,7 +78,8 @@ def update(weights: dict[str, Store], projected_grads: Tensor, key: Key, zo: ZO,
         return torch.zeros(COUNTED, dtype=torch.int64, device=device)
     factors = (lengths / zo.unit).float()
     factors = factors.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else factors
-    return zo.add_directions_(weights, factors, key)
+    moved = {name: stored for name, stored in weights.items() if zo.moves is None or zo.moves(name, key)}
+    return zo.add_directions_(moved, factors, key)
 
 
 # ---------------------------------------------------------------- the estimator: how weights are probed and stepped
@@ -100,7 +101,9 @@ class ZO:
     nearest: bool = False  # ablation: steps land by rounding to nearest, which loses nearly all of them
     dtype: torch.dtype = torch.float32  # of perturbed matrices: what a forward multiplies in
     probes_per_forward: int | None = 2  # perturbed copies at a time, which bounds memory; None: all of them
+    moves: Callable[[str, Key], bool] | None = None  # which tensors a step probes and moves; None: all (family/lezo.py)
     unit = 1.0  # the length of a drawn direction that stands for u (not a field)
+    stored_view = StoredWeights  # how a tensor is read that a step leaves alone (not a field)
 
     def __post_init__(self):
         """Raises ValueError for what no estimator is."""
@@ -126,7 +129,7 @@ class ZO:
         copies = torch.empty(len(signs), R if rows is None else len(rows), C, dtype=dtype, device=store.device)
         for chunk in row_chunks(store.matrix_shape, store.device) if rows is None else [rows]:
             index = torch.arange(chunk.start, chunk.stop, device=store.device) if rows is None else rows
-            eps_u1 = direction(key, index, C, self.bits, Purpose.PROBE_ROUNDING).mul_(self.eps)
+            eps_u1 = self.direction(key, (R, C), index, Purpose.PROBE_ROUNDING).mul_(self.eps)
             rounded, bits = dtype == E4M3.dtype or self.probe == "codes", None
             if self.probe == "codes" and store.rounds:  # the same for both signs, so that codes move symmetrically
                 bits = bits32(key, Purpose.PROBE_LANDING, index, C)
@@ -140,6 +143,23 @@ class ZO:
                     copy.copy_(store.add_rounded(chunk, sign * eps_u1, bits))
         return copies
 
+    def direction(self, key: Key, shape: tuple[int, int], rows: Tensor, rounding: Purpose) -> Tensor:
+        """Chosen rows of one tensor's direction, in units of sigma: shape (R, C), rows [r] int64 -> [r, C] float32.
+
+        bits None: u ~ N(0, 1) itself (MeZO).  Otherwise Q(u) (QuZO eq. 7): stochastic rounding onto 2^bits - 1 levels,
+        step = 4 / (2^(bits - 1) - 1) sigma apart.  It is integer arithmetic throughout, and E[Q(u) | u] = u exactly.
+        The variance is 1 + step^2 E[f (1 - f)], about 1 + step^2 / 6 for small steps (f: u's distance to the level
+        below, in steps).  `rounding` names the draw: PROBE_ROUNDING gives u1, UPDATE_ROUNDING gives u2.
+        """
+        uniform = bits16(key, Purpose.DIRECTION, rows, shape[1])
+        u = normal_table(rows.device).index_select(0, uniform.flatten()).view(uniform.shape)
+        if self.bits is None:
+            return u * UNIT
+        levels = 2 ** (self.bits - 1) - 1
+        dither = bits16(key, rounding, rows, shape[1]).to(torch.int32)
+        code = (u * levels + dither) >> 16  # 4 sigma * levels = levels << 16, so 16 bits of dither are exact
+        return code * (CLIP / levels)
+
     def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
         """w <- round(w + sum of factor_q * direction_q): all that ever writes.  factors [Q] float32 -> counts."""
         counts = torch.zeros(COUNTED, dtype=torch.int64, device=factors.device)
@@ -149,7 +169,7 @@ class ZO:
             for rows in row_chunks(store.matrix_shape, store.device):
                 index = torch.arange(rows.start, rows.stop, device=store.device)
                 delta = reduce(Tensor.add_, (
-                    direction(key._replace(query=query), index, store.matrix_shape[1], self.bits, rounding).mul_(factor)
+                    self.direction(key._replace(query=query), store.matrix_shape, index, rounding).mul_(factor)
                     for query, factor in enumerate(factors)
                 ))  # fmt: skip
                 bits = None
@@ -268,10 +288,13 @@ class PerturbedWeights:
     probes: int  # P
 
     def read(self, name: str, rows: Tensor | None = None, as_codes: bool = False) -> Tensor:
-        """[P, *shape]: matrices in the compute dtype, vectors in float32; as_codes, an fp8 matrix's e4m3 codes.
+        """[P, *shape], or [1, *shape] of what is not moved: matrices in the compute dtype, vectors in float32; as_codes,
+        an fp8 matrix's e4m3 codes.
 
         rows [n] int64: only those rows of a matrix are drawn, [P, n, C] float32.
         """
+        if self.zo.moves is not None and not self.zo.moves(name, self.key):  # one tensor for all copies
+            return self.zo.stored_view(self.weights, self.zo.dtype).read(name, rows, as_codes)
         store, parts = self.weights[name], []
         in_float32 = rows is not None or len(store.shape) < 2
         dtype = E4M3.dtype if as_codes else torch.float32 if in_float32 else self.zo.dtype
@@ -313,24 +336,6 @@ def normal_table(device: torch.device) -> Tensor:
         for f in range(16)
     ]
     return torch.tensor(half + [-u for u in half], dtype=torch.int32, device=device)
-
-
-def direction(key: Key, rows: Tensor, columns: int, bits: int | None, rounding: Purpose) -> Tensor:
-    """Chosen rows of one tensor's direction, in units of sigma: rows [r] int64 -> [r, C] float32.
-
-    bits None: u ~ N(0, 1) itself (MeZO).  Otherwise Q(u) (QuZO eq. 7): stochastic rounding onto 2^bits - 1 levels,
-    step = 4 / (2^(bits - 1) - 1) sigma apart.  It is integer arithmetic throughout, and E[Q(u) | u] = u exactly.
-    The variance is 1 + step^2 E[f (1 - f)], about 1 + step^2 / 6 for small steps (f: u's distance to the level
-    below, in steps).  `rounding` names the draw: PROBE_ROUNDING gives u1, UPDATE_ROUNDING gives u2.
-    """
-    uniform = bits16(key, Purpose.DIRECTION, rows, columns)
-    u = normal_table(rows.device).index_select(0, uniform.flatten()).view(uniform.shape)
-    if bits is None:
-        return u * UNIT
-    levels = 2 ** (bits - 1) - 1
-    dither = bits16(key, rounding, rows, columns).to(torch.int32)
-    code = (u * levels + dither) >> 16  # 4 sigma * levels = levels << 16, so 16 bits of dither are exact
-    return code * (CLIP / levels)
 
 
 # ---------------------------------------------------------------- schedules

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from quant import Store, encode
 from random_bits import Key, Purpose
-from zo_optim import CLIP, UNIT, SparseZO, direction, normal_table
+from zo_optim import CLIP, UNIT, ZO, SparseZO, normal_table
 
 CPU = torch.device("cpu")
 SPARSE = {"fp32": 1e-3, "int8": 1e-3, "fp8": 1e-3, "int4": 2.5e-4}  # format: eps
@@ -76,10 +76,11 @@ def draw(estimator: str, bits: int, key: Key, rows: Tensor, d: int) -> tuple[Ten
     """The two vectors, [rows, d] each."""
     if estimator == "nearest":
         step = step_of(bits)
-        u = (direction(key, rows, d, None, Purpose.PROBE_ROUNDING) / step).round() * step
+        u = (ZO().direction(key, (len(rows), d), rows, Purpose.PROBE_ROUNDING) / step).round() * step
         return u, u
-    u1 = direction(key, rows, d, bits, Purpose.PROBE_ROUNDING)
-    return u1, u1 if estimator == "q-rge1" else direction(key, rows, d, bits, Purpose.UPDATE_ROUNDING)
+    zo, shape = ZO(bits=bits), (len(rows), d)
+    u1 = zo.direction(key, shape, rows, Purpose.PROBE_ROUNDING)
+    return u1, u1 if estimator == "q-rge1" else zo.direction(key, shape, rows, Purpose.UPDATE_ROUNDING)
 
 
 def draw_sparse(zo: SparseZO, store: Store, key: Key, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,12 +31,13 @@ def install(lm: LanguageModel) -> None:
 
 def estimator(zo: ZO, device: str, graphs: bool = False) -> ZO:
     """The same estimator by kernels, and with `graphs` by recorded launches too, where the weights are on a GPU."""
-    if not device.startswith("cuda") or not has_triton():
-        return zo
+    if not device.startswith("cuda") or not has_triton() or type(zo) not in (ZO, SparseZO):
+        return zo  # another direction than those two has no kernel
     from gpu.graphs import CudaGraphed
     from gpu.kernels import FusedZO, GraphedZO
     from gpu.sparse import FusedSparseZO, GraphedSparseZO
 
     fused, graphed = (FusedSparseZO, GraphedSparseZO) if isinstance(zo, SparseZO) else (FusedZO, GraphedZO)
     fields = {f.name: getattr(zo, f.name) for f in dataclasses.fields(zo)}
+    graphs = graphs and zo.moves is None  # what launches is then the same at every step
     return graphed(**fields, graphed=CudaGraphed(device)) if graphs else fused(**fields)

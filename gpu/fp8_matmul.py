@@ -25,7 +25,7 @@ class Fp8Linear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = multiply_fp8(x.flatten(1, -2), self.weight, self.weight_scale)
         y = y if self.bias is None else y + self.bias.to(y.dtype)[:, None]
-        return y.view(*x.shape[:-1], -1)
+        return y.view(len(y), *x.shape[1:-1], -1)
 
 
 class Fp8View:
@@ -67,6 +67,7 @@ def multiply_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
     A weight that all copies share is one large product.
     """
+    x = x.expand(max(len(x), len(weight)), -1, -1)
     if len(weight) < len(x):
         return multiply_fp8(x.flatten(0, 1)[None], weight, scale).view(*x.shape[:2], -1)
     return multiply_codes(*token_codes(x, "fp8"), weight, scale)

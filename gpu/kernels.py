@@ -549,9 +549,23 @@ def step_(stored: Store, key: Key, factors: Tensor, zo: ZO, counts: Tensor) -> N
 # ---------------------------------------------------------------- the twins, as they are put in from outside
 
 
+class FusedStoredWeights(StoredWeights):
+    """Reads codes by one kernel a tensor; floats are there already, and may want a gradient."""
+
+    def read(self, name: str, rows: Tensor | None = None, as_codes: bool = False) -> Tensor:
+        stored = self.weights[name]
+        if as_codes or isinstance(stored, Float) or not fits(stored):
+            return super().read(name, rows, as_codes)
+        if rows is not None:
+            return dequantised(stored, torch.float32, rows)
+        return dequantised(stored, self.dtype).view(1, *stored.shape)
+
+
 @dataclass(frozen=True)
 class FusedZO(ZO):
     """Gives the bits of ZO with one kernel a tensor, where one fits."""
+
+    stored_view = FusedStoredWeights
 
     def perturbed(
         self, store: Store, key: Key, signs: list[int], dtype: torch.dtype, rows: Tensor | None = None
@@ -604,18 +618,6 @@ class Graphed(ZO):
 @dataclass(frozen=True)
 class GraphedZO(Graphed, FusedZO):
     """ZO by kernels, recorded."""
-
-
-class FusedStoredWeights(StoredWeights):
-    """Reads codes by one kernel a tensor; floats are there already, and may want a gradient."""
-
-    def read(self, name: str, rows: Tensor | None = None, as_codes: bool = False) -> Tensor:
-        stored = self.weights[name]
-        if as_codes or isinstance(stored, Float) or not fits(stored):
-            return super().read(name, rows, as_codes)
-        if rows is not None:
-            return dequantised(stored, torch.float32, rows)
-        return dequantised(stored, self.dtype).view(1, *stored.shape)
 
 
 def philox_blocks(key: Key, purpose: Purpose, rows: Tensor, columns: int) -> Tensor:

@@ -18,6 +18,7 @@ from gpu.kernels import (  # fmt: skip
     EXACT,
     SHARDS,
     VARYING,
+    FusedStoredWeights,
     Graphed,
     _by_hand,
     _count,
@@ -191,6 +192,8 @@ def _arguments(store: Store, key: Key, zo: SparseZO) -> tuple:
 @dataclass(frozen=True)
 class FusedSparseZO(SparseZO):
     """Gives the bits of SparseZO with a pass over the tensor and a kernel over its cells."""
+
+    stored_view = FusedStoredWeights
 
     def perturbed(
         self, store: Store, key: Key, signs: list[int], dtype: torch.dtype, rows: Tensor | None = None

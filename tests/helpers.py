@@ -13,9 +13,11 @@ import transformers
 from torch import Tensor
 
 from data.tasks import Row
+from random_bits import Key, Purpose
 from runtime import checkpoints
 from runtime import problem as setup
 from runtime.record import canonical
+from zo_optim import ZO
 
 
 def review(sentence: str, label: int) -> Row:
@@ -39,6 +41,11 @@ def tiny_roberta(**changes) -> dict:
         "tie_word_embeddings": True, "hidden_act": "gelu", "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
     }  # fmt: skip
     return config | changes
+
+
+def direction(key: Key, rows: Tensor, columns: int, bits: int | None, rounding: Purpose) -> Tensor:
+    """Rows of a tensor's dense direction, [r, columns] float32, in sigma."""
+    return ZO(bits=bits).direction(key, (0, columns), rows, rounding)
 
 
 def auto_class(raw: dict):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import largest_gap, padded_batch, random_oracle, read_oracle, tiny_llama, tiny_roberta
+from helpers import direction, largest_gap, padded_batch, random_oracle, read_oracle, tiny_llama, tiny_roberta
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import functional_call
@@ -36,7 +36,7 @@ from runtime.checkpoints import weights_sha256
 from runtime.config import parse, spec_of
 from runtime.dry_run import predict
 from tensor_train import INITIAL_VECTOR, TRAINED_VECTOR, Spec, TensorTrain, attach, merge
-from zo_optim import ZO, adazeta_queries, direction, epoch_of, probe_losses
+from zo_optim import ZO, adazeta_queries, epoch_of, probe_losses
 
 RAW = {"llama": tiny_llama(attention_bias=True), "roberta": tiny_roberta()}
 KINDS = {  # kind, placement

@@ -14,6 +14,7 @@ from statistics import NormalDist
 
 import pytest
 import torch
+from helpers import direction
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import CLIP, bracket, codes_of, everywhere, levels, moments, normal_numbers, scales_of, store_of
@@ -22,7 +23,7 @@ from torch import Tensor
 import zo_optim
 from quant import FLOATS, FORMATS, Float, encode
 from random_bits import Key, Purpose
-from zo_optim import SparseZO, direction, normal_table
+from zo_optim import SparseZO, normal_table
 
 TABLE = normal_table(torch.device("cpu")).to(torch.int64)
 KEY = Key(seed=11, step=5, query=2, tensor=0x12345678)

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import tiny_llama, tiny_roberta
+from helpers import direction, tiny_llama, tiny_roberta
 from oracles import same_bits
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from quant import COUNTED, Store, StoredWeights, encode, from_tensors, quantise_
 from random_bits import Key, Purpose, bits16, bits32, philox_blocks, tensor_id
 from runtime.checkpoints import BUFFERS, save_stored, staged, weights_sha256
 from runtime.first_order import make_trainable
-from zo_optim import ZO, PerturbedWeights, SparseZO, adazeta_queries, direction, epoch_of, update, zo_step
+from zo_optim import ZO, PerturbedWeights, SparseZO, adazeta_queries, epoch_of, update, zo_step
 
 if torch.cuda.is_available():
     from gpu import kernels, sparse

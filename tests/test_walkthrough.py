@@ -17,6 +17,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers import direction
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import functional_call
@@ -25,7 +26,7 @@ import train
 from quant import encode
 from random_bits import Key, Purpose, tensor_id
 from tensor_train import TRAINED_VECTOR, TensorTrain, from_dense, to_dense
-from zo_optim import ZO, adazeta_queries, direction, zo_step
+from zo_optim import ZO, adazeta_queries, zo_step
 
 DOCS = Path(train.__file__).parent / "docs"
 LINES = {"walkthrough": 160, "walkthrough_tensor_train": 120}

@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import tiny_llama, tiny_roberta
+from helpers import direction, tiny_llama, tiny_roberta
 from oracles import (
     bracket,
     codes_of,
@@ -36,7 +36,7 @@ from model import LanguageModel, create
 from quant import COUNTED, FORMATS, Float, Store, StoredWeights, encode
 from random_bits import Key, Purpose, bits32, tensor_id
 from runtime.checkpoints import weights_sha256
-from zo_optim import ZO, PerturbedWeights, SparseZO, direction, learning_rate, probe_losses, update, zo_step
+from zo_optim import ZO, PerturbedWeights, SparseZO, learning_rate, probe_losses, update, zo_step
 
 KEY = Key(seed=3, step=4)
 U1, U2 = Purpose.PROBE_ROUNDING, Purpose.UPDATE_ROUNDING
