@@ -288,8 +288,8 @@ class PerturbedWeights:
     probes: int  # P
 
     def read(self, name: str, rows: Tensor | None = None, as_codes: bool = False) -> Tensor:
-        """[P, *shape], or [1, *shape] of what is not moved: matrices in the compute dtype, vectors in float32; as_codes,
-        an fp8 matrix's e4m3 codes.
+        """[P, *shape], or [1, *shape] of what is not moved: matrices in the compute dtype, vectors in float32;
+        as_codes, an fp8 matrix's e4m3 codes.
 
         rows [n] int64: only those rows of a matrix are drawn, [P, n, C] float32.
         """
