@@ -19,6 +19,10 @@ if __name__ == "__main__":
         os.getcwd()  # without one torch's own libraries do not load
     except OSError as error:
         sys.exit(f"train.py: the working directory: {error}")
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        from runtime.flags import command_line
+
+        command_line().parse_args(["--help"])  # before torch is imported, which takes longer than a second
 
 import dataclasses
 import json

@@ -40,8 +40,9 @@ from data.tokenizer import Tokenizer
 from model import LanguageModel, create, load
 from quant import encode
 from runtime.checkpoints import companion_files, weights_sha256
-from runtime.config import OneLineParser, best_device
+from runtime.config import best_device
 from runtime.first_order import make_trainable, optimizer
+from runtime.flags import OneLineParser
 from runtime.model_configs import read_config
 from runtime.run_folder import check_free, git_commit, versions
 from train import batch_indices, parameters, peak_memory

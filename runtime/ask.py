@@ -16,7 +16,8 @@ from data.tasks import Row, Task
 from data.tokenizer import Tokenizer
 from model import LanguageModel
 from runtime.checkpoints import weights_sha256
-from runtime.config import ADAPTERS, Config, names_a_run, of_the_run, validate
+from runtime.config import Config, names_a_run, of_the_run, validate
+from runtime.flags import ADAPTERS
 from runtime.hub import resolve
 from runtime.json_files import shown
 from runtime.problem import Problem, encoder_of, load_base, load_weights, prepare, splits_of

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import errors, snapshot_download
-
 from data.tasks import TINY
 from runtime.json_files import read_object
 
@@ -64,6 +62,8 @@ def resolve(model: str) -> Path:
     preset = PRESETS.get(model, Path(model))
     if isinstance(preset, Path):
         return preset
+    from huggingface_hub import errors, snapshot_download  # a fifth of a second, where nothing is to be fetched
+
     instead = "or pass --model DIRECTORY with config.json, tokenizer and safetensors files"
     try:
         return Path(snapshot_download(preset, allow_patterns=FILES))

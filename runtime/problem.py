@@ -23,8 +23,9 @@ from gpu.fp8_matmul import enable_fp8_matmul
 from model import LanguageModel, load
 from quant import quantise_tokens
 from runtime.checkpoints import holds_codes, stored_format
-from runtime.config import FIRST_ORDER, Config, max_length, spec_of
+from runtime.config import Config, max_length, spec_of
 from runtime.first_order import make_trainable
+from runtime.flags import FIRST_ORDER
 from runtime.hub import PRESETS, resolve
 from runtime.model_configs import read_config
 

@@ -16,10 +16,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
+import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from runtime import hub as our_hub
 from runtime.hub import PRESETS, resolve
 
 ROOT = Path(__file__).parent.parent
@@ -210,7 +210,7 @@ def test_every_way_to_fail_becomes_one_line(failure, monkeypatch):
     def snapshot_download(*args, **options):
         raise failure
 
-    monkeypatch.setattr(our_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(ValueError) as caught:
         resolve("roberta-large")
     message = str(caught.value)
@@ -221,7 +221,7 @@ def test_every_way_to_fail_becomes_one_line(failure, monkeypatch):
 
 def test_names_and_directories_that_need_no_download(tmp_path, monkeypatch):
     """An unknown name is refused with all presets; a directory is itself; the embedded model is here."""
-    monkeypatch.delattr(our_hub, "snapshot_download")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     with pytest.raises(ValueError, match="unknown model 'roberta-huge'") as caught:
         resolve("roberta-huge")
     assert all(name in str(caught.value) for name in PRESETS)

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from helpers import shortened
 
+import quant
 import train
 import zo_optim
 from benchmarks.house import circles, imported, module_name
-from runtime import config
+from runtime import config, flags
 
 ROOT = Path(train.__file__).parent
 IGNORED = {line.strip("/") for line in (ROOT / ".gitignore").read_text().split()}
@@ -61,6 +62,8 @@ MAY_IMPORT = {  # of our modules; one that is not listed is free but for the tes
     "runtime.model_configs": "runtime.json_files",
     "runtime.curve": "",
     "runtime.first_order": "quant",
+    "runtime.hub": "data.tasks runtime.json_files",
+    "runtime.flags": "data.tasks runtime.hub",
     "data.tasks": "runtime.json_files",
     "data.archives": "data.tasks",
     "data.files": "data.tasks runtime.json_files",
@@ -179,8 +182,8 @@ def commands(text: str) -> list[str]:
 def test_commands_of_the_documents_parse():
     assert len(commands(README)) >= 5
     for path, text in DOCUMENTS.items():
-        for flags in commands(text):
-            config.validate(config.parse(flags.replace("--model DIR", "--model .").split()))
+        for command in commands(text):
+            config.validate(config.parse(command.replace("--model DIR", "--model .").split()))
         for name in re.findall(r"python -m (benchmarks\.\w+|data\.tiny\.\w+)", text):
             assert name in MODULES, (path, name)
         for name in re.findall(r"python (\w[\w/]*\.py)", text):
@@ -196,12 +199,12 @@ def test_commands_of_the_readme_run_on_a_real_model(model, real_model, real_data
     the time, one command of one model alone."""
     directory = real_model(model)
     short = ["--steps", "1", "--batch-size", "4", "--data-dir", str(real_data("k-shot").parent), "--device", "cpu"]
-    for at, flags in enumerate(flags for flags in commands(README) if "--model DIR" in flags):
-        if "int4" in flags and (model == "zoroberta-26m" or "loretta" in flags):
+    for at, command in enumerate(command for command in commands(README) if "--model DIR" in command):
+        if "int4" in command and (model == "zoroberta-26m" or "loretta" in command):
             continue
-        given = [*flags.replace("DIR", str(directory)).split(), *short, "--num-eval", "8"]
+        given = [*command.replace("DIR", str(directory)).split(), *short, "--num-eval", "8"]
         with shortened(train=16, dev=8):
-            assert train.main([*given, "--out", str(tmp_path / str(at))]) == 0, flags
+            assert train.main([*given, "--out", str(tmp_path / str(at))]) == 0, command
     assert at >= 2
 
 
@@ -253,20 +256,30 @@ def test_tests_readme_names_tests_that_exist():
 # ---------------------------------------------------------------- flags
 
 
+def test_choices_are_those_of_the_quantisers_and_help_needs_no_torch():
+    """Under a second: most of a start is torch's import, which a reader of --help need not wait for."""
+    for name in ("FORMATS", "FLOATS", "RESIDUALS", "ACTIVATIONS"):
+        assert getattr(flags, name) == getattr(quant, name)
+    program = "import sys; import runtime.flags; sys.exit(bool({'torch', 'huggingface_hub'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+    done = subprocess.run([sys.executable, "-X", "importtime", "train.py", "--help"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0 and b"--method" in done.stdout and b"| torch" not in done.stderr
+
+
 def test_every_flag_is_a_field_and_every_default_has_one_home(capsys):
     """A field's default is its own, or None, and then in tables by method, directions, files.  Nothing else has flags,
     and each flag is used by a document or a test."""
     names = {f.name for f in fields(config.Config)}
     without = {f.name for f in fields(config.Config) if f.default is None}
-    assert set(config.DEFAULTS) == set(config.TINY_DEFAULTS) == set(config.METHODS)
-    tables = config.DEFAULTS, config.TINY_DEFAULTS, config.ADAPTER_DEFAULTS
-    for case in (case for table in (*tables, config.SPARSE_DEFAULTS, config.FILE_DEFAULTS) for case in table.values()):
+    assert set(flags.DEFAULTS) == set(flags.TINY_DEFAULTS) == set(flags.METHODS)
+    tables = flags.DEFAULTS, flags.TINY_DEFAULTS, flags.ADAPTER_DEFAULTS
+    for case in (case for table in (*tables, flags.SPARSE_DEFAULTS, flags.FILE_DEFAULTS) for case in table.values()):
         assert set(case) <= without
     with pytest.raises(SystemExit):
         config.parse(["--help"])
-    flags = set(re.findall(r"^  --([\w-]+)", capsys.readouterr().out, re.MULTILINE))
-    assert flags == {name.replace("_", "-") for name in names}
-    assert not [name for name in SOURCE - {"runtime.config"} if "argparse" in MODULES[name].read_text()]
+    shown = set(re.findall(r"^  --([\w-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert shown == {name.replace("_", "-") for name in names}
+    assert not [name for name in SOURCE - {"runtime.flags"} if "argparse" in MODULES[name].read_text()]
     used = "\n".join([*DOCUMENTS.values(), *(MODULES[name].read_text() for name in TESTS | SCRIPTS)])
     assert not [name for name in names if not re.search(rf"--(no-)?{name.replace('_', '-')}\b|\b{name}=", used)]
     assert "auto" not in vars(config.parse([])).values()

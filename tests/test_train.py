@@ -33,8 +33,9 @@ from quant import encode
 from random_bits import Key
 from runtime import problem as setup
 from runtime.checkpoints import weights_sha256
-from runtime.config import ADAPTERS, METHODS, RANGES, Config, check_products, parse, spec_of
+from runtime.config import RANGES, Config, check_products, parse, spec_of
 from runtime.dry_run import predict
+from runtime.flags import ADAPTERS, METHODS
 from runtime.record import whole_lines
 from tensor_train import TRAINED_VECTOR, attach
 from zo_optim import ZO, SparseZO, measured_rate, update

@@ -45,7 +45,7 @@ from data.tasks import TASKS, TINY
 from model import create
 from runtime import checkpoints
 from runtime.checkpoints import save_stored
-from runtime.config import METHODS, Config
+from runtime.flags import METHODS, Config
 
 try:
     import helpers  # the tests' folder is on the path in pytest alone
