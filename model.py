@@ -288,7 +288,7 @@ class View(Protocol):
     probes: int  # P
 
     def read(self, name: str, rows: Tensor | None = None, as_codes: bool = False) -> Tensor:
-        """[P, *shape]: matrices in the compute dtype, vectors in float32; as_codes, an fp8 matrix's e4m3 codes.
+        """[P, *shape]: matrices in the compute dtype, vectors in float32; as_codes, an fp8 or int8 matrix's codes.
 
         rows [n] int64: those rows of a matrix, [P, n, C] float32.
         """

@@ -82,6 +82,7 @@ def outward(away_from_zero: Tensor) -> Tensor:
 
 
 E4M3 = Fp8Format(torch.float8_e4m3fn, 3, -6, 448.0)
+CODES = (E4M3.dtype, torch.int8)  # that a forward can multiply
 
 
 # ---------------------------------------------------------------- the definition: fake quantisation
@@ -331,11 +332,15 @@ class Integers(Store):
         """Rows [r, C] as float32."""
         return self.code(rows) * self.spacing(rows)
 
+    def rounded_code(self, rows: slice | Tensor, delta: Tensor, random_bits: Tensor | None) -> tuple[Tensor, Tensor]:
+        """code + SR(delta / scale), held inside the range, and how far beyond it was to go, float32 [r, C] each."""
+        wanted = stochastic_round(delta / self.spacing(rows), random_bits).add_(self.code(rows))
+        code = wanted.clamp(-self.max_code, self.max_code)
+        return code, wanted.sub_(code).abs_()
+
     def add_rounded(self, rows: slice | Tensor, delta: Tensor, random_bits: Tensor | None) -> Tensor:
         """(code + SR(delta / scale)) * scale, held inside the range.  delta [r, C] float32."""
-        step = self.spacing(rows)
-        code = stochastic_round(delta / step, random_bits).add_(self.code(rows))
-        return code.clamp_(-self.max_code, self.max_code).mul_(step)
+        return self.rounded_code(rows, delta, random_bits)[0].mul_(self.spacing(rows))
 
     def add_rounded_(self, rows: slice | Places, delta: Tensor, random_bits: Tensor | None) -> Tensor:
         """fine += SR(delta / fine step), held inside the range (QuZO's Algorithm 1).  delta [r, C] float32."""
@@ -428,6 +433,7 @@ class Fp8(Store):
     codes: Tensor
     scale: Tensor
     shape: torch.Size
+    max_code = E4M3.max_value
 
     def __post_init__(self):
         self.describe(self.codes, self.shape)
@@ -636,7 +642,7 @@ class StoredWeights:
         self.weights, self.dtype = weights, dtype
 
     def read(self, name: str, rows: Tensor | None = None, as_codes: bool = False) -> Tensor:
-        """[1, *shape]: matrices in the compute dtype, vectors in float32; as_codes, an fp8 matrix's e4m3 codes.
+        """[1, *shape]: matrices in the compute dtype, vectors in float32; as_codes, an fp8 or int8 matrix's codes.
 
         rows [n] int64: those rows of a matrix, [1, n, C] float32.
         """

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quant import COUNTED, E4M3, Places, Store, StoredWeights, row_chunks
+from quant import CODES, COUNTED, Places, Store, StoredWeights, row_chunks
 from random_bits import Key, Purpose, bits16, bits32, philox_blocks, tensor_id
 
 # ---------------------------------------------------------------- one step
@@ -123,21 +123,22 @@ class ZO:
     ) -> Tensor:
         """w + sign * eps * u1 for each sign, from one draw; the store is not written.
 
-        -> [P, R, C] in dtype (e4m3: an fp8 store's codes), or of chosen rows [n] int64 only, [P, n, C].
+        -> [P, R, C] in dtype (e4m3 or int8: that store's codes), or of chosen rows [n] int64 only, [P, n, C].
         """
         R, C = store.matrix_shape
         copies = torch.empty(len(signs), R if rows is None else len(rows), C, dtype=dtype, device=store.device)
         for chunk in row_chunks(store.matrix_shape, store.device) if rows is None else [rows]:
             index = torch.arange(chunk.start, chunk.stop, device=store.device) if rows is None else rows
             eps_u1 = self.direction(key, (R, C), index, Purpose.PROBE_ROUNDING).mul_(self.eps)
-            rounded, bits = dtype == E4M3.dtype or self.probe == "codes", None
+            as_codes, bits = dtype in CODES, None
+            rounded = as_codes or self.probe == "codes"
             if self.probe == "codes" and store.rounds:  # the same for both signs, so that codes move symmetrically
                 bits = bits32(key, Purpose.PROBE_LANDING, index, C)
             w = None if rounded else store.dequantise(chunk)
             for copy, sign in zip(copies if rows is not None else copies[:, chunk], signs, strict=True):
                 if not rounded:
                     copy.copy_(torch.add(w, eps_u1, alpha=sign))
-                elif dtype == E4M3.dtype:
+                elif as_codes:
                     copy.copy_(store.rounded_code(chunk, sign * eps_u1, bits)[0])
                 else:
                     copy.copy_(store.add_rounded(chunk, sign * eps_u1, bits))
@@ -226,7 +227,7 @@ class SparseZO(ZO):
     ) -> Tensor:
         R, C = store.matrix_shape
         copies = torch.empty(len(signs), R if rows is None else len(rows), C, dtype=dtype, device=store.device)
-        as_codes = dtype == E4M3.dtype
+        as_codes = dtype in CODES
         for chunk in row_chunks(store.matrix_shape, store.device) if rows is None else [rows]:
             w = store.codes[chunk] if as_codes else store.dequantise(chunk)
             copies[:, chunk if rows is None else slice(None)] = w
@@ -234,7 +235,8 @@ class SparseZO(ZO):
         for copy, sign in zip(copies, signs, strict=True):
             w = torch.where(hits.up == (sign > 0), hits.above, hits.below)
             if as_codes:  # torch does not index fp8 by a tensor on every device
-                copy.view(torch.uint8)[hits.owner, hits.places[1]] = w.to(dtype).view(torch.uint8)
+                codes = w.clamp(-store.max_code, store.max_code).to(dtype)
+                copy.view(torch.uint8)[hits.owner, hits.places[1]] = codes.view(torch.uint8)
             else:
                 copy[hits.owner, hits.places[1]] = (w * hits.unit).to(dtype)
         return copies
@@ -289,7 +291,7 @@ class PerturbedWeights:
 
     def read(self, name: str, rows: Tensor | None = None, as_codes: bool = False) -> Tensor:
         """[P, *shape], or [1, *shape] of what is not moved: matrices in the compute dtype, vectors in float32;
-        as_codes, an fp8 matrix's e4m3 codes.
+        as_codes, an fp8 or int8 matrix's codes.
 
         rows [n] int64: only those rows of a matrix are drawn, [P, n, C] float32.
         """
@@ -297,7 +299,7 @@ class PerturbedWeights:
             return self.zo.stored_view(self.weights, self.zo.dtype).read(name, rows, as_codes)
         store, parts = self.weights[name], []
         in_float32 = rows is not None or len(store.shape) < 2
-        dtype = E4M3.dtype if as_codes else torch.float32 if in_float32 else self.zo.dtype
+        dtype = store.codes.dtype if as_codes else torch.float32 if in_float32 else self.zo.dtype
         for query in dict.fromkeys(query for query, _ in self.copies):
             key = self.key._replace(query=query, tensor=tensor_id(name))
             signs = [sign for q, sign in self.copies if q == query]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import gpu
 from data.scoring import BatchLoss
-from gpu.fp8_matmul import enable_fp8_matmul
+from gpu.code_products import enable_code_products
 from model import LanguageModel
 from quant import quantise_tokens
 from random_bits import Key
@@ -45,7 +45,7 @@ def compute_by(lm: LanguageModel, way: str) -> None:
     lm.dtype, activations = WAYS[way]
     lm.round_inputs(partial(quantise_tokens, kind=activations))
     if way == "fp8 codes":
-        enable_fp8_matmul(lm)
+        enable_code_products(lm)
 
 
 def projected_grads(lm: LanguageModel, loss_fn: BatchLoss, zo: ZO) -> Tensor:

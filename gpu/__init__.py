@@ -1,7 +1,7 @@
 """Fast twins of the definitions, for CUDA, put in from outside by train.py and runtime/problem.py alone.
 
 kernels.py and sparse.py: one Triton kernel a tensor; graphs.py: a step's launches recorded once.  These give the bits
-of their definitions (tests/test_gpu.py).  fp8_matmul.py multiplies codes by codes, to the accuracy of its sums.
+of their definitions (tests/test_gpu.py).  code_products.py multiplies codes by codes, to the accuracy of its sums.
 Without Triton or a GPU, `install` and `estimator` change nothing.
 """
 

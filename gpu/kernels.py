@@ -570,7 +570,7 @@ class FusedZO(ZO):
     def perturbed(
         self, store: Store, key: Key, signs: list[int], dtype: torch.dtype, rows: Tensor | None = None
     ) -> Tensor:
-        if not fits(store):
+        if not fits(store) or dtype == torch.int8:
             return super().perturbed(store, key, signs, dtype, rows)
         return _materialise(
             store, key, dtype, rows, len(signs), normal_knots(store.device),

@@ -35,7 +35,7 @@ from gpu.kernels import (  # fmt: skip
     dequantised,
     fits,
 )
-from quant import COUNTED, E4M3, FakeQuantised, Float, Fp8, Integers, Store, group_size
+from quant import CODES, COUNTED, FakeQuantised, Float, Fp8, Integers, Store, group_size
 from random_bits import LOW, Key, tensor_id
 from zo_optim import SparseZO
 
@@ -117,8 +117,10 @@ def _probe_kernel(
     if CHOSEN:
         live, row = live & (row == own_row), owner
     plus, minus = tl.where(up, above, below), tl.where(up, below, above)
-    if BYTES:
+    if BYTES and KIND == "fp8":
         plus, minus = _to_byte(plus, BY_HAND), _to_byte(minus, BY_HAND)
+    elif BYTES:
+        plus, minus = tl.minimum(tl.maximum(plus, -127.0), 127.0), tl.minimum(tl.maximum(minus, -127.0), 127.0)
     else:
         plus, minus = plus * unit, minus * unit
     if PLUS:
@@ -201,18 +203,19 @@ class FusedSparseZO(SparseZO):
         if isinstance(store, FakeQuantised):
             return super().perturbed(store, key, signs, dtype, rows)
         (value, scale), (R, C, width), groups, t, words = _arguments(store, key, self)
-        if dtype != E4M3.dtype and fits(store):
+        as_codes = dtype in CODES
+        if not as_codes and fits(store):
             copies = dequantised(store, dtype, rows, len(signs))
         else:
-            w = store.codes if dtype == E4M3.dtype else store.dequantise(slice(None) if rows is None else rows)
+            w = store.codes if as_codes else store.dequantise(slice(None) if rows is None else rows)
             copies = w.to(dtype).expand(len(signs), -1, -1).clone(memory_format=torch.contiguous_format)
         per_row = (width - 1) // self.cell + 2
         n = -(-R * width // self.cell) if rows is None else len(rows) * per_row
-        out = copies.view(torch.uint8) if dtype == E4M3.dtype else copies
+        out = copies.view(torch.uint8) if dtype == torch.float8_e4m3fn else copies
         with _on(value.device):
             _probe_kernel[(triton.cdiv(n, BLOCK),)](
                 out, value, scale, value if rows is None else rows, n, R, C, width, per_row, *groups, copies[0].numel(),
-                t, *words, CELL=self.cell, KIND=_kind(store)[0], CHOSEN=rows is not None, BYTES=dtype == E4M3.dtype,
+                t, *words, CELL=self.cell, KIND=_kind(store)[0], CHOSEN=rows is not None, BYTES=as_codes,
                 PLUS=1 in signs, MINUS=-1 in signs, BY_HAND=_by_hand(value.device), BLOCK=BLOCK, **EXACT,
             )  # fmt: skip
         return copies

@@ -135,14 +135,15 @@ def default_compute(c: Config) -> str:
     if not c.device.startswith("cuda") or c.weights == "fp32":
         return "fp32"
     new_enough = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
-    return "fp8" if new_enough and suits_codes(c) else "bf16"
+    return c.weights if suits_codes(c) and (new_enough or c.weights == "int8") else "bf16"
 
 
 def suits_codes(c: Config) -> bool:
-    """Whether blocks can multiply fp8 codes.  A probe's weights are then rounded to codes, which a step of eps in every
+    """Whether blocks can multiply codes by codes.  A probe's weights are then codes, which a step of eps in every
     weight does not survive."""
     whole = c.method != "quzo" or c.direction_bits == "sparse" or c.probe == "codes"
-    return whole and (c.weights, c.activations, c.optimizer) == ("fp8", "fp8", "zo")
+    codes = c.weights in ("fp8", "int8") and c.activations == c.weights and not c.oracle
+    return whole and codes and c.optimizer == "zo"
 
 
 MOVED = ("model", "task", "adapters", "data_dir", "device")  # what may be elsewhere when a run is taken up again
@@ -324,9 +325,10 @@ def check_products(c: Config) -> None:
         raise ValueError("--log tensorboard needs its package: pip install tensorboard")
     if c.objective != "loss" and c.optimizer != "zo":
         raise ValueError(f"--objective {c.objective} has no gradient: it is for --optimizer zo")
-    if c.compute == "fp8" and not suits_codes(c):
-        raise ValueError("--compute fp8 multiplies codes by codes: --weights fp8 --activations fp8, trained by zo, and "
-                         "by quzo with --direction-bits sparse or --probe codes")  # fmt: skip
+    if c.compute in ("fp8", "int8") and not (suits_codes(c) and c.weights == c.compute):
+        raise ValueError(f"--compute {c.compute} multiplies codes by codes: --weights {c.compute} --activations "
+                         f"{c.compute}, trained by zo, and by quzo with --direction-bits sparse or --probe codes"
+                         )  # fmt: skip
     if (c.graphs or c.compile) and c.device.startswith("cuda") and not expects_triton():
         raise ValueError("--graphs and --compile need Triton on cuda, and it is not installed")
     if c.graphs and (c.optimizer != "zo" or not c.device.startswith("cuda")):

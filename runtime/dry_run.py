@@ -27,7 +27,7 @@ from runtime.problem import encoder_of, splits_of
 from tensor_train import Spec, install, is_norm, targets_of
 from zo_optim import adazeta_queries, epoch_of
 
-BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}  # of activations too: around fp8 products they are bf16
+BYTES = {"fp32": 4, "bf16": 2, "fp8": 2, "int8": 2}  # of activations too: around products of codes they are bf16
 
 
 def predict(c: Config, raw: dict, tokens: int) -> dict:
@@ -110,7 +110,7 @@ def block_of(config) -> torch.nn.Module:
 
 def perturbed_block(config, c: Config) -> int:
     """Bytes of one block's weights as both perturbed copies have them."""
-    size = 1 if c.compute == "fp8" else BYTES[c.compute]
+    size = 1 if c.compute in ("fp8", "int8") else BYTES[c.compute]
     return 2 * sum(p.numel() * (size if p.ndim == 2 else 4) for p in block_of(config).parameters())
 
 

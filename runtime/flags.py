@@ -120,8 +120,9 @@ class Config:
 
     device: str = flag("machine", "auto", "cpu, cuda, cuda:N, or auto")
     compute: str = flag("machine", "auto", "what matrices are multiplied in; auto: fp32 on a CPU and for fp32 weights; "
-                                           "on cuda fp8 for fp8 weights, activations and sparse directions, else "
-                                           "bf16", ("auto", "fp32", "bf16", "fp8"))  # fmt: skip
+                                           "on cuda fp8 or int8 for such weights, activations and sparse "
+                                           "directions, else bf16", ("auto", "fp32", "bf16", "fp8", "int8")
+                               )  # fmt: skip
     compile: bool | None = flag("machine", None, "compile the model's block, the same for all layers and lengths; on "
                                                  "for zo on cuda with a fixed number of queries")  # fmt: skip
     graphs: bool | None = flag("machine", None, "record a step's launches as CUDA graphs, one for each length of a "

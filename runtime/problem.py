@@ -19,7 +19,7 @@ from data.metrics import Prediction, check_metric, mean, measure, metric_of_one
 from data.scoring import BatchLoss, Encoded, Encoder, MetricLoss, evaluate, write
 from data.tasks import Task, get_task
 from data.tokenizer import Tokenizer
-from gpu.fp8_matmul import enable_fp8_matmul
+from gpu.code_products import enable_code_products
 from model import LanguageModel, load
 from quant import quantise_tokens
 from runtime.checkpoints import holds_codes, stored_format
@@ -122,7 +122,7 @@ def multiple_of(c: Config, longest: int) -> int:
     return 8 if c.device.startswith("cuda") and c.optimizer == "zo" and longest % 8 == 0 else 1
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # outside of products
+DTYPES = {"fp32": torch.float32} | dict.fromkeys(("bf16", "fp8", "int8"), torch.bfloat16)  # outside of products
 
 
 def load_base(c: Config, directory: Path, prompts: list[list[int]]) -> LanguageModel:
@@ -164,8 +164,8 @@ def set_up_forwards(c: Config, lm: LanguageModel) -> None:
     gpu.install(lm)
     if c.activations != "none":
         lm.round_inputs(partial(quantise_tokens, kind=c.activations))
-    if c.compute == "fp8":
-        enable_fp8_matmul(lm)
+    if c.compute in ("fp8", "int8"):
+        enable_code_products(lm)
     if c.compile:
         lm.compile_blocks()
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import gpu
 import random_bits
-from gpu.fp8_matmul import multiply_fp8
+from gpu.code_products import multiply
 from quant import E4M3, Float, Fp8, Integers, Store, StoredWeights, encode, quantise_tokens
 from random_bits import Key, Purpose, philox_blocks, tensor_id
 from zo_optim import ZO, PerturbedWeights, SparseZO, normal_table, update, zo_step
@@ -69,14 +69,15 @@ def test_nothing_changes_on_a_cpu():
 
 @full
 @pytest.mark.skipif(INTERPRETED, reason="no kernel of Triton's")
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_products_of_fp8_codes_are_those_of_fake_quantised_numbers(shared):
-    """Each copy's own weights, or one for all.  The sum is in float32, then rounded to bfloat16."""
+def test_products_of_codes_are_those_of_fake_quantised_numbers(shared, kind):
+    """Each copy's own weights, or one for all.  The sum is in float32, or exact, then rounded to bfloat16."""
     x, w = gaussian(2, 5, 64), gaussian(2, 48, 64)[: 1 if shared else 2]
-    stores = [encode(matrix, "fp8") for matrix in w]
+    stores = [encode(matrix, kind) for matrix in w]
     codes, scale = torch.stack([stored.codes for stored in stores]), stores[0].scale
-    got = multiply_fp8(x.bfloat16(), codes, scale)
-    want = quantise_tokens(x.bfloat16().float(), "fp8") @ (codes.float() * scale).mT
+    got = multiply(x.bfloat16(), codes, scale)
+    want = quantise_tokens(x.bfloat16().float(), kind) @ (codes.float() * scale).mT
     assert got.dtype == torch.bfloat16 and got.shape == want.shape
     assert ((got - want).abs() <= 2**-8 * want.abs() + 1e-5).all()
 
@@ -153,14 +154,14 @@ def moved_alike(plain: dict, quick: dict, grads: list[float], step: int, zo: ZO,
     pytest.param(*run, marks=[] if run[1] == 0 and (run[0], run[2:]) in QUICK else full) for run in RUNS
 ])  # fmt: skip
 def test_kernels_are_the_definitions(weights, residual, shape, zo):
-    """An update, copies of either sign and of both, rows of them, fp8 codes, and an update so large that most weights
-    go to the ends."""
+    """An update, copies of either sign and of both, rows of them, codes to multiply, and an update so large that most
+    weights go to the ends."""
     plain, quick = stores(shape, weights, residual)
     total = moved_alike(plain, quick, [0.7, -1.3, 2.0][: zo.queries], 0, zo, 0.02)
     reads = [dict(signs=signs) for signs in ((1, -1), (1,), (-1,))]
     if len(shape) > 1:
         reads += [dict(rows=torch.tensor([shape[0] - 1, 0, 0, 1]))]
-    if weights == "fp8":
+    if weights in ("fp8", "int8") and len(shape) > 1:
         reads += [dict(as_codes=True)]
     for options, step in zip(reads, (0, in_memory(0), 0, in_memory(0), 0), strict=False):
         got, want = read(quick, fused(zo), step, **options), read(plain, zo, 0, **options)

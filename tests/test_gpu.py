@@ -19,7 +19,7 @@ import random_bits
 import train
 from data.scoring import BatchLoss, Encoded
 from gpu import graphs
-from gpu.fp8_matmul import enable_fp8_matmul, multiply_codes
+from gpu.code_products import enable_code_products, multiply_e4m3, multiply_int8
 from model import LanguageModel, create, load
 from quant import COUNTED, Store, StoredWeights, encode, from_tensors, quantise_tokens, token_codes
 from random_bits import Key, Purpose, bits16, bits32, philox_blocks, tensor_id
@@ -236,7 +236,7 @@ def test_a_pair_is_the_same_on_every_path(weights, residual, zo):
 @every_way
 @every_format
 def test_rows_are_rows_of_read(weights, residual, zo, dtype):
-    """The embedding's way; one sign alone is its half of the pair; and an fp8 pair's codes."""
+    """The embedding's way; one sign alone is its half of the pair; and a pair's codes."""
     reads = []
     for path in PATHS:
         with on(path, replace(zo, dtype=dtype)) as way:
@@ -244,7 +244,7 @@ def test_rows_are_rows_of_read(weights, residual, zo, dtype):
             view, half = pair(store, way), PerturbedWeights(store, Key(5, 6), way, [(7, -1)], 1)
             rows, both = view.read("w", index.to(store["w"].device)), view.read("w")
             assert torch.equal(rows.cpu().to(dtype), both.cpu()[:, index]) and torch.equal(half.read("w"), both[1:])
-            codes = [view.read("w", as_codes=True).view(torch.uint8)] if weights == "fp8" else []
+            codes = [view.read("w", as_codes=True).view(torch.uint8)] if weights in ("fp8", "int8") else []
             reads.append([tensor.cpu() for tensor in (rows, both, *codes)])
     assert all(all_equal(of_paths) for of_paths in zip(*reads, strict=True))
 
@@ -312,18 +312,19 @@ def test_fifty_steps_of_training_are_the_same_with_and_without_kernels(weights, 
 
 
 @pytest.mark.parametrize("raw", [tiny_llama(), tiny_roberta()], ids=["llama", "roberta"])
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
 @pytest.mark.parametrize("probes", [1, 2])
-def test_compiled_blocks_and_products_of_codes(raw, probes):
+def test_compiled_blocks_and_products_of_codes(raw, kind, probes):
     """Beside products of fake-quantised numbers, in eager mode: what is left is bfloat16's rounding, which now and then
     takes an activation to the next of its few codes: 1 to 3 % of the logits, on a CPU too."""
     raw = raw | {"hidden_size": 64, "intermediate_size": 96}
     torch.compiler.reset()
-    models = {way: create(raw, device="cuda", dtype=torch.bfloat16, weights="fp8") for way in ("fake", "codes", "all")}
+    models = {way: create(raw, device="cuda", dtype=torch.bfloat16, weights=kind) for way in ("fake", "codes", "all")}
     for way, lm in models.items():
         gpu.install(lm)
-        lm.round_inputs(partial(quantise_tokens, kind="fp8"))
+        lm.round_inputs(partial(quantise_tokens, kind=kind))
         if way != "fake":
-            enable_fp8_matmul(lm)
+            enable_code_products(lm)
         if way == "all":
             lm.compile_blocks()
     weights = models["fake"].weights
@@ -340,7 +341,9 @@ def test_compiled_blocks_and_products_of_codes(raw, probes):
 
 GRAPHED = ["--weights int8 --direction-bits 4 --no-compile", "--weights int8 --direction-bits sparse --compile",
            "--weights int4 --direction-bits sparse --queries 2 --micro-batch-size 5 --no-compile",
-           "--weights fp8 --activations fp8 --compile", "--weights int8 --rounding nearest --no-compile",
+           "--weights fp8 --activations fp8 --compile",
+           "--weights int8 --activations int8 --direction-bits sparse --compile",
+           "--weights int8 --rounding nearest --no-compile",
            "--method adazeta --alpha 1 --beta 1", "--method adazeta --queries 3 --no-compile",
            "--method adazeta --queries 3 --compile",
            "--method mezo --weights bf16 --probes-per-forward 1 --no-compile"]  # fmt: skip
@@ -399,8 +402,19 @@ def test_products_of_fp8_codes():
         scales = (tokens * scale[:, 0]).double()[..., None]
         terms = codes.double()[:, :, None] * weight.double()[:, None] * scales
         wanted, sizes = terms.sum(-1), terms.abs().sum(-1)
-        got = multiply_codes(codes, tokens, weight, scale).double()
+        got = multiply_e4m3(codes, tokens, weight, scale).double()
         assert ((got - wanted).abs() <= 2**-8 * wanted.abs() + 2**-11 * sizes).all()
+
+
+def test_products_of_int8_codes():
+    """Exact, for few rows and many, and at the largest sums."""
+    g = torch.Generator("cuda").manual_seed(0)
+    for P, N, C, R in (2, 14, 64, 96), (2, 1, 64, 96), (1, 32, 512, 64), (2, 17, 11008, 32):
+        codes = torch.randint(-127, 128, (P, N, C), device="cuda", generator=g, dtype=torch.int8)
+        weight = torch.randint(-127, 128, (P, R, C), device="cuda", generator=g, dtype=torch.int8)
+        codes[0, 0], weight[0, 0] = 127, -127
+        got = multiply_int8(codes, weight).cpu()
+        assert torch.equal(got.long(), codes.cpu().long() @ weight.cpu().long().mT)
 
 
 @pytest.mark.parametrize("method", ["fo", "fo-ste"])

@@ -25,7 +25,7 @@ from helpers import (
 from oracles import codes_of, scales_of
 
 from data.tokenizer import Tokenizer
-from gpu.fp8_matmul import enable_fp8_matmul
+from gpu.code_products import enable_code_products
 from model import MAX_RECOMPILES, KVCache, Linear, create, expected_shapes, load
 from quant import FORMATS, quantise_tokens
 from random_bits import Key
@@ -526,18 +526,19 @@ def test_created_weights_follow_from_the_seed(raw):
 # ---------------------------------------------------------------- faster forwards
 
 
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
 @pytest.mark.parametrize("raw", [tiny_llama(), tiny_roberta()], ids=["llama", "roberta"])
-def test_products_of_codes_give_the_logits_of_fake_quantisation(raw):
-    """fp8 products beside bfloat16 products of the same numbers: what is left is bfloat16's rounding."""
+def test_products_of_codes_give_the_logits_of_fake_quantisation(raw, kind):
+    """Products of codes beside bfloat16 products of the same numbers: what is left is bfloat16's rounding."""
     raw |= {"hidden_size": 64, "intermediate_size": 96}
-    lm, tokens = create(raw, weights="fp8", dtype=torch.bfloat16), some_tokens(2, 7)
-    lm.round_inputs(partial(quantise_tokens, kind="fp8"))
+    lm, tokens = create(raw, weights=kind, dtype=torch.bfloat16), some_tokens(2, 7)
+    lm.round_inputs(partial(quantise_tokens, kind=kind))
     fake = lm(tokens)
-    enable_fp8_matmul(lm)
+    enable_code_products(lm)
     assert 0 < (lm(tokens) - fake).abs().max() < 2**-5 * fake.abs().max()
-    for weights, dtype, size in ("fp8", torch.float32, 96), ("int8", torch.bfloat16, 96), ("fp8", torch.bfloat16, 56):
-        with pytest.raises(ValueError, match="products of fp8 codes need"):
-            enable_fp8_matmul(create(raw | {"intermediate_size": size}, weights=weights, dtype=dtype))
+    for weights, dtype, size in (kind, torch.float32, 96), ("int4", torch.bfloat16, 96), (kind, torch.bfloat16, 56):
+        with pytest.raises(ValueError, match="products of codes need"):
+            enable_code_products(create(raw | {"intermediate_size": size}, weights=weights, dtype=dtype))
 
 
 @pytest.fixture

@@ -592,6 +592,8 @@ GIVEN = {  # flags, beside --model roberta-base: what they come to
     "--device cuda --method lora --weights fp8 --activations fp8": dict(compute="bf16", compile=False),
     "--device cuda --weights fp8 --activations fp8 --direction-bits 4": dict(compute="bf16", compile=True),
     "--device cuda --weights fp8 --activations fp8 --direction-bits 4 --probe codes": dict(compute="fp8", compile=True),
+    "--device cuda --weights int8 --activations int8": dict(compute="int8", compile=True),
+    "--device cuda --weights int8 --activations int8 --direction-bits 4": dict(compute="bf16", compile=True),
     "--device cuda --method adazeta": dict(compute="bf16", compile=False, graphs=True),
     "--device cuda --method adazeta --queries 4": dict(compute="bf16", compile=True, graphs=True),
 }  # fmt: skip
@@ -717,6 +719,8 @@ REFUSED = {
     "--dry-run --model llama2-7b --probe codes": "are not for --direction-bits sparse",
     "--dry-run --model llama2-7b --direction-bits 4 --cell 64": "--cell needs --direction-bits sparse",
     "--compute fp8": "--compute fp8 multiplies codes by codes",
+    "--weights fp8 --activations fp8 --compute int8": "--compute int8 multiplies codes by codes",
+    "--weights int8 --activations int8 --compute int8 --oracle": "--compute int8 multiplies codes by codes",
     "--weights fp8 --activations int8 --compute fp8": "--compute fp8 multiplies codes by codes",
     "--weights fp8 --activations fp8 --compute fp8 --direction-bits 4": "by quzo with --direction-bits sparse",
     "--graphs --device cpu": "--graphs are for zo on cuda",
