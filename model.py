@@ -430,7 +430,8 @@ class Llama(LanguageModel):
         """mask covers cached and new tokens, [B, S].  Without one every token is read, which padding on the right does
         not change: what reads left to right never sees it.
 
-        branch [B, T], without a cache: several continuations of one beginning at once.  Tokens of branch 0 are the
+        branch [B, T, 2], without a cache: of each token, which of several texts in its row it is of, and which of
+        several continuations of that text's beginning.  Texts do not see each other.  Tokens of branch 0 are the
         beginning; those of branch k go on from there, and do not see the others.
         """
         view = self.wrap_view(view)
@@ -494,13 +495,14 @@ def causal(mask: Tensor, T: int, branch: Tensor | None = None) -> Tensor:
     """mask [B, S] -> [B, 1, T, S] bool: the last T tokens see themselves and the real tokens before them.
 
     Padding sees itself, because a row that sees nothing would be NaN.  Tokens of a branch (Llama.hidden) see branch 0
-    and their own.
+    and their own, of their text.
     """
     at = torch.arange(mask.shape[1], device=mask.device)
     query = at[-T:, None]
     seen = ((at <= query) & mask[:, None].bool()) | (at == query)
     if branch is not None:
-        seen &= (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
+        text, part = branch.unbind(-1)
+        seen &= (text[:, None] == text[..., None]) & ((part[:, None] == 0) | (part[:, None] == part[..., None]))
     return seen[:, None]
 
 
@@ -515,10 +517,19 @@ class Roberta(LanguageModel):
             self.decoder, self.bias = self.embedding, "lm_head.bias"
         self.embed, self.block, self.head = self.parts = roberta_parts(config)
 
-    def hidden(self, tokens: Tensor, mask: Tensor | None, view: View, wanted: TokenIndex | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, mask: Tensor | None, view: View, wanted: TokenIndex | None = None,
+        branch: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """branch [B, T, 2]: as of Llama.hidden, but texts have no continuations."""
         mask = torch.ones_like(tokens) if mask is None else mask
         view = self.wrap_view(view)
-        positions = mask.cumsum(1) * mask + self.config.pad_token_id  # the first real token is at padding index + 1
+        seen, place = (mask.bool() | ~mask.any(1, keepdim=True))[:, None], mask.cumsum(1)  # [B, 1 or T, T]; [B, T]
+        if branch is not None:
+            text = branch[..., 0]
+            seen = seen & (text[:, None] == text[..., None])
+            place = seen.tril().sum(-1)
+        positions = place * mask + self.config.pad_token_id  # the first real token is at padding index + 1
         limit = self.config.max_position_embeddings
         if tokens.shape[1] + self.config.pad_token_id >= limit and positions.max() >= limit:
             raise ValueError(f"{tokens.shape[1]} tokens exceed {limit} positions")
@@ -526,7 +537,7 @@ class Roberta(LanguageModel):
         x = x + self.look_up(view, "roberta.embeddings.position_embeddings.weight", positions)
         x = x + view.read("roberta.embeddings.token_type_embeddings.weight", positions[:1, 0] * 0)[:, :, None]
         x = self.apply(self.embed, "roberta.embeddings.", view, x)
-        seen = (mask.bool() | ~mask.any(1, keepdim=True))[:, None, None].repeat(len(x), 1, 1, 1)  # [P * B, 1, 1, T]
+        seen = seen[:, None].repeat(len(x), 1, 1, 1)  # for each copy
         for i in range(self.config.num_hidden_layers):
             last = i == self.config.num_hidden_layers - 1  # to all tokens of the others, the next block attends
             x = self.apply(self.block, f"{self.layers}{i}.", view, x, seen, wanted if last else None)

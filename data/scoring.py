@@ -5,7 +5,8 @@ Where every option is one token, one forward per example is enough, and the soft
 vocabulary's normaliser, so the options' logits alone are the scores.  A masked model is read at the mask.
 The loss is the options' cross-entropy, or language modelling of the right answer alone (tasks.Task.loss).
 
-Shape key: P perturbed copies, B examples, O options (the most of any example), T tokens, M answer tokens.
+Shape key: P perturbed copies, B examples, R rows that hold them, O options (the most of any example), T tokens of a
+row, M answer tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from os.path import commonprefix  # of any sequences
 from typing import NamedTuple
 
@@ -51,16 +53,17 @@ class Encoded:
 class Batch:
     """Everything is on the model's device.  words is None where options have sequences of their own."""
 
-    tokens: Tensor  # [B, T] int64, padded on the right
-    mask: Tensor  # [B, T]
+    tokens: Tensor  # [R, T] int64, padded on the right: a row an example, or several examples a row
+    mask: Tensor  # [R, T]
     labels: Tensor  # [B]
-    row: Tensor  # [M] which example a read is in
+    row: Tensor  # [M] the row of a read
     at: Tensor  # [M] and at which position: the token before the answer, or the mask
     words: Tensor | None  # [O] the options' token ids
     target: Tensor  # [M] answer token of each read
     owner: Tensor  # [M] in [0, B * O): the option that a read belongs to; B * O: none, the read fills M up
     lengths: Tensor  # [B * O] tokens of each option, 0 where an example has fewer than O
-    branch: Tensor | None  # [B, T]; None where all options are read off one token
+    branch: Tensor | None  # [R, T, 2] of each token its text in the row and its branch there (model.Llama.hidden); None
+    # where each row is one text, which is read off one token
     terms: Tensor  # [B] of how many terms an example's loss is: 1, or the tokens of its right answer
 
 
@@ -197,23 +200,31 @@ def collate(
 ) -> Batch:
     """Examples -> one batch.  If any example needs the tokens of its options, all are read so: scores then compare.
 
-    tokens: T is at least that.  M is a multiple of 8 times `multiple`, unless that is 1.
+    tokens: T is at least that, where each example has a row of its own; else it is a multiple of `multiple`.  M is a
+    multiple of 8 times that, unless it is 1.
     """
     shared = all(e.at >= 0 for e in examples) and len({str(e.answers) for e in examples}) == 1 and loss == "options"
     options = max(len(e.answers) for e in examples)
-    if shared:
-        rows, branches = [e.sequences[0] for e in examples], None
-        reads = [(i, e.at, 0, 0) for i, e in enumerate(examples)]
-    else:
-        branched = [e.branched for e in examples]
-        rows, branches = [b.tokens for b in branched], [b.branch for b in branched]
-        reads = [(i, at, token, i * options + option) for i, b in enumerate(branched) for at, token, option in b.reads]
+    texts = [Branched(e.sequences[0], [0] * len(e.sequences[0]), [(e.at, 0, 0)]) if shared else e.branched
+             for e in examples]  # fmt: skip
+    T = max(tokens, *(len(text.tokens) for text in texts))
+    rows, T = rows_of([len(text.tokens) for text in texts], T, multiple)
+    ids, mask = torch.full((len(rows), T), pad), torch.zeros(len(rows), T, dtype=torch.int64)
+    branch, reads = torch.zeros(len(rows), T, 2, dtype=torch.int64), []
+    for r, of_row in enumerate(rows):
+        start = 0
+        for k, i in enumerate(of_row):
+            end = start + len(texts[i].tokens)
+            ids[r, start:end], mask[r, start:end] = torch.tensor(texts[i].tokens), 1
+            branch[r, start:, 0], branch[r, start:end, 1] = k, torch.tensor(texts[i].branch)
+            reads += [(i, r, start + place, token, option) for place, token, option in texts[i].reads]
+            start = end
+    reads = [(r, at, token, i * options + option) for i, r, at, token, option in sorted(reads, key=itemgetter(0))]
+    if not shared:
         fill = 8 * multiple if multiple > 1 else 1  # coarsely: each M has a graph of its own
         reads += [(0, 0, 0, options * len(examples))] * (-len(reads) % fill)
-    T = max(tokens, *map(len, rows))
-    ids = torch.tensor([row + [pad] * (T - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])
-    branch = None if shared else torch.tensor([b + [0] * (T - len(b)) for b in branches])
+    if shared and len(rows) == len(examples):
+        branch = None  # for which there are faster kernels
     labels = torch.tensor([e.label for e in examples])
     lengths = torch.tensor([n for e in examples for n in [*map(len, e.answers), *[0] * (options - len(e.answers))]])
     words = torch.tensor([a[0] for a in examples[0].answers]) if shared else None
@@ -224,6 +235,29 @@ def collate(
     return Batch(*(t if t is None else (t.pin_memory() if pin else t).to(device, non_blocking=pin) for t in tensors))
 
 
+SHORT, NARROWEST = 32, 64  # tokens up to which texts are not worth packing, and for which a row has room at least
+LEAST_SAVED = 0.1  # the share of tokens that packing has to save
+
+
+def rows_of(lengths: list[int], longest: int, multiple: int = 1) -> tuple[list[list[int]], int]:
+    """Texts of such lengths, several to a row where that saves padding -> the texts of each row, and its tokens.
+
+    The longest first, each into the first row that has room: of SST-2's prompts a batch of 16 is 0.46 times as many
+    tokens as with a row each.  Where little is saved each has a row of its own, of `longest` tokens.
+    """
+    alone = [[i] for i in range(len(lengths))]
+    if longest <= SHORT:
+        return alone, longest
+    room, rows = max(longest, NARROWEST), []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((row for row in rows if sum(lengths[j] for j in row) + lengths[i] <= room), None)
+        rows.append([i]) if row is None else row.append(i)
+    T = -(-max(sum(lengths[i] for i in row) for row in rows) // multiple) * multiple
+    if len(rows) * T > (1 - LEAST_SAVED) * len(lengths) * longest:
+        return alone, longest
+    return rows, T
+
+
 def option_scores(lm, batch: Batch, view, loss: str = "options") -> tuple[Tensor, Tensor]:
     """-> scores [P, B, O] float32 and losses [P], a sum of batch.terms.
 
@@ -231,9 +265,8 @@ def option_scores(lm, batch: Batch, view, loss: str = "options") -> tuple[Tensor
     loss "options": the right option's cross-entropy, summed over examples.  "answer": -log p summed over the tokens of
     the right answers, so that all of a batch's tokens weigh the same (MeZO).
     """
-    branches = {} if batch.branch is None else {"branch": batch.branch}  # a masked model has none
     mask = batch.mask if lm.config.masked else None  # left to right nothing sees the padding
-    hidden = lm.hidden(batch.tokens, mask, view, wanted=(batch.row, batch.at), **branches)  # [P, M, D]
+    hidden = lm.hidden(batch.tokens, mask, view, (batch.row, batch.at), branch=batch.branch)  # [P, M, D]
     if batch.words is not None:
         scores = lm.score(hidden, view, batch.words)
     else:

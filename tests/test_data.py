@@ -9,11 +9,13 @@ import pytest
 import tokenizers
 import torch
 from helpers import review, tiny_llama, tiny_roberta
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data import files
+from data import files, scoring
 from data.files import load_splits, read_rows
 from data.metrics import measure
-from data.scoring import BatchLoss, Encoded, Encoder, collate, evaluate, option_scores
+from data.scoring import NARROWEST, BatchLoss, Encoded, Encoder, collate, evaluate, option_scores, rows_of
 from data.tasks import TASKS, Row, Task, get_task
 from data.tokenizer import Tokenizer
 from model import create, load
@@ -346,12 +348,31 @@ def test_scores_from_one_forward_equal_those_of_each_option_run_alone(words):
 
 
 @pytest.mark.parametrize("masked, share", [(False, True), (False, False), (True, True)])
-def test_an_example_scores_alike_whatever_it_is_batched_with(words, masked, share):
-    """Nor does padding beyond the longest change a score, to a length that steps of other lengths have too."""
+def test_an_example_scores_alike_whatever_it_is_batched_with(words, masked, share, monkeypatch):
+    """Nor do other texts in its row change a score, nor padding beyond the longest, to a length that steps of other
+    lengths have too."""
+    monkeypatch.setattr(scoring, "SHORT", 0)
     lm, encoded = lm_and_examples(words, share, masked)
-    near(softmaxes(lm, encoded), torch.cat([softmaxes(lm, [e]) for e in encoded]))
+    alone = torch.cat([softmaxes(lm, [e]) for e in encoded])
+    near(softmaxes(lm, encoded), alone)
+    rows = [len(collate(encoded[:n], 2, torch.device("cpu"), tokens=24).tokens) for n in (1, 3)]
+    assert rows == [1, 1]
+    monkeypatch.setattr(scoring, "LEAST_SAVED", 1.0)  # a row each
     assert collate(encoded, 2, torch.device("cpu"), tokens=24).tokens.shape == (3, 24)
-    near(softmaxes(lm, encoded, tokens=24), softmaxes(lm, encoded))
+    near(softmaxes(lm, encoded, tokens=24), alone)
+
+
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=40), st.integers(0, 40), st.sampled_from([1, 8]))
+def test_rows_hold_each_text_once_and_waste_little(lengths, more, multiple):
+    longest = -(-(max(lengths) + more) // multiple) * multiple
+    rows, T = rows_of(lengths, longest, multiple)
+    assert sorted(i for row in rows for i in row) == [*range(len(lengths))] and T % multiple == 0
+    assert all(sum(lengths[i] for i in row) <= T <= max(longest, NARROWEST) + multiple for row in rows)
+    padded = len(lengths) * longest
+    alone = (rows, T) == ([[i] for i in range(len(lengths))], longest)
+    assert alone or len(rows) * T <= 0.9 * padded and longest > 32
+    full = [sum(lengths[i] for i in row) for row in rows]
+    assert alone or len(rows) < 2 or sum(sorted(full)[:2]) > max(longest, NARROWEST)
 
 
 OPTIONS = {"apart": (" not great", " dull"), "alike": (" not great", " not dull", " not"),
