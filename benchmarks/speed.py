@@ -71,7 +71,7 @@ class Case:
     """A row for each size, all of them from one process."""
 
     flags: str  # train.py's
-    sizes: tuple[tuple[int, int], ...] = ((16, 64),)  # sequences and tokens of each, smallest first
+    sizes: tuple[tuple[int, int], ...] = ((16, 64),)  # sequences and tokens of each (0: SST-2's own), smallest first
     peer: str | None = None  # a name in PEERS; its weights are built by the flags, or as transformers' model
     model: str | None = None  # a shape of its own in place of --model
     targets: tuple[str, ...] = ()  # one for each size
@@ -84,6 +84,7 @@ FP8 = "--method quzo --weights fp8"
 EAGER = f"{BF16} --no-compile"  # as released
 REFERENCE, MIDDLE = "peer: MeZO in place", "QuZO int8, 4 bits"
 BOTH = ((16, 64), (16, 256))
+OWN = ((16, 0), (32, 0), (64, 0), (128, 0))
 DOUBLING = tuple((2**i, 256) for i in range(7))  # 256 to 16,384 tokens
 CASES = {
     REFERENCE: Case(EAGER, BOTH, peer="mezo"),
@@ -101,6 +102,7 @@ CASES = {
     "QuZO fp8": Case(FP8),
     "QuZO fp8, fp8 activations": Case(f"{FP8} --activations fp8", BOTH, targets=("31 ms", "95 ms")),
     "QuZO int4": Case("--method quzo --weights int4", BOTH, targets=("46 ms, 4.4 GiB", "165 ms")),
+    "QuZO int4, SST-2's lengths": Case("--method quzo --weights int4", OWN, targets=("32 ms",)),
     "AdaZeta Q = 4, int4 base": Case("--method adazeta --weights int4 --queries 4"),
     "QuZO int4, 13B": Case("--method quzo --weights int4", model="llama2-13b", targets=("90 ms, 8.1 GiB",)),
     "growth with tokens": Case(INT8, DOUBLING),
@@ -231,7 +233,8 @@ HEADER = f"{'case':36} | {'tokens':>8} | {'ms (spread)':>26} | {'peak GiB':>8} |
 
 def row_text(row: dict, reference: dict | None) -> str:
     """A row as a line; another below it where tokens a second were measured."""
-    size, spread = f"{row['sequences']} x {row['tokens']}", f"({row['fastest_ms']:.1f} to {row['slowest_ms']:.1f})"
+    size = f"{row['sequences']} x {row['tokens'] or 'own'}"
+    spread = f"({row['fastest_ms']:.1f} to {row['slowest_ms']:.1f})"
     ratio = f"{row['ms'] / reference['ms']:.2f}" if reference else "-"
     line = f"{row['case']:36} | {size:>8} | {row['ms']:8.1f} {spread:>17} | {row['peak_bytes'] / 2**30:8.2f}"
     line += f" | {ratio:>7} | {row['target'] or '-'}"
