@@ -108,14 +108,14 @@ def train(
                 break
             # the batch
             examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, n)]
-            loss_fn = loss_of(examples)
             lr = learning_rate(step, progress.rate, c.lr_schedule, c.steps, c.warmup)
+            if zo is not None and c.queries is None:  # AdaZeta's number grows with the epochs
+                epoch = epoch_of(step, n, c.batch_size)
+                zo = replace(zo, queries=adazeta_queries(epoch, c.alpha, c.beta, c.max_queries))
+            loss_fn = loss_of(examples, 1 if zo is None else zo.queries)
 
             # two forward passes a query and an update; or, of the baselines, one forward and one backward pass
             if zo is not None:
-                if c.queries is None:  # AdaZeta's number grows with the epochs
-                    epoch = epoch_of(step, n, c.batch_size)
-                    zo = replace(zo, queries=adazeta_queries(epoch, c.alpha, c.beta, c.max_queries))
                 clip = math.inf  # or some root mean squares of all projected gradients so far
                 if c.clip and progress.queries >= 16:
                     clip = c.clip * math.sqrt(progress.squares / progress.queries)

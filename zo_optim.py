@@ -56,8 +56,9 @@ def zo_step(weights: dict[str, Store], loss_fn: LossFn, key: Key, zo: ZO, lr: fl
 @torch.no_grad()
 def probe_losses(weights: dict[str, Store], loss_fn: LossFn, key: Key, zo: ZO) -> tuple[Tensor, Tensor]:
     """The losses at w + eps u1 and at w - eps u1: [Q] float64 each, on the CPU, all at the same weights w."""
-    losses = zo.losses(weights, loss_fn, key).cpu()  # the only place where a step waits for a GPU
-    agreed = getattr(loss_fn, "agreed", None)  # with other processes, which have other examples
+    queries = getattr(loss_fn, "queries", None) or range(zo.queries)  # other processes may have the others
+    losses = zo.losses(weights, loss_fn, key, queries).cpu()  # the only place where a step waits for a GPU
+    agreed = getattr(loss_fn, "agreed", None)  # with other processes
     losses = losses if agreed is None else agreed(losses)
     if losses.shape != (2 * zo.queries,):
         raise ValueError(f"loss_fn must return one loss for each copy of a view, got {list(losses.shape)} in all")
@@ -111,9 +112,9 @@ class ZO:
         if not fits or self.estimator not in ("q-rge2", "q-rge1", "random") or self.probe not in ("float", "codes"):
             raise ValueError(f"no usable estimator: {self}")
 
-    def losses(self, weights: dict[str, Store], loss_fn: LossFn, key: Key) -> Tensor:
-        """L(w + eps u1) and L(w - eps u1) of each query in turn: [2Q] float32 on the weights' device."""
-        probes = [(query, sign) for query in range(self.queries) for sign in (1, -1)]
+    def losses(self, weights: dict[str, Store], loss_fn: LossFn, key: Key, queries: range) -> Tensor:
+        """L(w + eps u1) and L(w - eps u1) of each of these queries in turn: [2Q] float32 on the weights' device."""
+        probes = [(query, sign) for query in queries for sign in (1, -1)]
         n = self.probes_per_forward or len(probes)
         at_once = [probes[i : i + n] for i in range(0, len(probes), n)]
         return torch.cat([torch.atleast_1d(loss_fn(PerturbedWeights(weights, key, self, p, len(p)))) for p in at_once])

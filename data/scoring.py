@@ -208,7 +208,9 @@ def collate(
     texts = [Branched(e.sequences[0], [0] * len(e.sequences[0]), [(e.at, 0, 0)]) if shared else e.branched
              for e in examples]  # fmt: skip
     T = max(tokens, *(len(text.tokens) for text in texts))
-    rows, T = rows_of([len(text.tokens) for text in texts], T, multiple)
+    rows = [[i] for i in range(len(texts))]
+    if T > SHORT:
+        rows, T = rows_of([len(text.tokens) for text in texts], T, multiple)
     ids, mask = torch.full((len(rows), T), pad), torch.zeros(len(rows), T, dtype=torch.int64)
     branch, reads = torch.zeros(len(rows), T, 2, dtype=torch.int64), []
     for r, of_row in enumerate(rows):
@@ -245,16 +247,13 @@ def rows_of(lengths: list[int], longest: int, multiple: int = 1) -> tuple[list[l
     The longest first, each into the first row that has room: of SST-2's prompts a batch of 16 is 0.46 times as many
     tokens as with a row each.  Where little is saved each has a row of its own, of `longest` tokens.
     """
-    alone = [[i] for i in range(len(lengths))]
-    if longest <= SHORT:
-        return alone, longest
     room, rows = max(longest, NARROWEST), []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = next((row for row in rows if sum(lengths[j] for j in row) + lengths[i] <= room), None)
         rows.append([i]) if row is None else row.append(i)
     T = -(-max(sum(lengths[i] for i in row) for row in rows) // multiple) * multiple
     if len(rows) * T > (1 - LEAST_SAVED) * len(lengths) * longest:
-        return alone, longest
+        return [[i] for i in range(len(lengths))], longest
     return rows, T
 
 
@@ -289,7 +288,8 @@ class BatchLoss:
     lm: object  # a model.LanguageModel
     batches: list[Batch]  # one after the other, to bound memory
     loss: str = "options"
-    agreed: Callable[[Tensor], Tensor] | None = None  # zo_optim.probe_losses: where processes share the examples
+    agreed: Callable[[Tensor], Tensor] | None = None  # zo_optim.probe_losses: where processes share a step
+    queries: range | None = None  # this process's
 
     @classmethod
     def of(
@@ -400,6 +400,7 @@ class MetricLoss:
     batch_size: int
     metric: Callable[[Prediction], float]
     agreed: Callable[[Tensor], Tensor] | None = None  # as of BatchLoss
+    queries: range | None = None
 
     def __call__(self, view) -> Tensor:
         """-> [P] float32; P = 1 where text is written."""

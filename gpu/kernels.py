@@ -598,13 +598,13 @@ class Graphed(ZO):
 
     graphed: CudaGraphed = field(kw_only=True, compare=False)
 
-    def losses(self, weights: dict[str, Store], loss_fn: LossFn, key: Key) -> Tensor:
+    def losses(self, weights: dict[str, Store], loss_fn: LossFn, key: Key, queries: range) -> Tensor:
         launched = super().losses
 
         def run(step: Tensor, inputs: list[Tensor | None]) -> Tensor:
-            return launched(weights, loss_fn.with_tensors(inputs), key._replace(step=step))
+            return launched(weights, loss_fn.with_tensors(inputs), key._replace(step=step), queries)
 
-        return self.graphed(("losses", self, key.seed), run, key.step, loss_fn.tensors())
+        return self.graphed(("losses", self, key.seed, queries), run, key.step, loss_fn.tensors())
 
     def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
         launched = super().add_directions_

@@ -1,8 +1,9 @@
-"""Several processes of one run, under torchrun: they share the examples of each step, and exchange numbers alone.
+"""Several processes of one run, under torchrun: they share the work of each step, and exchange numbers alone.
 
-Every rank holds all weights and draws all directions.  A step's losses are summed on rank 0 and sent back from there,
-so that all ranks take the same step, to the bit; rank 0 alone writes and tells.  The record says nothing of ranks, so
-a run can be taken up again by any number of them.
+Every rank holds all weights.  Of a step it takes some of the queries, where their number divides so, for a direction
+is then probed by one rank alone; else some of the examples.  Losses are summed on rank 0 and sent back from there, so
+that all ranks take the same step, to the bit; rank 0 alone writes and tells.  The record says nothing of ranks, so a
+run can be taken up again by any number of them.
 """
 
 from __future__ import annotations
@@ -26,24 +27,30 @@ class Ranks:
     stopping: bool = False  # whether any was, at the last step: so all of them stop after the same one
 
     def loss_of(self, loss_of: Callable, terms_of: Callable[[list], int]) -> Callable:
-        """loss_of for this rank's share of the examples; terms_of: of how many terms a mean loss over examples is."""
-        return loss_of if self.world == 1 else partial(self._share, loss_of, terms_of)
+        """(examples, Q) -> loss_of for this rank's share of them; terms_of: of how many terms their mean loss is."""
+        if self.world == 1:
+            return lambda examples, queries: loss_of(examples)
+        return partial(self._share, loss_of, terms_of)
 
-    def _share(self, loss_of: Callable, terms_of: Callable[[list], int], examples: list) -> Callable:
-        mine = examples[self.rank :: self.world]
+    def _share(self, loss_of: Callable, terms_of: Callable[[list], int], examples: list, queries: int) -> Callable:
+        whole = queries % self.world == 0
+        mine = examples if whole else examples[self.rank :: self.world]
         loss_fn = loss_of(mine or examples[:1])  # what it says without any counts as nothing
-        loss_fn.agreed = partial(self._agreed, terms=terms_of(mine))
+        loss_fn.queries = range(self.rank, queries, self.world) if whole else range(queries)
+        loss_fn.agreed = partial(self._agreed, terms=terms_of(mine), own=loss_fn.queries, queries=queries)
         return loss_fn
 
-    def _agreed(self, losses: Tensor, terms: int) -> Tensor:
-        """Each rank's mean losses [2Q] over so many terms -> the mean over all of them, float64."""
-        sums = torch.cat((losses.double() * terms, torch.tensor([terms, self.asked_to_stop()], dtype=torch.float64)))
-        if not terms:
-            sums[:-1] = 0.0  # also where that loss is not finite
-        dist.reduce(sums, 0)
-        dist.broadcast(sums, 0)
-        self.stopping = bool(sums[-1])
-        return sums[:-2] / sums[-2]
+    def _agreed(self, losses: Tensor, terms: int, own: range, queries: int) -> Tensor:
+        """Mean losses of this rank's queries, [2 * len(own)], over so many terms -> those of all, [2Q] float64."""
+        sums, counts = torch.zeros(2, queries, 2, dtype=torch.float64)
+        if terms:  # else the loss may not be finite
+            sums[own], counts[own] = losses.double().view(-1, 2) * terms, float(terms)
+        sent = torch.cat((sums.flatten(), counts.flatten(), torch.tensor([self.asked_to_stop()], dtype=torch.float64)))
+        dist.reduce(sent, 0)
+        dist.broadcast(sent, 0)
+        self.stopping = bool(sent[-1])
+        sums, counts = sent[:-1].chunk(2)
+        return sums / counts
 
     def first(self, value):
         """Rank 0's."""

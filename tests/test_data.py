@@ -370,7 +370,7 @@ def test_rows_hold_each_text_once_and_waste_little(lengths, more, multiple):
     assert all(sum(lengths[i] for i in row) <= T <= max(longest, NARROWEST) + multiple for row in rows)
     padded = len(lengths) * longest
     alone = (rows, T) == ([[i] for i in range(len(lengths))], longest)
-    assert alone or len(rows) * T <= 0.9 * padded and longest > 32
+    assert alone or len(rows) * T <= 0.9 * padded
     full = [sum(lengths[i] for i in row) for row in rows]
     assert alone or len(rows) < 2 or sum(sorted(full)[:2]) > max(longest, NARROWEST)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("flags", ["--queries 2", "--method lora --optimizer zo --objective accuracy"])
+@pytest.mark.parametrize("flags", ["", "--queries 2", "--method lora --optimizer zo --objective accuracy"])
 def test_two_processes_take_the_steps_of_one(tmp_path, capsys, flags):
     """Up to the rounding of a mean that is made of two; the first alone speaks and writes."""
     (first, out, err), (second, *nothing) = ended(started(f"{SHORT} {flags} --out {tmp_path / 'two'}"))
@@ -98,13 +99,30 @@ def test_what_several_processes_cannot_do_is_said(tmp_path):
         assert "start one process" in err or "another process of this run has ended" in err
 
 
-def test_a_share_without_examples_counts_as_nothing(monkeypatch):
+@pytest.fixture
+def sent(monkeypatch) -> list:
+    """What a rank sends: of two ranks this is the second, and the first sends ones."""
     sums = []
     monkeypatch.setattr("torch.distributed.reduce", lambda tensor, to: sums.append(tensor.tolist()))
-    monkeypatch.setattr("torch.distributed.broadcast", lambda tensor, of: tensor.copy_(torch.tensor([6.0, 9.0, 3, 0])))
+    monkeypatch.setattr("torch.distributed.broadcast", lambda tensor, of: tensor.add_(1.0)[-1:].zero_())
+    return sums
+
+
+def test_a_share_without_examples_counts_as_nothing(sent):
     ranks = Ranks(rank=1, world=2)
-    loss_fn = ranks.loss_of(lambda examples: lambda view: torch.tensor([float("nan"), 1.0]), len)(["only"])
-    assert loss_fn.agreed(loss_fn(None)).tolist() == [2.0, 3.0] and sums == [[0.0, 0.0, 0.0, 0.0]]
-    two = ranks.loss_of(lambda examples: lambda view: torch.tensor([len(examples) * 1.0, 1.0]), len)(["a", "b", "c"])
-    two.agreed(two(None))
-    assert sums[1] == [1.0, 1.0, 1.0, 0.0] and not ranks.stopping
+    loss_fn = ranks.loss_of(lambda examples: SimpleNamespace(), len)(["only"], 1)
+    assert loss_fn.agreed(torch.tensor([float("nan"), 1.0])).tolist() == [1.0, 1.0] and sent == [[0.0] * 5]
+    two = ranks.loss_of(lambda examples: SimpleNamespace(n=len(examples)), len)(["a", "b", "c", "d", "e"], 1)
+    assert two.n == 2 and two.queries == range(1)
+    assert two.agreed(torch.tensor([4.0, 1.0])).tolist() == [3.0, 1.0]  # (2 * 4 + 1) / (2 + 1)
+    assert sent[1] == [8.0, 2.0, 2.0, 2.0, 0.0] and not ranks.stopping
+
+
+def test_queries_are_shared_where_their_number_divides_so(sent):
+    """All examples then, and the others' losses are zeros over no terms."""
+    ranks = Ranks(rank=1, world=2)
+    of = ranks.loss_of(lambda examples: SimpleNamespace(n=len(examples)), len)
+    whole, odd = of(["a", "b", "c"], 4), of(["a", "b", "c"], 3)
+    assert (whole.n, whole.queries) == (3, range(1, 4, 2)) and (odd.n, odd.queries) == (1, range(3))
+    whole.agreed(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert sent == [[0, 0, 3, 6, 0, 0, 9, 12, 0, 0, 3, 3, 0, 0, 3, 3, 0]]
