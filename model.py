@@ -422,6 +422,8 @@ class Llama(LanguageModel):
         if config.tie_word_embeddings:
             self.decoder = self.embedding
         self.block, self.norm = self.parts = llama_parts(config)
+        self.cache_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        self.cache_bytes *= self.dtype.itemsize  # of one token's keys and values
 
     def hidden(
         self, tokens: Tensor, mask: Tensor | None, view: View, wanted: TokenIndex | None = None,

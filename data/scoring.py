@@ -27,6 +27,7 @@ from data.tasks import MASK, Example, Row, Task
 from data.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 50  # new tokens at most, where text is written (MeZO)
+CACHE_BYTES = 2**31  # of keys and values, for which a batch of texts that are written has room at least
 MOST_READS = 4096  # in a batch of an evaluation, unless one example has more: each holds the whole vocabulary's scores
 
 
@@ -372,6 +373,8 @@ def write(
     """What the model writes after each prompt, greedily, up to a new line; in the examples' order.  Of a view of one
     copy, or of the weights as they are stored."""
     prompts = [e.sequences[0][: -len(e.answers[0])] for e in encoded]
+    longest = max(map(len, prompts)) + MAX_NEW_TOKENS
+    batch_size = max(batch_size, CACHE_BYTES // (longest * lm.cache_bytes))  # each token waits for all launches
     in_order, line_ends = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), tokenizer.line_ends
     written, eos = {}, lm.config.eos_token_id
     ends = {*line_ends, *([eos] if isinstance(eos, int) else eos or [])}

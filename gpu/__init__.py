@@ -1,7 +1,8 @@
 """Fast twins of the definitions, for CUDA, put in from outside by train.py and runtime/problem.py alone.
 
-kernels.py and sparse.py: one Triton kernel a tensor; graphs.py: a step's launches recorded once.  These give the bits
-of their definitions (tests/test_gpu.py).  code_products.py multiplies codes by codes, to the accuracy of its sums.
+kernels.py and sparse.py: one Triton kernel a tensor; in_place.py: both signs of a sparse probe by one copy of a matrix;
+graphs.py: a step's launches recorded once.  These give the bits of their definitions (tests/test_gpu.py), and the same
+products but for the order of their sums.  code_products.py multiplies codes by codes, to the accuracy of its sums.
 Without Triton or a GPU, `install` and `estimator` change nothing.
 """
 
@@ -27,6 +28,14 @@ def install(lm: LanguageModel) -> None:
 
         random_bits.DEVICE_TWINS["cuda"] = kernels.philox_blocks
         lm.stored_view_class = kernels.FusedStoredWeights
+
+
+def probe_in_place(lm: LanguageModel, zo: SparseZO) -> None:
+    """Read both signs of such probes by one copy of a matrix, where the model is on a GPU."""
+    if lm.device.type == "cuda" and has_triton():
+        from gpu.in_place import enable_probes_in_place
+
+        enable_probes_in_place(lm, zo)
 
 
 def estimator(zo: ZO, device: str, graphs: bool = False) -> ZO:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, library, nn
 
 from model import LanguageModel, Linear, View
-from quant import token_codes
+from quant import E4M3, token_codes
 
 
 class CodeLinear(Linear):
@@ -77,19 +77,45 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if weight.dtype != torch.int8:
         return multiply_e4m3(*token_codes(x, "fp8"), weight, scale)
     codes, tokens = token_codes(x, "int8")
-    return (multiply_int8(codes.to(torch.int8), weight) * tokens * scale.T).to(torch.bfloat16)
+    return scaled(multiply_int8(codes.to(torch.int8), weight), tokens, scale)
+
+
+def scaled(sums: Tensor, tokens: Tensor, scale: Tensor) -> Tensor:
+    """Sums of products of int8 codes [P, N, O] int32 -> products of the numbers, bf16."""
+    return (sums * tokens * scale.T).to(torch.bfloat16)
+
+
+def aligned(scales: Tensor) -> Tensor:
+    """cuBLAS wants them to begin at a multiple of 16 bytes."""
+    return scales if scales.data_ptr() % 16 == 0 else scales.clone()
+
+
+def multiply_into(y: Tensor, x: Tensor, tokens: Tensor, weight: Tensor, scale: Tensor) -> None:
+    """One copy's product, y [N, O] <- x [N, C] weight [O, C]^T: of floats; of int8 codes, whose sums int32 y takes; or
+    of e4m3 codes, with both scales applied (tokens [1, N, 1], scale [O, 1])."""
+    if weight.dtype == torch.int8:
+        if len(x) > 16 or x.device.type == "cpu":
+            torch._int_mm(x, weight.T, out=y)
+        else:  # cuBLAS multiplies more rows only
+            y.copy_(torch._int_mm(F.pad(x, (0, 0, 0, 17 - len(x))), weight.T)[: len(x)])
+    elif weight.dtype == E4M3.dtype and x.device.type == "cpu":  # where torch's takes one scale a tensor, by version
+        y.copy_((x.float() @ weight.float().T) * tokens[0] * scale.T)
+    elif weight.dtype == E4M3.dtype:
+        torch._scaled_mm(
+            x, weight.T, scale_a=aligned(tokens[0]), scale_b=scale.T, out_dtype=torch.bfloat16, out=y,
+            use_fast_accum=True,  # sums of some 14 bits, an eighth faster (docs/deviations.md)
+        )  # fmt: skip
+    else:
+        torch.mm(x, weight.T, out=y)
 
 
 # operators of their own, because torch.compile would join the copies' products by one more pass
 @library.custom_op("quzo::multiply_int8", mutates_args=())
 def multiply_int8(codes: Tensor, weight: Tensor) -> Tensor:
     """int8 codes [P, N, C] times int8 codes [P, O, C] -> [P, N, O] int32, exact on every device."""
-    P, N, _ = codes.shape
-    if codes.device.type == "cuda" and N <= 16:  # cuBLAS multiplies more rows only
-        return multiply_int8(F.pad(codes, (0, 0, 0, 17 - N)), weight)[:, :N].contiguous()
-    y = torch.empty(P, N, weight.shape[1], dtype=torch.int32, device=codes.device)
-    for p in range(P):
-        torch._int_mm(codes[p], weight[p].T, out=y[p])
+    y = torch.empty(*codes.shape[:2], weight.shape[1], dtype=torch.int32, device=codes.device)
+    for p in range(len(y)):
+        multiply_into(y[p], codes[p], codes[:0], weight[p], weight[p])
     return y
 
 
@@ -101,16 +127,9 @@ def _(codes: Tensor, weight: Tensor) -> Tensor:
 @library.custom_op("quzo::multiply_e4m3", mutates_args=())
 def multiply_e4m3(codes: Tensor, tokens: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """e4m3 codes [P, N, C] with token scales [P, N, 1], times e4m3 weights [P, O, C] with row scales [O, 1]."""
-    if codes.device.type == "cpu":  # where torch's product takes one scale a tensor, or none, by version
-        return ((codes.float() @ weight.float().mT) * tokens * scale.T).to(torch.bfloat16)
-    P, N, _ = codes.shape
-    y = torch.empty(P, N, weight.shape[1], dtype=torch.bfloat16, device=codes.device)
-    for p in range(P):
-        scale_a = tokens[p] if N % 4 == 0 else tokens[p].clone()  # cuBLAS wants it to begin at a multiple of 16 bytes
-        torch._scaled_mm(
-            codes[p], weight[p].T, scale_a=scale_a, scale_b=scale.T, out_dtype=torch.bfloat16, out=y[p],
-            use_fast_accum=True,  # sums of some 14 bits, an eighth faster (docs/deviations.md)
-        )  # fmt: skip
+    y = torch.empty(*codes.shape[:2], weight.shape[1], dtype=torch.bfloat16, device=codes.device)
+    for p in range(len(y)):
+        multiply_into(y[p], codes[p], tokens[p : p + 1], weight[p], scale)
     return y
 
 

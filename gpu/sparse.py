@@ -63,7 +63,10 @@ def _hit(
     KIND: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
     """zo_optim.SparseZO.hits of cells [BLOCK] int64: where, whether, the stored number, what is around it, eps u."""
-    where, whether, way, landing = _philox(cell.to(tl.uint32), step, tensor, query * 16 + DIRECTION, k0, k1)
+    use = _number(query) * 16 + DIRECTION
+    where, whether, way, landing = _philox(
+        cell.to(tl.uint32), _number(step), _number(tensor), use, _number(k0), _number(k1)
+    )
     at = cell * CELL + (where & (CELL - 1)).to(tl.int64)
     row, column = at // WIDTH, at % WIDTH
     live = live & (row < R) & (column < C)
@@ -111,8 +114,7 @@ def _probe_kernel(
         live = live & (own_row >= 0)  # a row that is not there has no hits
         cell = own_row * WIDTH // CELL + n % PER_ROW
     row, column, live, code, below, above, unit, up, landing, move = _hit(
-        cell, live, value, scale, R, C, WIDTH, groups, group_size, t, _number(step), tensor, query, k0, k1, CELL, KIND,
-        BY_HAND,
+        cell, live, value, scale, R, C, WIDTH, groups, group_size, t, step, tensor, query, k0, k1, CELL, KIND, BY_HAND,
     )  # fmt: skip
     if CHOSEN:
         live, row = live & (row == own_row), owner
@@ -138,8 +140,8 @@ def _step_kernel(
 ):  # fmt: skip
     cell = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row, column, live, old, below, above, unit, up, landing, move = _hit(
-        cell, cell < N, value, scale, R, C, WIDTH, groups, group_size, t, _number(step), tensor, query, k0, k1, CELL,
-        KIND, BY_HAND,
+        cell, cell < N, value, scale, R, C, WIDTH, groups, group_size, t, step, tensor, query, k0, k1, CELL, KIND,
+        BY_HAND,
     )  # fmt: skip
     delta = move * tl.load(factors + query)
     at = row * C + column

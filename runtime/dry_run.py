@@ -21,7 +21,7 @@ from data.archives import local_folder
 from data.tasks import get_task
 from model import expected_shapes, llama_parts, roberta_parts
 from quant import tensor_specs
-from runtime.config import Config, probes_per_forward, spec_of
+from runtime.config import Config, expects_triton, probes_per_forward, spec_of
 from runtime.model_configs import LlamaConfig, config_of
 from runtime.problem import encoder_of, splits_of
 from tensor_train import Spec, install, is_norm, targets_of
@@ -53,6 +53,8 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
         P = min(probes_per_forward(c) or probes, probes)
         block = perturbed_block(config, c)
         scratch = block * P // 2 if spec is None else block // 2 + P * 4 * sum(trainable.values())
+        if c.direction_bits == "sparse" and c.device.startswith("cuda") and expects_triton() and P == 2:
+            scratch = one_matrix(config, c)
         parts |= {"scratch": scratch, "activations": N * P * widest_activations(config, c)}
         at_once = sum(parts.values())
     recorded = parts["scratch"] + parts["activations"] if c.graphs else 0
@@ -112,6 +114,14 @@ def perturbed_block(config, c: Config) -> int:
     """Bytes of one block's weights as both perturbed copies have them."""
     size = 1 if c.compute in ("fp8", "int8") else BYTES[c.compute]
     return 2 * sum(p.numel() * (size if p.ndim == 2 else 4) for p in block_of(config).parameters())
+
+
+def one_matrix(config, c: Config) -> int:
+    """Bytes of the largest matrix that is dequantised for both signs, or of the list of what is moved where matrices
+    are multiplied as they are stored (gpu/in_place.py)."""
+    largest = max(p.numel() for p in block_of(config).parameters() if p.ndim == 2)
+    stored = c.compute in ("fp8", "int8", c.weights)
+    return largest // c.cell * (8 + 2 * BYTES[c.compute]) if stored else largest * BYTES[c.compute]
 
 
 def copies(shapes: dict[str, torch.Size], c: Config) -> int:

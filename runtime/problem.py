@@ -28,6 +28,7 @@ from runtime.first_order import make_trainable
 from runtime.flags import FIRST_ORDER
 from runtime.hub import PRESETS, resolve
 from runtime.model_configs import read_config
+from zo_optim import SparseZO
 
 
 class Quality(NamedTuple):
@@ -166,6 +167,8 @@ def set_up_forwards(c: Config, lm: LanguageModel) -> None:
         lm.round_inputs(partial(quantise_tokens, kind=c.activations))
     if c.compute in ("fp8", "int8"):
         enable_code_products(lm)
+    if c.optimizer == "zo" and c.direction_bits == "sparse":
+        gpu.probe_in_place(lm, SparseZO(c.eps, dtype=lm.dtype, cell=c.cell))
     if c.compile:
         lm.compile_blocks()
 
