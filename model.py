@@ -132,9 +132,10 @@ def rotate(x_BTHd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
 def attend(q_PBTHd: Tensor, k_PBSHd: Tensor, v_PBSHd: Tensor, seen: Tensor | None) -> Tensor:
     """Softmax attention of each sequence of each copy -> [P, B, T, H * d].
 
-    seen [P * B, 1, 1 or T, S] bool; None is the usual causal mask, for which there are faster kernels.
+    seen [B, 1, 1 or T, S] bool; None is the usual causal mask, for which there are faster kernels.
     """
     q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q_PBTHd, k_PBSHd, v_PBSHd))
+    seen = None if seen is None else seen.repeat(len(q_PBTHd), 1, 1, 1)  # for each copy
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
     return y.transpose(1, 2).reshape(*q_PBTHd.shape[:3], -1)
 
@@ -222,8 +223,7 @@ class RobertaSelfAttention(nn.Module):
         self.query, self.key, self.value = (Linear(c.hidden_size, c.hidden_size) for _ in range(3))
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
-        P, B, T, _ = x.shape
-        return attend(*(p(x).view(P, B, T, self.heads, self.d) for p in (self.query, self.key, self.value)), seen)
+        return attend(*(p(x).unflatten(-1, (self.heads, self.d)) for p in (self.query, self.key, self.value)), seen)
 
 
 class RobertaOutput(nn.Module):
@@ -365,7 +365,7 @@ class LanguageModel:
         if self.bias is not None:
             bias = view.read(self.bias)  # [P, V]
             logits = logits + (bias if words is None else bias[:, words])[:, None]
-        return logits.view(*hidden.shape[:-1], -1)
+        return logits.unflatten(1, hidden.shape[1:-1])
 
     def look_up(self, view: View, name: str, index: Tensor) -> Tensor:
         """Rows of a table: index [B, T] -> [P, B, T, D] float32."""
@@ -437,7 +437,8 @@ class Llama(LanguageModel):
         beginning; those of branch k go on from there, and do not see the others.
         """
         view = self.wrap_view(view)
-        x = self.look_up(view, self.embedding, tokens).expand(view.probes, -1, -1, -1)  # a frozen one has P = 1
+        x = self.look_up(view, self.embedding, tokens)  # of a frozen embedding P = 1, up to the first part that moves
+        x = x if self.adapters is None else x.expand(view.probes, -1, -1, -1)  # which multiply copies by copies
         x = x.clone()  # a view would be another kind of input to torch.compile than a layer's x
         y = torch.zeros_like(x, dtype=self.dtype).requires_grad_(x.requires_grad)  # for the same reason
         if mask is None and cache is None and branch is None:
@@ -445,7 +446,6 @@ class Llama(LanguageModel):
         else:
             seen = causal(torch.ones_like(tokens) if mask is None else mask, tokens.shape[1], branch)
             positions = seen.sum(-1)[:, 0] - 1  # as many as a token sees before itself
-            seen = seen.repeat(len(x), 1, 1, 1)
         window, S = self.config.sliding_window, (tokens if mask is None else mask).shape[1]
         if window is not None and window < S and positions.max() >= window:  # the latter makes a host wait for a GPU
             raise ValueError(f"{int(positions.max()) + 1} tokens exceed the sliding window of {window}")
@@ -535,11 +535,12 @@ class Roberta(LanguageModel):
         limit = self.config.max_position_embeddings
         if tokens.shape[1] + self.config.pad_token_id >= limit and positions.max() >= limit:
             raise ValueError(f"{tokens.shape[1]} tokens exceed {limit} positions")
-        x = self.look_up(view, self.embedding, tokens).expand(view.probes, -1, -1, -1)
+        x = self.look_up(view, self.embedding, tokens)
+        x = x if self.adapters is None else x.expand(view.probes, -1, -1, -1)
         x = x + self.look_up(view, "roberta.embeddings.position_embeddings.weight", positions)
         x = x + view.read("roberta.embeddings.token_type_embeddings.weight", positions[:1, 0] * 0)[:, :, None]
         x = self.apply(self.embed, "roberta.embeddings.", view, x)
-        seen = seen[:, None].repeat(len(x), 1, 1, 1)  # for each copy
+        seen = seen[:, None]
         for i in range(self.config.num_hidden_layers):
             last = i == self.config.num_hidden_layers - 1  # to all tokens of the others, the next block attends
             x = self.apply(self.block, f"{self.layers}{i}.", view, x, seen, wanted if last else None)

@@ -44,6 +44,8 @@ import gpu
 import tensor_train
 from data.metrics import measure
 from data.tasks import get_task
+from family.lezo import adalezo, lezo
+from family.subzero import SubZero
 from model import LanguageModel
 from quant import INTEGERS, Store
 from random_bits import Key, permutation
@@ -52,6 +54,7 @@ from runtime.checkpoints import companion_files, save_stored, weights_sha256
 from runtime.config import Config, max_length, parse, probes_per_forward, recorded, validate
 from runtime.dry_run import longest_sequence, predict, table
 from runtime.first_order import adamw_step, optimizer
+from runtime.flags import ADAPTERS
 from runtime.hub import raw_config, resolve
 from runtime.json_files import one_line
 from runtime.model_configs import config_of
@@ -92,12 +95,13 @@ from zo_optim import (
 
 
 def train(
-    c: Config, problem: Problem, folder: RunFolder | NoFolder, stop: Stop, progress: Progress, ranks: Ranks
-) -> None:
+    c: Config, problem: Problem, zo: ZO | None, folder: RunFolder | NoFolder, stop: Stop, progress: Progress,
+    ranks: Ranks,
+) -> None:  # fmt: skip
     """Run the loop, to its last step or until the run has diverged.  The folder's model/ holds the best weights."""
     lm, n, weights = problem.lm, len(problem.train), trained(problem.lm)
     loss_of = ranks.loss_of(problem.loss_fn(c.micro_batch_size), problem.terms)
-    zo = gpu.estimator(estimator(c, lm), c.device, c.graphs) if c.optimizer == "zo" else None
+    zo = gpu.estimator(zo, c.device, c.graphs) if zo is not None else None
     adamw = optimizer(weights, c.lr, c.weight_decay or 0.0) if c.optimizer == "adamw" else None
     if adamw is not None and progress.steps:  # a run is taken up again
         folder.load_state(progress.steps, adamw, weights)
@@ -152,15 +156,18 @@ def batch_indices(seed: int, step: int, batch_size: int, n: int) -> list[int]:
 
 def estimator(c: Config, lm: LanguageModel) -> ZO:
     """The estimator that the flags name; AdaZeta's number of queries changes from epoch to epoch."""
+    common = dict(eps=c.eps, queries=c.queries or 1, estimator=c.estimator or "q-rge2", dtype=lm.dtype,
+                  probes_per_forward=probes_per_forward(c))  # fmt: skip
+    if c.method == "subzero":
+        return SubZero(**common, rank=c.subspace_rank, every=c.subspace_steps, nearest=c.rounding == "nearest")
     if c.direction_bits == "sparse":
-        return SparseZO(c.eps, c.queries or 1, estimator=c.estimator or "q-rge2", dtype=lm.dtype,
-                        probes_per_forward=probes_per_forward(c), cell=c.cell)  # fmt: skip
-    bits = int(c.direction_bits) if c.direction_bits.isdigit() else None
-    return ZO(
-        eps=c.eps, queries=c.queries or 1, bits=bits,
-        estimator=c.estimator or "q-rge2", probe=c.probe, nearest=c.rounding == "nearest", dtype=lm.dtype,
-        probes_per_forward=probes_per_forward(c),
-    )  # fmt: skip
+        zo = SparseZO(**common, cell=c.cell)
+    else:
+        bits = int(c.direction_bits) if c.direction_bits.isdigit() else None
+        zo = ZO(**common, bits=bits, probe=c.probe, nearest=c.rounding == "nearest")
+    if c.method == "lezo":
+        return (adalezo if c.bandit else lezo)(zo, lm, c.share, c.rest)
+    return zo
 
 
 ENOUGH = 16  # steps in a row that go wrong in the same way: a run has then diverged
@@ -327,15 +334,16 @@ def run(c: Config) -> dict:
             folder.zero_shot = measure(metric, problem.answers(problem.tests["test"]))
             tell(f"zero-shot test {metric} {100 * folder.zero_shot:.1f} %")
         progress = progress_of(past, c, problem.lm, guess_of(c, problem))
-        if c.optimizer == "zo":
+        zo = estimator(c, problem.lm) if c.optimizer == "zo" else None
+        if zo is not None:
             lost = progress.best is not None and folder.model is not None  # model/ may be
             save_best = [partial(save, problem.lm, folder.model)] if lost else []
-            catch_up(c, problem.lm, past.projected_grads, {progress.best_step: save_best})
+            catch_up(c, problem.lm, zo, past.projected_grads, {progress.best_step: save_best})
         due = progress.steps % c.eval_every == 0 or progress.steps == c.steps
         if due and progress.steps not in [dev.step for dev in folder.devs]:  # a run begins, or was killed before that
             evaluate_and_keep_best(c, problem, folder, progress, ranks)
         started = time.perf_counter()
-        train(c, problem, folder, stop, progress, ranks)
+        train(c, problem, zo, folder, stop, progress, ranks)
         seconds = time.perf_counter() - started
         if ranks.world > 1:
             ranks.check_same("their weights", weights_sha256(trained(problem.lm)))
@@ -417,7 +425,8 @@ def title_of(flags: dict) -> str:
 
 def method_text(c: Config) -> str:
     """The method, and whether its directions are the paper's or ours."""
-    directions = {None: "", "full": ", Gaussian directions", "sparse": ", sparse directions (ours)"}
+    gaussian = "Gaussian directions" if c.method != "subzero" else "directions in random subspaces"
+    directions = {None: "", "full": f", {gaussian}", "sparse": ", sparse directions (ours)"}
     rounded = f", {c.direction_bits}-bit directions (the paper's)"
     return f"{c.method} on {c.weights} weights{directions.get(c.direction_bits, rounded)}"
 
@@ -443,10 +452,11 @@ def progress_of(past: RecordedRun | None, c: Config, lm: LanguageModel, guess: f
     """
     progress = Progress(guess, c.lr or 0.0)
     if c.lr is None:
-        whole = c.method in ("quzo", "mezo")
+        whole = c.method not in ADAPTERS
         dense = c.method == "quzo" and c.weights in INTEGERS and not c.residual and c.direction_bits != "sparse"
         progress.measured = min(MEASURED, -(-c.steps // 8))
-        progress.rate_by = partial(measured_rate, d=parameters(trained(lm)), of_weights=whole, dense_on_codes=dense)
+        moved = parameters(trained(lm)) * (c.share or 1)  # by a step
+        progress.rate_by = partial(measured_rate, d=moved, of_weights=whole, dense_on_codes=dense)
     if past is not None:
         grads = iter(past.projected_grads)
         for row in past.rows:  # in the order in which train counted
@@ -460,13 +470,13 @@ def progress_of(past: RecordedRun | None, c: Config, lm: LanguageModel, guess: f
 
 
 def catch_up(
-    c: Config, lm: LanguageModel, steps: list[list[float]], at: dict[int, list[Callable[[], None]]]
+    c: Config, lm: LanguageModel, zo: ZO, steps: list[list[float]], at: dict[int, list[Callable[[], None]]]
 ) -> None:
     """Redo the first steps of a recorded run from their projected gradients, without a forward pass.
 
     at: what to do with the weights as they were after so many steps.
     """
-    zo, weights, progress = gpu.estimator(estimator(c, lm), c.device), trained(lm), progress_of(None, c, lm)
+    zo, weights, progress = gpu.estimator(zo, c.device), trained(lm), progress_of(None, c, lm)
     for step in range(len(steps) + 1):
         for do in at.get(step, ()):
             do()
@@ -524,15 +534,15 @@ def replay(c: Config) -> dict:
     problem, splits = prepare(c) if c.calibrate or verify else (None, None)
     lm = problem.lm if problem else load_base(c, resolve(c.model), [])
     check_same(out, past.config, {"base_weights_sha256": weights_sha256(lm.weights)})
-    steps, found = past.projected_grads, {}
+    zo, steps, found = estimator(c, lm), past.projected_grads, {}
     at = {best_step: [lambda: found.update(weights_sha256=weights_sha256(lm.weights))]}
     if verify:
         check_same(out, past.config, {"data_sha256": hashed(splits.files)})
         rows = [row for row in past.rows if "projected_grad" in row]
         for step in permutation(int(result["digest"], 16), 0, len(steps))[:verify].tolist():
-            at.setdefault(step, []).append(partial(verify_step, c, problem, rows[step], step, found))
+            at.setdefault(step, []).append(partial(verify_step, c, problem, zo, rows[step], step, found))
         at[best_step].append(partial(verify_metrics, problem, result, found))
-    catch_up(c, lm, steps if verify else steps[:best_step], at)
+    catch_up(c, lm, zo, steps if verify else steps[:best_step], at)
     sha256 = found.pop("weights_sha256")
     if (out / "model").is_dir():  # a folder can be published without it
         lm = restore_best(c, lm, out / "model")
@@ -556,12 +566,12 @@ def derived(past: RecordedRun, best_step: int) -> dict:
     return named(past.config["flags"]) | values
 
 
-def verify_step(c: Config, problem: Problem, row: dict, step: int, found: dict) -> None:
+def verify_step(c: Config, problem: Problem, zo: ZO, row: dict, step: int, found: dict) -> None:
     """Compute a step's losses again, with the weights as they were before it.  row: what was recorded of it.
 
     Raises ValueError where its projected gradients are not those of its own recorded losses.
     """
-    zo = replace(estimator(c, problem.lm), queries=row["queries"])
+    zo = replace(zo, queries=row["queries"])
     examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, len(problem.train))]
     loss_fn = problem.loss_fn(c.micro_batch_size)(examples)
     plus, minus = probe_losses(trained(problem.lm), loss_fn, Key(c.seed, step), gpu.estimator(zo, c.device))

@@ -75,12 +75,15 @@ def update(weights: dict[str, Store], projected_grads: Tensor, key: Key, zo: ZO,
     """
     lengths = -lr * projected_grads / len(projected_grads)
     device = next(iter(weights.values())).device
-    if not lengths.any():  # adding +0.0 would turn a stored -0.0 into +0.0
-        return torch.zeros(COUNTED, dtype=torch.int64, device=device)
-    factors = (lengths / zo.unit).float()
-    factors = factors.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else factors
-    moved = {name: stored for name, stored in weights.items() if zo.moves is None or zo.moves(name, key)}
-    return zo.add_directions_(moved, factors, key)
+    counts = torch.zeros(COUNTED, dtype=torch.int64, device=device)
+    if lengths.any():  # adding +0.0 would turn a stored -0.0 into +0.0
+        factors = (lengths / zo.unit).float()
+        factors = factors.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else factors
+        moved = {name: stored for name, stored in weights.items() if zo.moves is None or zo.moves(name, key)}
+        counts = zo.add_directions_(moved, factors, key)
+    if hasattr(zo.moves, "observe"):  # what moves next may depend on what was found
+        zo.moves.observe(key, projected_grads)
+    return counts
 
 
 # ---------------------------------------------------------------- the estimator: how weights are probed and stepped
@@ -102,7 +105,7 @@ class ZO:
     nearest: bool = False  # ablation: steps land by rounding to nearest, which loses nearly all of them
     dtype: torch.dtype = torch.float32  # of perturbed matrices: what a forward multiplies in
     probes_per_forward: int | None = 2  # perturbed copies at a time, which bounds memory; None: all of them
-    moves: Callable[[str, Key], bool] | None = None  # which tensors a step probes and moves; None: all (family/lezo.py)
+    moves: Callable[[str, Key], bool] | None = None  # which tensors a step probes and moves (family/lezo.py); None: all
     unit = 1.0  # the length of a drawn direction that stands for u (not a field)
     stored_view = StoredWeights  # how a tensor is read that a step leaves alone (not a field)
 

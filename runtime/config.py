@@ -69,7 +69,8 @@ def resolve_defaults(c: Config) -> Config:
     table = {"optimizer": optimizer} | DEFAULTS[c.method]
     if c.method in ADAPTERS and c.method != "adazeta":
         table |= ADAPTER_DEFAULTS[f"adapters by {optimizer}"]
-    if c.method == "quzo" and (c.model != "tiny" or c.weights in ("int4", "fp8")):
+    on_codes = c.model != "tiny" or c.weights in ("int4", "fp8")
+    if c.method == "quzo" and on_codes or c.method == "lezo" and (c.weights or "bf16") not in FLOATS:
         table["direction_bits"] = "sparse"
     bits = c.direction_bits or table.get("direction_bits")
     if bits == "sparse":
@@ -219,7 +220,7 @@ RANGES = {
     "show": COUNT, "calibrate": (0, 2**20), "bottleneck": (1, 2**16), "tt_rank": (1, 2**12), "lora_rank": (1, 2**16),
     "lora_alpha": (1e-6, 1e6), "lr": (0, 1e6), "eps": (1e-8, 1e3), "cell": (8, 2**30), "clip": (0.1, 1e6),
     "weight_decay": (0, 1e3), "seed": (0, 2**64 - 1), "data_seed": (0, 2**32 - 1), "warmup": (0, COUNT[1]),
-    "jobs": (1, 1024), "verify": COUNT,
+    "jobs": (1, 1024), "verify": COUNT, "subspace_rank": (1, 256), "subspace_steps": COUNT, "share": (1e-3, 1),
 }  # fmt: skip
 
 
@@ -281,6 +282,8 @@ def meaningless_flags(c: Config) -> list[str]:
         ("residual", "oracle", "probe", "rounding"): zo and not kind,  # adapters are floats
         ("weight_decay",): c.method in FIRST_ORDER,
         ("master",): c.method == "fo-ste",
+        ("subspace_rank", "subspace_steps"): c.method == "subzero",
+        ("share", "rest", "bandit"): c.method == "lezo",
         ("alpha", "beta", "max_queries"): c.method == "adazeta" and c.queries is None,
         ("placement",): kind == "adp",
         ("bottleneck", "tt_rank"): kind in ("adp", "rep"),
@@ -339,6 +342,9 @@ def check_products(c: Config) -> None:
 
 def check_estimator(c: Config) -> None:
     """Raises ValueError for flags of the estimate that contradict one another."""
+    if c.method == "subzero" and (c.direction_bits != "full" or c.probe == "codes"):
+        raise ValueError("--method subzero has directions of its own: leave out --direction-bits "
+                         f"{c.direction_bits} and --probe {c.probe}")  # fmt: skip
     if c.estimator in ("q-rge1", "q-rge2") and c.direction_bits in ("full", "sparse"):
         raise ValueError(f"--estimator {c.estimator} is about rounding directions, which --direction-bits "
                          f"{c.direction_bits} does not: use 2 to 8")  # fmt: skip

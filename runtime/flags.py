@@ -19,7 +19,8 @@ RESIDUALS, ACTIVATIONS = (0, 1, 2, 4, 8), ("none", "int8", "fp8")
 
 ADAPTERS = {"loretta-adp": "adp", "adazeta": "adp", "loretta-rep": "rep", "lora": "lora"}  # method: kind
 FIRST_ORDER = ("fo", "fo-ste")  # of all weights; adapters are trained by either optimizer
-METHODS = ("quzo", "mezo", *FIRST_ORDER, *ADAPTERS)
+FAMILY = ("subzero", "lezo")  # of all weights, by zeroth order: family/
+METHODS = ("quzo", "mezo", *FAMILY, *FIRST_ORDER, *ADAPTERS)
 DIRECTION_BITS = ("full", "sparse", *map(str, range(2, 9)))
 
 
@@ -50,8 +51,8 @@ class Config:
                                                           "[2048, of masked models 128 or 256]")  # fmt: skip
 
     method: str = flag("method", "quzo", "quzo: low-bit directions and weights; mezo: Gaussian directions; fo: AdamW; "
-                                         "fo-ste: AdamW through fake-quantised weights; the others train adapters "
-                                         "around frozen weights", METHODS)  # fmt: skip
+                                         "fo-ste: AdamW through fake-quantised weights; subzero, lezo: family/; the "
+                                         "others train adapters around frozen weights", METHODS)  # fmt: skip
     optimizer: str | None = flag("method", None, "zo: forward passes only; adamw: back-propagation", ("zo", "adamw"))
     weights: str | None = flag("method", None, "how matrices are stored", FORMATS)
     activations: str = flag("method", "none", "how the input of every linear layer is rounded, one scale a token",
@@ -80,6 +81,14 @@ class Config:
     max_queries: int | None = flag("zeroth-order estimate", None, "the most directions a step; see --alpha")
     probes_per_forward: int | None = flag("zeroth-order estimate", None, "of the two a direction, to bound memory (2; "
                                           "all of them where only adapters are trained, on a GPU)")  # fmt: skip
+
+    subspace_rank: int | None = flag("family", None, "of subzero: the rank of a matrix's directions")
+    subspace_steps: int | None = flag("family", None, "of subzero: for how many steps a matrix moves in one subspace")
+    share: float | None = flag("family", None, "of lezo: the share of blocks that a step probes and moves")
+    rest: bool | None = flag("family", None, "of lezo: whether what is in no block moves too (the paper's); without it "
+                                             "both signs share the forward up to the first active block (ours)"
+                             )  # fmt: skip
+    bandit: bool | None = flag("family", None, "of lezo: a bandit chooses the blocks (AdaLeZO)")
 
     steps: int | None = flag("steps", None, "number of updates")
     lr: float | None = flag("steps", None, "learning rate; of zeroth order, unless given, what the first 32 projected "
@@ -167,6 +176,10 @@ DEFAULTS = {
                  batch_size=16, eval_every=4000),
     "quzo": dict(weights="int8", direction_bits="4", steps=6000, lr_schedule="linear", eps=1e-3,
                  batch_size=16, eval_every=1000),
+    "subzero": dict(weights="bf16", direction_bits="full", steps=20000, lr_schedule="constant", eps=1e-3,
+                    batch_size=16, eval_every=4000, subspace_rank=24, subspace_steps=1000),
+    "lezo": dict(weights="bf16", direction_bits="full", steps=20000, lr_schedule="constant", eps=1e-3,
+                 batch_size=16, eval_every=4000, share=0.25, rest=True, bandit=False),
     "fo": dict(weights="fp32", steps=625, lr=1e-5, lr_schedule="linear", weight_decay=0.0, batch_size=8,
                eval_every=125),
     "fo-ste": dict(weights="int8", master="fp32", steps=625, lr=1e-5, lr_schedule="linear", weight_decay=0.0,
@@ -178,7 +191,7 @@ DEFAULTS = {
     "loretta-rep": dict(weights="bf16", bottleneck=8, tt_rank=8, lora_alpha=16.0, norms=True, init="identity"),
     "lora": dict(weights="bf16", lora_rank=8, lora_alpha=16.0, norms=False, init="identity"),
 }  # fmt: skip
-OPTIMIZERS = {"quzo": "zo", "mezo": "zo", "adazeta": "zo"}  # of the others AdamW, as in the papers
+OPTIMIZERS = dict.fromkeys(("quzo", "mezo", *FAMILY, "adazeta"), "zo")  # of the others AdamW, as in the papers
 ADAPTER_DEFAULTS = {  # LoRETTA's large-model script, but for its evaluations; MeZO's OPT recipe for LoRA
     "adapters by adamw": dict(steps=375, lr=1e-4, lr_schedule="constant", batch_size=8, eval_every=125),
     "adapters by zo": dict(steps=20000, lr_schedule="constant", eps=1e-2, batch_size=16, eval_every=4000,
@@ -187,6 +200,9 @@ ADAPTER_DEFAULTS = {  # LoRETTA's large-model script, but for its evaluations; M
 TINY_DEFAULTS = {
     "mezo": dict(weights="fp32", steps=500, lr=3e-4, eval_every=25, batch_size=32),
     "quzo": dict(steps=500, lr=6e-4, eps=1e-3, eval_every=25, batch_size=32),
+    "subzero": dict(weights="fp32", steps=500, lr=3e-4, eval_every=25, batch_size=32, subspace_rank=8,
+                    subspace_steps=50),
+    "lezo": dict(weights="fp32", steps=500, lr=3e-4, eval_every=25, batch_size=32, share=0.5),
     "fo": dict(steps=100, lr=1e-3, eval_every=25, batch_size=32),
     "fo-ste": dict(steps=100, lr=1e-3, eval_every=25, batch_size=32),
     "adazeta": dict(weights="fp32", steps=500, lr=1e-2, eval_every=50, batch_size=32),

@@ -337,7 +337,8 @@ def run_config(flags: dict, base_sha256: str, data_files: list[Path], other_file
 def code_sha256() -> str:
     """Of all modules that a run can use."""
     root, digest = Path(__file__).parent.parent, hashlib.sha256()
-    for path in sorted(path for folder in ("", "data", "gpu", "runtime") for path in (root / folder).glob("*.py")):
+    rooms = ("", "data", "family", "gpu", "runtime")
+    for path in sorted(path for room in rooms for path in (root / room).glob("*.py")):
         digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 

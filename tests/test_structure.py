@@ -41,6 +41,7 @@ GRAPH = {name: imported(path, set(MODULES)) - {name} for name, path in MODULES.i
 FACE = {name for name, path in MODULES.items() if path.parent == ROOT}
 TESTS = {name for name, path in MODULES.items() if path.relative_to(ROOT).parts[0] == "tests"}
 SCRIPTS = {name for name, path in MODULES.items() if path.parent.name in ("benchmarks", "docs", "figures")}
+SCRIPTS |= {f"family.{name}" for name in ("fedtt", "pinn", "poor_man")}
 SOURCE = set(MODULES) - TESTS - SCRIPTS - {".ci.not_installable"}
 
 

@@ -28,6 +28,8 @@ import tensor_train
 import train
 from data.scoring import BatchLoss
 from data.tasks import TINY
+from family.lezo import adalezo, lezo
+from family.subzero import SubZero
 from model import LanguageModel, load
 from quant import encode
 from random_bits import Key
@@ -184,10 +186,14 @@ def redone(done: Run, steps: int) -> str:
     """The hash after so many updates, from the base weights, config.json and trajectory, without a forward."""
     flags, recorded = done.config()["flags"], read_trajectory(done.folder / "trajectory")
     lm, bits, estimator = base_of(flags), flags["direction_bits"], flags["estimator"] or "q-rge2"
-    if bits == "sparse":
+    if flags["method"] == "subzero":
+        zo = SubZero(flags["eps"], rank=flags["subspace_rank"], every=flags["subspace_steps"])
+    elif bits == "sparse":
         zo = SparseZO(flags["eps"], cell=flags["cell"], estimator=estimator)
     else:
         zo = ZO(flags["eps"], bits=int(bits) if bits.isdigit() else None, estimator=estimator)
+    if flags["method"] == "lezo":
+        zo = (adalezo if flags["bandit"] else lezo)(zo, lm, flags["share"], flags["rest"])
     for step in range(steps):
         grads = torch.tensor(recorded[step], dtype=torch.float64)
         update(tensor_train.trained(lm), grads, Key(flags["seed"], step), zo, rate(flags, step))
@@ -201,7 +207,9 @@ EVERY = [  # method, format and flags of which the update or what is kept knows;
     "--method lora --weights int8 --warmup 2", "--method adazeta --queries 2 --weights int4",
     "--method fo-ste --weights int4 --activations int8",
     *(pytest.param(flags, marks=full) for flags in (
-        "--method mezo", "--weights int4 --residual 4 --oracle", "--weights fp8", "--direction-bits sparse",
+        "--method mezo", "--method subzero --weights int4 --subspace-steps 2", "--weights int4 --residual 4 --oracle",
+        "--method lezo --weights int4", "--method lezo --bandit --direction-bits 4 --weights int8",
+        "--weights fp8", "--direction-bits sparse",
         "--weights int4 --cell 64 --queries 3 --estimator random", "--estimator q-rge1 --probe codes --queries 2",
         "--method loretta-adp --weights int8",
         "--estimator random --activations int8 --seed 1", "--method loretta-rep --weights int4",
@@ -221,7 +229,9 @@ def test_a_run_is_what_its_record_says(run, flags):
     result, config = done.result, done.config()
     flags, base = config["flags"], base_of(config["flags"])
     assert config["base_weights_sha256"] == weights_sha256(base.weights) != result["weights_sha256"]
-    assert f"{flags['method']} on {flags['weights']} weights{DIRECTIONS[flags['direction_bits']]}, cpu" in done.log
+    directions = DIRECTIONS[flags["direction_bits"]]
+    directions = ", directions in random subspaces" if flags["method"] == "subzero" else directions
+    assert f"{flags['method']} on {flags['weights']} weights{directions}, cpu" in done.log
     assert [row["lr"] for row in done.rows("loss")] == pytest.approx([rate(flags, step) for step in range(4)])
     recorded = read_trajectory(done.folder / "trajectory")
     assert recorded == [row["projected_grad"] for row in done.rows("loss")] and result["steps"] == len(recorded) == 4
@@ -552,8 +562,8 @@ def test_help_comes_in_groups(capsys):
             sections[line[:-1]] = flags = []
         elif found := re.match(r"  (--[a-z-]+)", line):
             flags.append(found[1])
-    assert list(sections) == ["options", "model and data", "method", "zeroth-order estimate", "steps", "adapters",
-                              "ablations", "machine", "run", "instead of a run"]  # fmt: skip
+    assert list(sections) == ["options", "model and data", "method", "zeroth-order estimate", "family", "steps",
+                              "adapters", "ablations", "machine", "run", "instead of a run"]  # fmt: skip
     assert sections["ablations"] == ["--estimator", "--probe", "--rounding", "--oracle"]
     assert sorted(sum(sections.values(), [])) == sorted("--" + f.name.replace("_", "-") for f in fields(Config))
 
@@ -724,6 +734,8 @@ REFUSED = {
     "--weights fp8 --activations int8 --compute fp8": "--compute fp8 multiplies codes by codes",
     "--weights fp8 --activations fp8 --compute fp8 --direction-bits 4": "by quzo with --direction-bits sparse",
     "--graphs --device cpu": "--graphs are for zo on cuda",
+    "--method subzero --direction-bits 4": "subzero has directions of its own",
+    "--method lezo --share 0": "--share must be in [0.001, 1], got 0.0",
     "--method adazeta --compile": "--compile makes code for each number of probes, which grows here",
 }  # fmt: skip
 
@@ -752,7 +764,7 @@ def test_bad_input_gets_one_line_and_exit_code_2_and_writes_nothing(tmp_path, ca
 
 
 TENSOR_TRAINS = {"loretta-adp", "loretta-rep", "adazeta"}
-ZO_ONLY = {"quzo", "mezo", "adazeta"}  # of those that have a default optimizer of their own
+ZO_ONLY = {"quzo", "mezo", "subzero", "lezo", "adazeta"}  # of those that have a default optimizer of their own
 MEANT = {  # a flag: the methods, with their default optimizer, beside which it means something
     "--placement mlp": {"loretta-adp", "adazeta"}, "--bottleneck 8": TENSOR_TRAINS, "--tt-rank 2": TENSOR_TRAINS,
     "--lora-rank 2": {"lora"}, "--lora-alpha 8": {"lora", "loretta-rep"}, "--init identity": set(ADAPTERS),
@@ -760,6 +772,8 @@ MEANT = {  # a flag: the methods, with their default optimizer, beside which it 
     "--max-queries 3": {"adazeta"}, "--queries 2": ZO_ONLY, "--eps 0.01": ZO_ONLY, "--probes-per-forward 1": ZO_ONLY,
     "--direction-bits full": ZO_ONLY, "--estimator random": ZO_ONLY,
     "--weight-decay 0.1": {"fo", "fo-ste"}, "--master bf16": {"fo-ste"},
+    "--subspace-rank 4": {"subzero"}, "--subspace-steps 9": {"subzero"},
+    "--share 0.5": {"lezo"}, "--no-rest": {"lezo"}, "--bandit": {"lezo"},
 }  # fmt: skip
 
 
@@ -770,5 +784,5 @@ def test_a_flag_is_refused_where_it_means_nothing():
             if method in methods:
                 train.validate(c)
                 continue
-            with pytest.raises(ValueError, match=f"{flag.split()[0]} means nothing beside --method {method}"):
+            with pytest.raises(ValueError, match=f"{flag.split()[0].replace('no-', '')} means nothing beside --method {method}"):
                 train.validate(c)
