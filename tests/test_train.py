@@ -784,5 +784,6 @@ def test_a_flag_is_refused_where_it_means_nothing():
             if method in methods:
                 train.validate(c)
                 continue
-            with pytest.raises(ValueError, match=f"{flag.split()[0].replace('no-', '')} means nothing beside --method {method}"):
+            name = flag.split()[0].replace("no-", "")
+            with pytest.raises(ValueError, match=f"{name} means nothing beside --method {method}"):
                 train.validate(c)
