@@ -18,9 +18,9 @@ from torch import Tensor, library, nn
 
 from gpu.code_products import CodeLinear, CodeView, multiply_into, scaled
 from gpu.kernels import EXACT, VARYING, _by_hand, _kind, _on, _to_byte, as_int32, dequantised, fits
-from gpu.sparse import BLOCK, _hit, _probe_kernel
+from gpu.sparse import BLOCK, _hit
 from model import LanguageModel, Linear, View
-from quant import Float, Fp8, Integers, Store, group_size, token_codes
+from quant import E4M3, Float, Fp8, Integers, Store, group_size, token_codes
 from random_bits import LOW, tensor_id
 from zo_optim import PerturbedWeights, SparseZO
 
@@ -29,33 +29,35 @@ from zo_optim import PerturbedWeights, SparseZO
 
 @triton.jit(do_not_specialize=VARYING)
 def _move_kernel(
-    value, scale, place, minus, old, N, R, C, WIDTH, groups, group_size, t, step, tensor, query, k0, k1,
-    CELL: tl.constexpr, KIND: tl.constexpr, BY_HAND: tl.constexpr, BLOCK: tl.constexpr,
+    w, value, scale, place, minus, old, N, R, C, WIDTH, groups, group_size, t, step, tensor, query, k0, k1,
+    CELL: tl.constexpr, KIND: tl.constexpr, PLACED: tl.constexpr, BY_HAND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """w + eps u in place of w, and a list [N] of what to write for w - eps u and for w again."""
+    """w + eps u in place of w, and a list [N] of what to write for w - eps u and, where w is the store, for w again."""
     cell = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row, column, live, code, below, above, unit, up, landing, move = _hit(
         cell, cell < N, value, scale, R, C, WIDTH, groups, group_size, t, step, tensor, query, k0, k1, CELL, KIND,
         BY_HAND,
     )  # fmt: skip
     at = row * C + column
-    was = tl.load(value + at, mask=live, other=0)
     to, back = tl.where(up, above, below), tl.where(up, below, above)
-    if KIND == "fp8":
+    if not PLACED:
+        to, back = to * unit, back * unit
+    elif KIND == "fp8":
         to, back = _to_byte(to, BY_HAND), _to_byte(back, BY_HAND)
     elif KIND == "int8":
         to, back = tl.minimum(tl.maximum(to, -127.0), 127.0), tl.minimum(tl.maximum(back, -127.0), 127.0)
     tl.store(place + cell, tl.where(live, at, -1), mask=cell < N)
     tl.store(minus + cell, back.to(minus.dtype.element_ty), mask=live)
-    tl.store(old + cell, was, mask=live)
-    tl.store(value + at, to.to(value.dtype.element_ty), mask=live)
+    if PLACED:
+        tl.store(old + cell, tl.load(w + at, mask=live, other=0), mask=live)
+    tl.store(w + at, to.to(w.dtype.element_ty), mask=live)
 
 
 @triton.jit
-def _write_kernel(value, place, new, N, BLOCK: tl.constexpr):
+def _write_kernel(w, place, new, N, BLOCK: tl.constexpr):
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     at = tl.load(place + n, mask=n < N, other=-1)
-    tl.store(value + at, tl.load(new + n, mask=at >= 0, other=0), mask=at >= 0)
+    tl.store(w + at, tl.load(new + n, mask=at >= 0, other=0), mask=at >= 0)
 
 
 # ---------------------------------------------------------------- one linear layer
@@ -75,28 +77,21 @@ def probed_products(
     R, width = len(weight), -(-C // 8) * 8
     n, groups = -(-R * width // cell), scale.shape[1] if scale.ndim == 2 else 1
     size = group_size(4, C) if kind == "int4" else C
-    bytes_of = (lambda a: a.view(torch.uint8)) if kind == "fp8" else lambda a: a  # which Triton is given
-    words = (step, *key.split(1))
-    y = torch.empty(2, N, R, dtype=sums_of(x, kind, coded), device=x.device)
-    blocks, by_hand = (triton.cdiv(n, BLOCK),), _by_hand(x.device)
-    common = dict(CELL=cell, KIND=kind, BY_HAND=by_hand, BLOCK=BLOCK, **EXACT)
+    placed = coded or x.dtype == weight.dtype
+    w = weight if placed else dequantised(rebuilt(weight, scale, kind, torch.Size((R, C))), x.dtype)[0]
+    value, out = (a.view(torch.uint8) if a.dtype == E4M3.dtype else a for a in (weight, w))  # which Triton is given
+    y, blocks = torch.empty(2, N, R, dtype=sums_of(x, kind, coded), device=x.device), (triton.cdiv(n, BLOCK),)
+    place, (minus, old) = torch.empty(n, dtype=torch.int64, device=x.device), out.new_empty(2, n)
     with _on(x.device):
-        if coded or x.dtype == weight.dtype:
-            value, place = bytes_of(weight), torch.empty(n, dtype=torch.int64, device=x.device)
-            minus, old = torch.empty(2, n, dtype=value.dtype, device=x.device)
-            _move_kernel[blocks](value, scale, place, minus, old, n, R, C, width, groups, size, t, *words, **common)
-            multiply_into(y[0], x[0], tokens[:1], weight, scale)
-            _write_kernel[blocks](value, place, minus, n, BLOCK=BLOCK)
-            multiply_into(y[1], x[1], tokens[-1:], weight, scale)
-            _write_kernel[blocks](value, place, old, n, BLOCK=BLOCK)
-        else:
-            w = dequantised(rebuilt(weight, scale, kind, torch.Size((R, C))), x.dtype)[0]
-            for p in range(2):
-                _probe_kernel[blocks](
-                    w, bytes_of(weight), scale, weight, n, R, C, width, 0, groups, size, 0, t, *words, CHOSEN=False,
-                    BYTES=False, PLUS=p == 0, MINUS=p == 1, **common,
-                )  # fmt: skip
-                multiply_into(y[p], x[p], tokens[:0], w, scale)
+        _move_kernel[blocks](
+            out, value, scale, place, minus, old, n, R, C, width, groups, size, t, step, *key.split(1), CELL=cell,
+            KIND=kind, PLACED=placed, BY_HAND=_by_hand(x.device), BLOCK=BLOCK, **EXACT,
+        )  # fmt: skip
+        multiply_into(y[0], x[0], tokens[:1], w, scale)
+        _write_kernel[blocks](out, place, minus, n, BLOCK=BLOCK)
+        multiply_into(y[1], x[1], tokens[-1:], w, scale)
+        if placed:
+            _write_kernel[blocks](out, place, old, n, BLOCK=BLOCK)
     return y
 
 
