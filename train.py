@@ -45,6 +45,7 @@ import tensor_train
 from data.metrics import measure
 from data.tasks import get_task
 from family.lezo import adalezo, lezo
+from family.mezo_svrg import SVRG, svrg
 from family.subzero import SubZero
 from model import LanguageModel
 from quant import INTEGERS, Store
@@ -111,7 +112,8 @@ def train(
             if (ranks.stopping if ranks.world > 1 else stop.signal) or progress.diverged:
                 break
             # the batch
-            examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, n)]
+            size = n if isinstance(zo, SVRG) and zo.is_anchor(step) else c.batch_size
+            examples = [problem.train[i] for i in batch_indices(c.seed, step, size, n)]
             lr = learning_rate(step, progress.rate, c.lr_schedule, c.steps, c.warmup)
             if zo is not None and c.queries is None:  # AdaZeta's number grows with the epochs
                 epoch = epoch_of(step, n, c.batch_size)
@@ -126,11 +128,15 @@ def train(
                 done = zo_step(weights, loss_fn, Key(c.seed, step), zo, lr, clip)
                 losses = torch.stack((done.plus, done.minus), 1)
                 loss, forwards = sum(losses.sum(1).tolist()) / losses.numel(), losses.numel()
+                if isinstance(zo, SVRG):
+                    forwards = zo.forwards(step, -(-n // c.batch_size))
             else:
                 loss, forwards, done = adamw_step(adamw, loss_fn.parts(lm.stored_view()), lr), 1, None
 
             # record
-            recorder.write((step + 1, loss, done, {"lr": lr, "tokens": sum(e.width for e in examples)}))
+            more = {"lr": lr, "tokens": sum(e.width for e in examples)}
+            more |= {"forwards": forwards} if isinstance(zo, SVRG) else {}
+            recorder.write((step + 1, loss, done, more))
             projected_grads = torch.zeros(0, dtype=torch.float64) if done is None else done.projected_grads
             progress.count_step(projected_grads, forwards, loss)
 
@@ -167,7 +173,7 @@ def estimator(c: Config, lm: LanguageModel) -> ZO:
         zo = ZO(**common, bits=bits, probe=c.probe, nearest=c.rounding == "nearest")
     if c.method == "lezo":
         return (adalezo if c.bandit else lezo)(zo, lm, c.share, c.rest)
-    return zo
+    return svrg(zo, c.anchor_steps, c.anchor_rate) if c.method == "mezo-svrg" else zo
 
 
 ENOUGH = 16  # steps in a row that go wrong in the same way: a run has then diverged
@@ -338,7 +344,7 @@ def run(c: Config) -> dict:
         if zo is not None:
             lost = progress.best is not None and folder.model is not None  # model/ may be
             save_best = [partial(save, problem.lm, folder.model)] if lost else []
-            catch_up(c, problem.lm, zo, past.projected_grads, {progress.best_step: save_best})
+            catch_up(c, problem.lm, zo, past, len(past.trajectory), {progress.best_step: save_best})
         due = progress.steps % c.eval_every == 0 or progress.steps == c.steps
         if due and progress.steps not in [dev.step for dev in folder.devs]:  # a run begins, or was killed before that
             evaluate_and_keep_best(c, problem, folder, progress, ranks)
@@ -465,23 +471,29 @@ def progress_of(past: RecordedRun | None, c: Config, lm: LanguageModel, guess: f
             else:
                 of_step = next(grads)
                 loss = math.nan if row["loss"] is None else row["loss"]
-                progress.count_step(torch.tensor(of_step, dtype=torch.float64), 2 * len(of_step) or 1, loss)
+                forwards = row.get("forwards", 2 * len(of_step) or 1)
+                progress.count_step(torch.tensor(of_step, dtype=torch.float64), forwards, loss)
     return progress
 
 
 def catch_up(
-    c: Config, lm: LanguageModel, zo: ZO, steps: list[list[float]], at: dict[int, list[Callable[[], None]]]
+    c: Config, lm: LanguageModel, zo: ZO, past: RecordedRun, steps: int, at: dict[int, list[Callable[[], None]]]
 ) -> None:
     """Redo the first steps of a recorded run from their projected gradients, without a forward pass.
 
     at: what to do with the weights as they were after so many steps.
     """
     zo, weights, progress = gpu.estimator(zo, c.device), trained(lm), progress_of(None, c, lm)
-    for step in range(len(steps) + 1):
+    grads, rows = past.projected_grads, [row for row in past.rows if "projected_grad" in row]
+    for step in range(steps + 1):
         for do in at.get(step, ()):
             do()
-        if step < len(steps):
-            of_step = torch.tensor(steps[step], dtype=torch.float64)
+        if step < steps:
+            of_step = torch.tensor(grads[step], dtype=torch.float64)
+            if isinstance(zo, SVRG):  # of whose anchor later losses are, but no update
+                losses = [rows[step][name][1] for name in ("plus", "minus")]
+                losses = [math.nan if loss is None else loss for loss in losses]
+                zo.remember(weights, Key(c.seed, step), torch.tensor(losses, dtype=torch.float64))
             lr = learning_rate(step, progress.rate, c.lr_schedule, c.steps, c.warmup)
             update(weights, of_step, Key(c.seed, step), zo, lr)
             progress.count_step(of_step, 2 * len(of_step), math.inf)
@@ -534,15 +546,15 @@ def replay(c: Config) -> dict:
     problem, splits = prepare(c) if c.calibrate or verify else (None, None)
     lm = problem.lm if problem else load_base(c, resolve(c.model), [])
     check_same(out, past.config, {"base_weights_sha256": weights_sha256(lm.weights)})
-    zo, steps, found = estimator(c, lm), past.projected_grads, {}
+    zo, steps, found = estimator(c, lm), len(past.trajectory), {}
     at = {best_step: [lambda: found.update(weights_sha256=weights_sha256(lm.weights))]}
     if verify:
         check_same(out, past.config, {"data_sha256": hashed(splits.files)})
         rows = [row for row in past.rows if "projected_grad" in row]
-        for step in permutation(int(result["digest"], 16), 0, len(steps))[:verify].tolist():
+        for step in permutation(int(result["digest"], 16), 0, steps)[:verify].tolist():
             at.setdefault(step, []).append(partial(verify_step, c, problem, zo, rows[step], step, found))
         at[best_step].append(partial(verify_metrics, problem, result, found))
-    catch_up(c, lm, zo, steps if verify else steps[:best_step], at)
+    catch_up(c, lm, zo, past, steps if verify else best_step, at)
     sha256 = found.pop("weights_sha256")
     if (out / "model").is_dir():  # a folder can be published without it
         lm = restore_best(c, lm, out / "model")
@@ -561,7 +573,8 @@ def derived(past: RecordedRun, best_step: int) -> dict:
     dev = next((row for row in rows if "dev" in row and row["step"] == best_step), None)
     if dev is None:
         raise ValueError(f"result.json: best_step is {best_step!r}, of which there is no evaluation in metrics.jsonl")
-    values = {"steps": len(past.trajectory), "forwards": sum(2 * len(grads) for grads in past.projected_grads)}
+    forwards = (row.get("forwards", 2 * len(row["projected_grad"])) for row in rows if "projected_grad" in row)
+    values = {"steps": len(past.trajectory), "forwards": sum(forwards)}
     values |= {"dev": dev["dev"], "dev_loss": dev["dev_loss"], "best_forwards": dev["forwards"]}
     return named(past.config["flags"]) | values
 
@@ -572,7 +585,9 @@ def verify_step(c: Config, problem: Problem, zo: ZO, row: dict, step: int, found
     Raises ValueError where its projected gradients are not those of its own recorded losses.
     """
     zo = replace(zo, queries=row["queries"])
-    examples = [problem.train[i] for i in batch_indices(c.seed, step, c.batch_size, len(problem.train))]
+    n = len(problem.train)
+    size = n if isinstance(zo, SVRG) and zo.is_anchor(step) else c.batch_size
+    examples = [problem.train[i] for i in batch_indices(c.seed, step, size, n)]
     loss_fn = problem.loss_fn(c.micro_batch_size)(examples)
     plus, minus = probe_losses(trained(problem.lm), loss_fn, Key(c.seed, step), gpu.estimator(zo, c.device))
     then = [torch.tensor([math.nan if loss is None else loss for loss in row[name]]) for name in ("plus", "minus")]

@@ -4,8 +4,9 @@
 
 The usual way is MeZO's own description: the weights are perturbed in place three times (+eps z, -2 eps z, +eps z)
 with z drawn again from a seed, each loss is a full forward, and a fourth sweep updates.  Full means logits of every
-word at every position, where ours are of two words at one; --last-only spares the usual way that.  Both are run
-in turn in one process, so a slow moment of the machine meets both, and medians over the repeats are compared.
+word at every position, where ours are of two words at one; --last-only spares the usual way that.  It pads, ours lets
+short texts share rows.  Both are run in turn in one process, so a slow moment of the machine meets both, and medians
+over the repeats are compared.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from data.tokenizer import Tokenizer
 from model import LanguageModel, load
 from random_bits import Key
 from train import batch_indices
-from zo_optim import ZO, probe_losses, update
+from zo_optim import ZO, SparseZO, probe_losses, update
 
 EPS, LR, SEED = 1e-3, 1e-6, 0
 
@@ -53,9 +54,9 @@ class Clock:
 # ---------------------------------------------------------------- ours
 
 
-def our_step(lm: LanguageModel, batch: Batch, step: int, clock: Clock) -> None:
+def our_step(lm: LanguageModel, batch: Batch, sparse: bool, step: int, clock: Clock) -> None:
     """zo_optim.zo_step in two pieces, to time them apart."""
-    zo, key = ZO(EPS, dtype=lm.dtype), Key(SEED, step)
+    zo, key = (SparseZO if sparse else ZO)(EPS, dtype=lm.dtype), Key(SEED, step)
     with clock("estimate"):
         plus, minus = probe_losses(lm.weights, BatchLoss(lm, [batch]), key, zo)
     with clock("update"):
@@ -100,16 +101,17 @@ def usual_step(model: nn.Module, batch: Batch, last_only: bool, step: int, clock
 # ---------------------------------------------------------------- the comparison
 
 
-def real_batch(lm: LanguageModel, model: str, data_dir: str, batch_size: int) -> Batch:
+def real_batch(lm: LanguageModel, model: str, data_dir: str, batch_size: int, pack: bool) -> Batch:
     """SST-2, published 16-shot split 42, in the order in which a run with seed 0 meets it."""
     task = get_task("sst2")
     train = load_splits(task, data_dir, 16, 42, 0, 0, 1).train
     encode = Encoder(Tokenizer(model), task, lm.config, max_length=2048)
-    return collate([encode(train[i]) for i in batch_indices(SEED, 0, batch_size, len(train))], 0, lm.device)
+    examples = [encode(train[i]) for i in batch_indices(SEED, 0, batch_size, len(train))]
+    return collate(examples, 0, lm.device, pack=pack)
 
 
-def check_same_loss(lm: LanguageModel, theirs: nn.Module, batch: Batch, last_only: bool) -> float:
-    ours, usual = BatchLoss(lm, [batch])(lm.stored_view()).item(), usual_loss(theirs, batch, last_only).item()
+def check_same_loss(lm: LanguageModel, theirs: nn.Module, packed: Batch, padded: Batch, last_only: bool) -> float:
+    ours, usual = BatchLoss(lm, [packed])(lm.stored_view()).item(), usual_loss(theirs, padded, last_only).item()
     if abs(ours - usual) > 1e-4:
         raise SystemExit(f"the two do not compute the same loss: {ours} and {usual}")
     return ours
@@ -123,13 +125,13 @@ def timed(step: Callable[[int, Clock], None], repeat: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def compare(model: str, data_dir: str, batch_size: int, repeats: int, last_only: bool) -> dict:
+def compare(model: str, data_dir: str, batch_size: int, repeats: int, last_only: bool, sparse: bool) -> dict:
     logging.disable_progress_bar()
     lm = load(model)
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    batch = real_batch(lm, model, data_dir, batch_size)
-    loss = check_same_loss(lm, theirs, batch, last_only)
-    ways = {"ours": partial(our_step, lm, batch), "usual": partial(usual_step, theirs, batch, last_only)}
+    packed, padded = (real_batch(lm, model, data_dir, batch_size, pack) for pack in (True, False))
+    loss = check_same_loss(lm, theirs, packed, padded, last_only)
+    ways = {"ours": partial(our_step, lm, packed, sparse), "usual": partial(usual_step, theirs, padded, last_only)}
     times: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for repeat in range(repeats + 1):
         for way, step in ways.items():
@@ -141,7 +143,7 @@ def compare(model: str, data_dir: str, batch_size: int, repeats: int, last_only:
     return {
         **medians,
         "ratio": round(medians["ours"]["total"] / medians["usual"]["total"], 3),
-        "tokens": list(batch.tokens.shape), "loss": round(loss, 4), "repeats": repeats,
+        "tokens": [list(packed.tokens.shape), list(padded.tokens.shape)], "loss": round(loss, 4), "repeats": repeats,
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
 
@@ -155,6 +157,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--last-only", action="store_true", help="spare the usual way all logits but the last ones")
+    parser.add_argument("--sparse", action="store_true", help="ours with sparse directions, which are not MeZO's")
     result = compare(**vars(parser.parse_args()))
     print(f"{'median seconds a step':24}{'total':>8}  phases")
     for way in ("ours", "usual"):

@@ -197,12 +197,13 @@ def branches_of(e: Encoded) -> Branched:
 
 
 def collate(
-    examples: list[Encoded], pad: int, device: torch.device, tokens: int = 0, multiple: int = 1, loss: str = "options"
-) -> Batch:
+    examples: list[Encoded], pad: int, device: torch.device, tokens: int = 0, multiple: int = 1, loss: str = "options",
+    pack: bool = True,
+) -> Batch:  # fmt: skip
     """Examples -> one batch.  If any example needs the tokens of its options, all are read so: scores then compare.
 
     tokens: T is at least that, where each example has a row of its own; else it is a multiple of `multiple`.  M is a
-    multiple of 8 times that, unless it is 1.
+    multiple of 8 times that, unless it is 1.  pack: several short examples may share a row.
     """
     shared = all(e.at >= 0 for e in examples) and len({str(e.answers) for e in examples}) == 1 and loss == "options"
     options = max(len(e.answers) for e in examples)
@@ -210,7 +211,7 @@ def collate(
              for e in examples]  # fmt: skip
     T = max(tokens, *(len(text.tokens) for text in texts))
     rows = [[i] for i in range(len(texts))]
-    if T > SHORT:
+    if T > SHORT and pack:
         rows, T = rows_of([len(text.tokens) for text in texts], T, multiple)
     ids, mask = torch.full((len(rows), T), pad), torch.zeros(len(rows), T, dtype=torch.int64)
     branch, reads = torch.zeros(len(rows), T, 2, dtype=torch.int64), []

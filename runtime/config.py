@@ -221,6 +221,7 @@ RANGES = {
     "lora_alpha": (1e-6, 1e6), "lr": (0, 1e6), "eps": (1e-8, 1e3), "cell": (8, 2**30), "clip": (0.1, 1e6),
     "weight_decay": (0, 1e3), "seed": (0, 2**64 - 1), "data_seed": (0, 2**32 - 1), "warmup": (0, COUNT[1]),
     "jobs": (1, 1024), "verify": COUNT, "subspace_rank": (1, 256), "subspace_steps": COUNT, "share": (1e-3, 1),
+    "anchor_steps": COUNT, "anchor_rate": (1e-6, 1e6),
 }  # fmt: skip
 
 
@@ -284,6 +285,7 @@ def meaningless_flags(c: Config) -> list[str]:
         ("master",): c.method == "fo-ste",
         ("subspace_rank", "subspace_steps"): c.method == "subzero",
         ("share", "rest", "bandit"): c.method == "lezo",
+        ("anchor_steps", "anchor_rate"): c.method == "mezo-svrg",
         ("alpha", "beta", "max_queries"): c.method == "adazeta" and c.queries is None,
         ("placement",): kind == "adp",
         ("bottleneck", "tt_rank"): kind in ("adp", "rep"),
@@ -348,6 +350,9 @@ def check_estimator(c: Config) -> None:
     if c.estimator in ("q-rge1", "q-rge2") and c.direction_bits in ("full", "sparse"):
         raise ValueError(f"--estimator {c.estimator} is about rounding directions, which --direction-bits "
                          f"{c.direction_bits} does not: use 2 to 8")  # fmt: skip
+    if c.method == "mezo-svrg" and (c.direction_bits == "sparse" or c.queries != 1 or c.lr is None):
+        raise ValueError("--method mezo-svrg needs dense directions, one query and --lr: leave out --direction-bits "
+                         f"{c.direction_bits} and --queries {c.queries}")  # fmt: skip
     if (c.cell is not None) != (c.direction_bits == "sparse"):
         raise ValueError(f"--cell needs --direction-bits sparse, got {c.direction_bits}")
     if c.cell and c.cell & c.cell - 1:

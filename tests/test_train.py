@@ -37,7 +37,7 @@ from runtime import problem as setup
 from runtime.checkpoints import weights_sha256
 from runtime.config import RANGES, Config, check_products, parse, spec_of
 from runtime.dry_run import predict
-from runtime.flags import ADAPTERS, METHODS
+from runtime.flags import ADAPTERS, FAMILY, METHODS
 from runtime.record import whole_lines
 from tensor_train import TRAINED_VECTOR, attach
 from zo_optim import ZO, SparseZO, measured_rate, update
@@ -735,6 +735,7 @@ REFUSED = {
     "--weights fp8 --activations fp8 --compute fp8 --direction-bits 4": "by quzo with --direction-bits sparse",
     "--graphs --device cpu": "--graphs are for zo on cuda",
     "--method subzero --direction-bits 4": "subzero has directions of its own",
+    "--method mezo-svrg --queries 2": "mezo-svrg needs dense directions, one query and --lr",
     "--method lezo --share 0": "--share must be in [0.001, 1], got 0.0",
     "--method adazeta --compile": "--compile makes code for each number of probes, which grows here",
 }  # fmt: skip
@@ -764,16 +765,18 @@ def test_bad_input_gets_one_line_and_exit_code_2_and_writes_nothing(tmp_path, ca
 
 
 TENSOR_TRAINS = {"loretta-adp", "loretta-rep", "adazeta"}
-ZO_ONLY = {"quzo", "mezo", "subzero", "lezo", "adazeta"}  # of those that have a default optimizer of their own
+ZO_ONLY = {"quzo", "mezo", *FAMILY, "adazeta"}  # of those that have a default optimizer of their own
 MEANT = {  # a flag: the methods, with their default optimizer, beside which it means something
     "--placement mlp": {"loretta-adp", "adazeta"}, "--bottleneck 8": TENSOR_TRAINS, "--tt-rank 2": TENSOR_TRAINS,
     "--lora-rank 2": {"lora"}, "--lora-alpha 8": {"lora", "loretta-rep"}, "--init identity": set(ADAPTERS),
     "--init released": set(ADAPTERS), "--alpha 0.5": {"adazeta"}, "--beta 0.5": {"adazeta"},
-    "--max-queries 3": {"adazeta"}, "--queries 2": ZO_ONLY, "--eps 0.01": ZO_ONLY, "--probes-per-forward 1": ZO_ONLY,
+    "--max-queries 3": {"adazeta"}, "--queries 1": ZO_ONLY, "--eps 0.01": ZO_ONLY,
+    "--probes-per-forward 1": ZO_ONLY,
     "--direction-bits full": ZO_ONLY, "--estimator random": ZO_ONLY,
     "--weight-decay 0.1": {"fo", "fo-ste"}, "--master bf16": {"fo-ste"},
     "--subspace-rank 4": {"subzero"}, "--subspace-steps 9": {"subzero"},
     "--share 0.5": {"lezo"}, "--no-rest": {"lezo"}, "--bandit": {"lezo"},
+    "--anchor-steps 3": {"mezo-svrg"}, "--anchor-rate 2": {"mezo-svrg"},
 }  # fmt: skip
 
 
