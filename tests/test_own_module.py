@@ -1,4 +1,4 @@
-"""docs/own_module.py, run as a reader runs it."""
+"""docs/own_module.py and docs/own_direction.py, run as a reader runs them."""
 
 import re
 import subprocess
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "docs" / "own_module.py"
+DOCS = Path(__file__).parent.parent / "docs"
+SCRIPT = DOCS / "own_module.py"
 
 
 @pytest.mark.full
@@ -22,5 +23,14 @@ def test_both_formats_learn(tmp_path):
     assert not done.stderr and len(done.stdout.splitlines()) == 4
 
 
-def test_it_is_short():
-    assert len(SCRIPT.read_text().splitlines()) <= 40
+def test_a_direction_of_ones_own_learns_from_accuracy_alone(tmp_path):
+    """Four classes, a quarter right before."""
+    command = [sys.executable, DOCS / "own_direction.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    before, after = re.findall(r"int8 after \d+ steps: (\S+) % right \(unseen\)\n", done.stdout)
+    assert float(before) < 40 and float(after) > 85 and not done.stderr
+
+
+@pytest.mark.parametrize("name", ["own_module.py", "own_direction.py"])
+def test_it_is_short(name):
+    assert len((DOCS / name).read_text().splitlines()) <= 40
