@@ -458,11 +458,11 @@ def progress_of(past: RecordedRun | None, c: Config, lm: LanguageModel, guess: f
     """
     progress = Progress(guess, c.lr or 0.0)
     if c.lr is None:
-        whole = c.method not in ADAPTERS
+        kind = ADAPTERS.get(c.method, "weights")
         dense = c.method == "quzo" and c.weights in INTEGERS and not c.residual and c.direction_bits != "sparse"
         progress.measured = min(MEASURED, -(-c.steps // 8))
         moved = parameters(trained(lm)) * (c.share or 1)  # by a step
-        progress.rate_by = partial(measured_rate, d=moved, of_weights=whole, dense_on_codes=dense)
+        progress.rate_by = partial(measured_rate, d=moved, kind=kind, dense_on_codes=dense)
     if past is not None:
         grads = iter(past.projected_grads)
         for row in past.rows:  # in the order in which train counted

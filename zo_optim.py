@@ -360,18 +360,24 @@ def learning_rate(step: int, lr: float, schedule: str, steps: int, warmup: int =
 MEASURED = 32  # queries that only measure, where no rate is given; of short runs fewer
 
 
-def measured_rate(first_grads: list[float], d: int, of_weights: bool, dense_on_codes: bool = False) -> float:
+MOST = {  # a rate is at most the first number, and the second over d
+    "weights": (3e-5, 7000.0),  # between what three models of 26 to 135 million did best with; 1e-6 for 7 billion: QuZO's
+    "adp": (1e-3, 60.0),  # 3e-4 where 184,500 of SmolLM2-135M's are trained; 7e-5 for 880,000 of 7 billion: AdaZeta's 1e-4
+    "lora": (1e-3, math.inf), "rep": (1e-3, math.inf),
+}  # fmt: skip
+
+
+def measured_rate(first_grads: list[float], d: float, kind: str, dense_on_codes: bool = False) -> float:
     """A learning rate from the first projected gradients (ours; docs/deviations.md).
 
     To first order a step along u changes its batch's loss by lr g^2, whatever the model, the method, eps and d are:
-    that is to be 0.03 nats.  At most the rate is 1e-3 for adapters, and where all weights are trained 3e-5, between
-    what three models of 26 to 135 million did best with, and 7,000 / d (1e-6 for 7 billion: QuZO's script).
+    that is to be 0.03 nats, but at most what MOST says.
     first_grads: at the first weights.  Half of normal numbers are within 0.6745 standard deviations: so g^2 is taken
-    from the median, which a few outliers (fp8's) do not move.  d: elements that are trained.
+    from the median, which a few outliers (fp8's) do not move.  d: elements that a step moves, of that kind.
     dense_on_codes: steps in every weight are rounded onto codes, whose noise grows with the rate: a quarter of it.
     """
     mean_square = (median(map(abs, first_grads)) / NormalDist().inv_cdf(0.75)) ** 2
-    most = min(3e-5, 7000 / d) if of_weights else 1e-3
+    most = min(MOST[kind][0], MOST[kind][1] / d)
     rate = min(0.03 / mean_square, most) if mean_square else most
     return rate / 4 if dense_on_codes else rate
 

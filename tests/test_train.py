@@ -266,9 +266,10 @@ def test_a_rate_that_was_not_given_is_measured(run):
         lrs = [0.0 if row["step"] <= first else wanted * (1 if constant else (17 - row["step"]) / 16) for row in rows]
         assert [row["lr"] for row in rows] == pytest.approx(lrs, rel=1e-5) and done.config()["flags"]["lr"] is None
         assert all((row["changed"] > 0) == (row["step"] > first) for row in rows)
-    of_weights = partial(measured_rate, of_weights=True)
+    of_weights = partial(measured_rate, kind="weights")
     assert of_weights([0.0], 7) == of_weights([1e-5], 10**6) == 3e-5 and of_weights([1.0], 7 * 10**9) == 1e-6
-    assert measured_rate([0.0], 7, of_weights=False) == 1e-3
+    assert measured_rate([0.0], 7, "adp") == measured_rate([0.0], 10**7, "lora") == 1e-3
+    assert measured_rate([0.0], 200_000, "adp") == 3e-4
     normal = [60 * NormalDist().inv_cdf((i + 0.5) / 31) for i in range(31)]
     assert of_weights(normal, 10**6) == pytest.approx(0.03 / 60**2, rel=0.1)
     assert of_weights([*normal[:-2], 1000.0, -1000.0], 10**6) == pytest.approx(of_weights(normal, 10**6), rel=0.1)
