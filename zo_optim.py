@@ -360,11 +360,10 @@ def learning_rate(step: int, lr: float, schedule: str, steps: int, warmup: int =
 MEASURED = 32  # queries that only measure, where no rate is given; of short runs fewer
 
 
-MOST = {  # a rate is at most the first number, and the second over d
-    "weights": (3e-5, 7000.0),  # between what three models of 26 to 135 million did best with; 1e-6 for 7 billion: QuZO's
-    "adp": (1e-3, 60.0),  # 3e-4 where 184,500 of SmolLM2-135M's are trained; 7e-5 for 880,000 of 7 billion: AdaZeta's 1e-4
-    "lora": (1e-3, math.inf), "rep": (1e-3, math.inf),
-}  # fmt: skip
+# A rate is at most the first number, and the second over d.  Weights: between what three models of 26 to 135 million did
+# best with; 1e-6 for 7 billion, QuZO's script.  Bottlenecks: 3.3e-4 for SmolLM2-135M's 184,500, where 3e-4 did best;
+# 7e-5 for some 880,000 of LLaMA-2-7B's, where AdaZeta has 1e-4.
+MOST = {"weights": (3e-5, 7000.0), "adp": (1e-3, 60.0), "lora": (1e-3, math.inf), "rep": (1e-3, math.inf)}
 
 
 def measured_rate(first_grads: list[float], d: float, kind: str, dense_on_codes: bool = False) -> float:
