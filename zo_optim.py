@@ -361,8 +361,8 @@ MEASURED = 32  # queries that only measure, where no rate is given; of short run
 
 
 # A rate is at most the first number, and the second over d.  Weights: between what three models of 26 to 135 million
-# did best with; 1e-6 for 7 billion, QuZO's script.  Bottlenecks: 3.3e-4 for SmolLM2-135M's 184,500, where 3e-4 did best;
-# 7e-5 for some 880,000 of LLaMA-2-7B's, where AdaZeta has 1e-4.
+# did best with; 1e-6 for 7 billion, QuZO's script.  Bottlenecks: 3.3e-4 for SmolLM2-135M's 184,500, where 3e-4 did
+# best; 7e-5 for some 880,000 of LLaMA-2-7B's, where AdaZeta has 1e-4.
 MOST = {"weights": (3e-5, 7000.0), "adp": (1e-3, 60.0), "lora": (1e-3, math.inf), "rep": (1e-3, math.inf)}
 
 

@@ -241,7 +241,7 @@ def test_each_client_has_an_order_of_its_own():
 # ---------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize("mode, rounds", [("cores", 3), ("one-core", 5)])
+@pytest.mark.parametrize("mode, rounds", [("cores", 3), pytest.param("one-core", 5, marks=pytest.mark.full)])
 def test_it_learns(mode, rounds):
     """Dev loss falls below half of ln 2, and all is right but for a few."""
     with shortened():
