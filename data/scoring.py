@@ -213,22 +213,25 @@ def collate(
     rows = [[i] for i in range(len(texts))]
     if T > SHORT and pack:
         rows, T = rows_of([len(text.tokens) for text in texts], T, multiple)
-    ids, mask = torch.full((len(rows), T), pad), torch.zeros(len(rows), T, dtype=torch.int64)
-    branch, reads = torch.zeros(len(rows), T, 2, dtype=torch.int64), []
+    ids, mask, text_of, part_of, reads = [], [], [], [], []  # lists: the host is soon done, and the GPU waits for it
     for r, of_row in enumerate(rows):
-        start = 0
+        line, in_text, in_part = [], [], []
         for k, i in enumerate(of_row):
-            end = start + len(texts[i].tokens)
-            ids[r, start:end], mask[r, start:end] = torch.tensor(texts[i].tokens), 1
-            branch[r, start:, 0], branch[r, start:end, 1] = k, torch.tensor(texts[i].branch)
-            reads += [(i, r, start + place, token, option) for place, token, option in texts[i].reads]
-            start = end
+            reads += [(i, r, len(line) + place, token, option) for place, token, option in texts[i].reads]
+            line = line + texts[i].tokens
+            in_text, in_part = in_text + [k] * len(texts[i].tokens), in_part + texts[i].branch
+        more = T - len(line)
+        ids.append(line + [pad] * more)
+        mask.append([1] * len(line) + [0] * more)
+        text_of.append(in_text + [len(of_row) - 1] * more)
+        part_of.append(in_part + [0] * more)
     reads = [(r, at, token, i * options + option) for i, r, at, token, option in sorted(reads, key=itemgetter(0))]
     if not shared:
         fill = 8 * multiple if multiple > 1 else 1  # coarsely: each M has a graph of its own
         reads += [(0, 0, 0, options * len(examples))] * (-len(reads) % fill)
-    if shared and len(rows) == len(examples):
-        branch = None  # for which there are faster kernels
+    ids, mask, branch = torch.tensor(ids), torch.tensor(mask), None  # there are faster kernels for none
+    if not shared or len(rows) < len(examples):
+        branch = torch.stack((torch.tensor(text_of), torch.tensor(part_of)), -1)
     labels = torch.tensor([e.label for e in examples])
     lengths = torch.tensor([n for e in examples for n in [*map(len, e.answers), *[0] * (options - len(e.answers))]])
     words = torch.tensor([a[0] for a in examples[0].answers]) if shared else None
