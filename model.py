@@ -52,14 +52,18 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(1, -2)  # [P, N, D]
         flat = flat if self.round_input is None else self.round_input(flat)
-        flat = flat.expand(max(len(flat), len(self.weight)), -1, -1)  # copies may differ from here on
+        copies = max(len(flat), len(self.weight), 1 if self.bias is None else len(self.bias))
+        flat = flat.expand(copies, -1, -1)  # they may differ from here on
         if len(self.weight) < len(flat):  # a frozen weight, which all copies share: one large product
-            y = F.linear(flat, self.weight[0], None if self.bias is None else self.bias[0].to(x.dtype))
+            shared = self.bias is not None and len(self.bias) == 1
+            y = F.linear(flat, self.weight[0], self.bias[0].to(x.dtype) if shared else None)
+            if self.bias is not None and not shared:  # which moves without its weight
+                y = y + self.bias.to(x.dtype)[:, None]
         elif self.bias is None:
             y = torch.bmm(flat, self.weight.mT)
         else:
             y = torch.baddbmm(self.bias.to(x.dtype)[:, None], flat, self.weight.mT)
-        return y.view(len(y), *x.shape[1:-1], -1)
+        return y.view(copies, *x.shape[1:-1], -1)
 
 
 class RMSNorm(nn.Module):
@@ -134,10 +138,11 @@ def attend(q_PBTHd: Tensor, k_PBSHd: Tensor, v_PBSHd: Tensor, seen: Tensor | Non
 
     seen [B, 1, 1 or T, S] bool; None is the usual causal mask, for which there are faster kernels.
     """
-    q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q_PBTHd, k_PBSHd, v_PBSHd))
-    seen = None if seen is None else seen.repeat(len(q_PBTHd), 1, 1, 1)  # for each copy
+    P = max(len(q_PBTHd), len(k_PBSHd), len(v_PBSHd))  # where one moves, and the others do not
+    q, k, v = (x.expand(P, -1, -1, -1, -1).flatten(0, 1).transpose(1, 2) for x in (q_PBTHd, k_PBSHd, v_PBSHd))
+    seen = None if seen is None else seen.repeat(P, 1, 1, 1)  # for each copy
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
-    return y.transpose(1, 2).reshape(*q_PBTHd.shape[:3], -1)
+    return y.transpose(1, 2).reshape(P, *q_PBTHd.shape[1:3], -1)
 
 
 TokenIndex = tuple[Tensor, Tensor]  # the tokens that a caller wants: rows and positions, [M] int64 each.
@@ -171,10 +176,9 @@ class LlamaAttention(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, wanted: TokenIndex | None,
         cache: KVCache | None = None, layer: int = 0,
     ) -> Tensor:  # fmt: skip
-        P, B, T, _ = x.shape
-        q_PBTHd = rotate(self.q_proj(x).view(P, B, T, self.heads, self.d), cos, sin)
-        k_PBTKd = rotate(self.k_proj(x).view(P, B, T, self.kv_heads, self.d), cos, sin)
-        v_PBTKd = self.v_proj(x).view(P, B, T, self.kv_heads, self.d)
+        q_PBTHd = rotate(self.q_proj(x).unflatten(-1, (self.heads, self.d)), cos, sin)
+        k_PBTKd = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, self.d)), cos, sin)
+        v_PBTKd = self.v_proj(x).unflatten(-1, (self.kv_heads, self.d))
         if cache is not None:
             k_PBTKd, v_PBTKd = cache.extend(layer, k_PBTKd, v_PBTKd)
         group = self.heads // self.kv_heads
@@ -294,7 +298,7 @@ class View(Protocol):
         """
 
 
-MAX_RECOMPILES = 24  # of a compiled block: torch's default is 8
+MAX_RECOMPILES = 48  # of a compiled block: torch's default is 8
 
 
 class LanguageModel:
@@ -318,7 +322,7 @@ class LanguageModel:
         self.device = weights[self.embedding].device
         self.round_input: Callable[[Tensor], Tensor] | None = None
         self.stored_view_class = StoredWeights
-        self.wrap_view: Callable[[View], View] = lambda view: view  # adapters and fp8 products read through others
+        self.wrap_view: Callable[[View], View] = lambda view: view  # adapters and products of codes read through others
         self.adapters = None  # tensor_train.attach
         self.other_files: list[Path] = []  # tokenizer and such, copied along by `save`
 

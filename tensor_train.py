@@ -332,7 +332,7 @@ def attach(lm: LanguageModel, spec: Spec, seed: int) -> None:
         torch.compiler.reset()  # or what is compiled would go on without adapters
     targets = targets_of(lm.raw_config["model_type"], spec)
     lm.adapters = Adapters(spec, places := {})
-    outer = lm.wrap_view  # of fp8 products
+    outer = lm.wrap_view  # of products of codes
     lm.wrap_view = lambda view: outer(AdaptedView(view, lm.stored_view(), places))
     parts = {TRAINED_VECTOR: [], INITIAL_VECTOR: []}
 

@@ -1,6 +1,6 @@
 """Fine-tune a language model with forward passes only.  `python train.py` trains the embedded model.
 
-The command line is in runtime/config.py.  Progress goes to standard error, one JSON object to standard output,
+The command line is in runtime/flags.py.  Progress goes to standard error, one JSON object to standard output,
 everything else into the run folder.  Bad input ends with one line and exit code 2.
 """
 
@@ -309,8 +309,9 @@ def start(c: Config, held: ExitStack) -> tuple[Config, Problem, RecordedRun, Ran
     if c.device.startswith("cuda:"):
         torch.cuda.set_device(c.device)  # kernels and memory figures go by the current device
     ranks = held.enter_context(joined(c.device))
-    if ranks.world > 1 and c.optimizer != "zo":
-        raise ValueError("several processes share zeroth order's steps; AdamW's are not shared: start one process")
+    if ranks.world > 1 and (c.optimizer != "zo" or c.method == "mezo-svrg"):
+        raise ValueError("several processes share zeroth order's steps; those of AdamW and MeZO-SVRG are not shared: "
+                         "start one process")  # fmt: skip
     problem, splits = prepare(c)
     begun = run_config(dataclasses.asdict(c), weights_sha256(problem.lm.weights), splits.files, files_of_base(c))
     decided = {name: begun[name] for name in ("code_sha256", "base_weights_sha256", "data_sha256", "other_sha256")}
@@ -459,9 +460,12 @@ def progress_of(past: RecordedRun | None, c: Config, lm: LanguageModel, guess: f
     progress = Progress(guess, c.lr or 0.0)
     if c.lr is None:
         kind = ADAPTERS.get(c.method, "weights")
-        dense = c.method == "quzo" and c.weights in INTEGERS and not c.residual and c.direction_bits != "sparse"
+        dense = kind == "weights" and c.weights in INTEGERS and not c.residual and c.direction_bits != "sparse"
         progress.measured = min(MEASURED, -(-c.steps // 8))
-        moved = parameters(trained(lm)) * (c.share or 1)  # by a step
+        weights = trained(lm)
+        in_blocks = parameters({name: weights[name] for name in weights if name.startswith(lm.layers)})
+        moved = parameters(weights) - in_blocks * (1 - (c.share or 1))  # by a step
+        moved -= 0 if c.rest is not False else parameters(weights) - in_blocks
         progress.rate_by = partial(measured_rate, d=moved, kind=kind, dense_on_codes=dense)
     if past is not None:
         grads = iter(past.projected_grads)
@@ -584,15 +588,16 @@ def verify_step(c: Config, problem: Problem, zo: ZO, row: dict, step: int, found
 
     Raises ValueError where its projected gradients are not those of its own recorded losses.
     """
-    zo = replace(zo, queries=row["queries"])
+    zo = zo if zo.queries == row["queries"] else replace(zo, queries=row["queries"])
     n = len(problem.train)
     size = n if isinstance(zo, SVRG) and zo.is_anchor(step) else c.batch_size
     examples = [problem.train[i] for i in batch_indices(c.seed, step, size, n)]
     loss_fn = problem.loss_fn(c.micro_batch_size)(examples)
     plus, minus = probe_losses(trained(problem.lm), loss_fn, Key(c.seed, step), gpu.estimator(zo, c.device))
-    then = [torch.tensor([math.nan if loss is None else loss for loss in row[name]]) for name in ("plus", "minus")]
+    then = [[math.nan if loss is None else loss for loss in row[name]] for name in ("plus", "minus")]
+    then = torch.tensor(then, dtype=torch.float64)
     difference = torch.stack((plus - then[0], minus - then[1])).abs()
-    both = ~torch.stack((plus, minus)).isfinite() & ~torch.stack(then).isfinite()  # what is not finite is so again
+    both = ~torch.stack((plus, minus)).isfinite() & ~then.isfinite()  # what is not finite is so again
     difference = difference.where(~both, 0.0).nan_to_num(nan=math.inf)
     found.setdefault("verified_steps", []).append(step + 1)
     found["largest_difference"] = max(found.get("largest_difference", 0.0), float(difference.max()))

@@ -27,7 +27,6 @@ from data.tasks import MASK, Example, Row, Task
 from data.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 50  # new tokens at most, where text is written (MeZO)
-CACHE_BYTES = 2**31  # of keys and values, for which a batch of texts that are written has room at least
 MOST_READS = 4096  # in a batch of an evaluation, unless one example has more: each holds the whole vocabulary's scores
 
 
@@ -251,12 +250,15 @@ def rows_of(lengths: list[int], longest: int, multiple: int = 1) -> tuple[list[l
 
     The longest first, each into the first row that has room: of SST-2's prompts a batch of 16 is 0.46 times as many
     tokens as with a row each.  Where little is saved each has a row of its own, of `longest` tokens.
+    multiple > 1: rows of few sizes, so that batches share graphs: T is rounded up by an eighth to a quarter at most.
     """
     room, rows = max(longest, NARROWEST), []
+    coarse = max(multiple, 2 ** (room.bit_length() - 3)) if multiple > 1 else 1
+    room = -(-room // coarse) * coarse
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = next((row for row in rows if sum(lengths[j] for j in row) + lengths[i] <= room), None)
         rows.append([i]) if row is None else row.append(i)
-    T = -(-max(sum(lengths[i] for i in row) for row in rows) // multiple) * multiple
+    T = room if multiple > 1 else max(sum(lengths[i] for i in row) for row in rows)
     if len(rows) * T > (1 - LEAST_SAVED) * len(lengths) * longest:
         return [[i] for i in range(len(lengths))], longest
     return rows, T
@@ -300,7 +302,7 @@ class BatchLoss:
     def of(
         cls, lm, examples: list[Encoded], pad: int, micro_batch_size: int, multiple: int = 1, loss: str = "options"
     ) -> BatchLoss:
-        """micro_batch_size examples a batch.  multiple > 1: all have one length, a multiple of that many tokens."""
+        """micro_batch_size examples a batch.  multiple > 1: rows have one length, a multiple of that many tokens."""
         T = -(-max(e.width for e in examples) // multiple) * multiple if multiple > 1 else 0
         parts = [examples[i : i + micro_batch_size] for i in range(0, len(examples), micro_batch_size)]
         return cls(lm, [collate(part, pad, lm.device, T, multiple, loss) for part in parts], loss)
@@ -372,13 +374,14 @@ def evaluate_copies(lm, encoded: list[Encoded], pad: int, batch_size: int, loss:
 
 @torch.no_grad()
 def write(
-    lm, encoded: list[Encoded], tokenizer: Tokenizer, pad: int, batch_size: int, view=None
+    lm, encoded: list[Encoded], tokenizer: Tokenizer, pad: int, batch_size: int, view=None, cache_bytes: int = 0
 ) -> list[Prediction]:
     """What the model writes after each prompt, greedily, up to a new line; in the examples' order.  Of a view of one
-    copy, or of the weights as they are stored."""
+    copy, or of the weights as they are stored.  cache_bytes: of keys and values, for which a batch has room at least.
+    """
     prompts = [e.sequences[0][: -len(e.answers[0])] for e in encoded]
     longest = max(map(len, prompts)) + MAX_NEW_TOKENS
-    batch_size = max(batch_size, CACHE_BYTES // (longest * lm.cache_bytes))  # each token waits for all launches
+    batch_size = max(batch_size, cache_bytes // (longest * lm.cache_bytes))  # each token waits for all launches
     in_order, line_ends = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), tokenizer.line_ends
     written, eos = {}, lm.config.eos_token_id
     ends = {*line_ends, *([eos] if isinstance(eos, int) else eos or [])}

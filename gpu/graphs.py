@@ -43,10 +43,9 @@ class CudaGraphed:
             return function(self.step, copies(inputs))
         if key not in self.graphs:
             if len(self.graphs) == MAX_GRAPHS:
-                self.graphs.clear()
-                self.pool = self.new_pool()  # CUDA frees one with its last graph, and records into it no more
+                del self.graphs[next(iter(self.graphs))]  # the one that was not used for longest
             self.graphs[key] = self.record(function, inputs)
-        graph, static_inputs, result = self.graphs[key]
+        graph, static_inputs, result = self.graphs[key] = self.graphs.pop(key)  # to the end
         for static, new in zip(static_inputs, inputs, strict=True):
             if static is not None:
                 static.copy_(new)

@@ -87,11 +87,13 @@ def probed_products(
             out, value, scale, place, minus, old, n, R, C, width, groups, size, t, step, *key.split(1), CELL=cell,
             KIND=kind, PLACED=placed, BY_HAND=_by_hand(x.device), BLOCK=BLOCK, **EXACT,
         )  # fmt: skip
-        multiply_into(y[0], x[0], tokens[:1], w, scale)
-        _write_kernel[blocks](out, place, minus, n, BLOCK=BLOCK)
-        multiply_into(y[1], x[1], tokens[-1:], w, scale)
-        if placed:
-            _write_kernel[blocks](out, place, old, n, BLOCK=BLOCK)
+        try:
+            multiply_into(y[0], x[0], tokens[:1], w, scale)
+            _write_kernel[blocks](out, place, minus, n, BLOCK=BLOCK)
+            multiply_into(y[1], x[1], tokens[-1:], w, scale)
+        finally:  # also where memory is out
+            if placed:
+                _write_kernel[blocks](out, place, old, n, BLOCK=BLOCK)
     return y
 
 
@@ -144,13 +146,19 @@ class ProbedLinear(CodeLinear):
 
 class ProbedView:
     """A view that gives ProbedLinear what it wants.  inner: what a view is wrapped in otherwise; keys: those made so
-    far, of this model."""
+    far, of this model.
+
+    Of a probe by both signs a block's matrix is read as it is stored, `weight_scale` as its scales, `weight_key` and
+    `weight_step` as numbers that key its draws; else the matrix as inner has it, and nothing for the other three
+    (scales where inner multiplies codes).
+    """
 
     def __init__(self, view: View, inner: View, lm: LanguageModel, zo: SparseZO, keys: dict):
         self.view, self.inner, self.lm, self.keys, self.probes = view, inner, lm, keys, view.probes
         self.none, self.step = torch.empty(0, device=lm.device), None
         self.probing = False
-        if isinstance(view, PerturbedWeights) and isinstance(view.zo, SparseZO) and view.zo.moves is None:
+        own = isinstance(view, PerturbedWeights) and view.weights is lm.weights
+        if own and isinstance(view.zo, SparseZO) and view.zo.moves is None:
             (query, plus), (other, minus) = view.copies if len(view.copies) == 2 else ((0, 0), (0, 0))
             same = (view.zo.eps, view.zo.cell, view.zo.dtype) == (zo.eps, zo.cell, zo.dtype)
             self.probing = same and query == other and (plus, minus) == (1, -1)

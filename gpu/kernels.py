@@ -118,7 +118,7 @@ def _normal(knots, bits):
 
 @triton.jit
 def _direction(knots, group, step, tensor, query, k0, k1, ROUNDING: tl.constexpr, LEVELS: tl.constexpr):
-    """zo_optim.direction, [BLOCK, 8]; LEVELS 0 is the full direction, NO_DIRECTION zeros."""
+    """ZO.direction, [BLOCK, 8]; LEVELS 0 is the full direction, NO_DIRECTION zeros."""
     if LEVELS == NO_DIRECTION:
         d = tl.zeros([group.shape[0], 8], tl.float32)
     elif LEVELS == 0:

@@ -23,6 +23,7 @@ from runtime.flags import (
     ADAPTERS,
     CALIBRATION,
     DEFAULTS,
+    FAMILY,
     FILE_DEFAULTS,
     FIRST_ORDER,
     OPTIMIZERS,
@@ -100,7 +101,7 @@ def resolve_defaults(c: Config) -> Config:
         c,
         compute=default_compute(c) if c.compute == "auto" else c.compute,
         compile=zo and not grows(c) if c.compile is None else c.compile,
-        graphs=zo if c.graphs is None else c.graphs,
+        graphs=zo and c.method not in FAMILY if c.graphs is None else c.graphs,
         micro_batch_size=c.batch_size if c.micro_batch_size is None else c.micro_batch_size,
     )
 
@@ -142,7 +143,7 @@ def default_compute(c: Config) -> str:
 def suits_codes(c: Config) -> bool:
     """Whether blocks can multiply codes by codes.  A probe's weights are then codes, which a step of eps in every
     weight does not survive."""
-    whole = c.method != "quzo" or c.direction_bits == "sparse" or c.probe == "codes"
+    whole = c.method in ADAPTERS or c.direction_bits == "sparse" or c.probe == "codes"
     codes = c.weights in ("fp8", "int8") and c.activations == c.weights and not c.oracle
     return whole and codes and c.optimizer == "zo"
 
@@ -332,27 +333,22 @@ def check_products(c: Config) -> None:
         raise ValueError(f"--objective {c.objective} has no gradient: it is for --optimizer zo")
     if c.compute in ("fp8", "int8") and not (suits_codes(c) and c.weights == c.compute):
         raise ValueError(f"--compute {c.compute} multiplies codes by codes: --weights {c.compute} --activations "
-                         f"{c.compute}, trained by zo, and by quzo with --direction-bits sparse or --probe codes"
+                         f"{c.compute}, trained by zo, all weights with --direction-bits sparse or --probe codes"
                          )  # fmt: skip
     if (c.graphs or c.compile) and c.device.startswith("cuda") and not expects_triton():
         raise ValueError("--graphs and --compile need Triton on cuda, and it is not installed")
-    if c.graphs and (c.optimizer != "zo" or not c.device.startswith("cuda")):
-        raise ValueError("--graphs are for zo on cuda")
+    if c.graphs and (c.optimizer != "zo" or not c.device.startswith("cuda") or c.method in FAMILY):
+        raise ValueError("--graphs are for zo on cuda, and not for the methods of family/")
     if c.compile and grows(c):
         raise ValueError("--compile makes code for each number of probes, which grows here: give --queries")
 
 
 def check_estimator(c: Config) -> None:
     """Raises ValueError for flags of the estimate that contradict one another."""
-    if c.method == "subzero" and (c.direction_bits != "full" or c.probe == "codes"):
-        raise ValueError("--method subzero has directions of its own: leave out --direction-bits "
-                         f"{c.direction_bits} and --probe {c.probe}")  # fmt: skip
+    check_family(c)
     if c.estimator in ("q-rge1", "q-rge2") and c.direction_bits in ("full", "sparse"):
         raise ValueError(f"--estimator {c.estimator} is about rounding directions, which --direction-bits "
                          f"{c.direction_bits} does not: use 2 to 8")  # fmt: skip
-    if c.method == "mezo-svrg" and (c.direction_bits == "sparse" or c.queries != 1 or c.lr is None):
-        raise ValueError("--method mezo-svrg needs dense directions, one query and --lr: leave out --direction-bits "
-                         f"{c.direction_bits} and --queries {c.queries}")  # fmt: skip
     if (c.cell is not None) != (c.direction_bits == "sparse"):
         raise ValueError(f"--cell needs --direction-bits sparse, got {c.direction_bits}")
     if c.cell and c.cell & c.cell - 1:
@@ -363,3 +359,15 @@ def check_estimator(c: Config) -> None:
         raise ValueError("--probe codes and --rounding nearest are not for --direction-bits sparse: use 2 to 8 bits")
     if c.weights == "fp32" and (c.rounding == "nearest" or c.probe == "codes"):
         raise ValueError("--rounding nearest and --probe codes mean nothing beside --weights fp32: nothing is rounded")
+
+
+def check_family(c: Config) -> None:
+    """Raises ValueError for flags that a method of family/ has its own of."""
+    if c.method == "subzero" and (c.direction_bits != "full" or c.probe == "codes"):
+        given = "--probe codes" if c.direction_bits == "full" else f"--direction-bits {c.direction_bits}"
+        raise ValueError(f"--method subzero has directions of its own: leave out {given}")
+    if c.method == "mezo-svrg":
+        for wrong, given in ((c.direction_bits == "sparse", "--direction-bits sparse"), (c.clip is not None, "--clip"),
+                             (c.queries != 1, f"--queries {c.queries}")):  # fmt: skip
+            if wrong:
+                raise ValueError(f"--method mezo-svrg has one query and dense directions, unclipped: leave out {given}")

@@ -53,8 +53,11 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
         P = min(probes_per_forward(c) or probes, probes)
         block = perturbed_block(config, c)
         scratch = block * P // 2 if spec is None else block // 2 + P * 4 * sum(trainable.values())
-        if c.direction_bits == "sparse" and c.device.startswith("cuda") and expects_triton() and P == 2:
+        in_place = c.method == "quzo" and c.direction_bits == "sparse" and P == 2
+        if in_place and c.device.startswith("cuda") and expects_triton():
             scratch = one_matrix(config, c)
+        if c.method == "mezo-svrg" and c.anchor_steps > 1:
+            parts |= {"anchor": sum(parts.values())}  # a copy of what is stored
         parts |= {"scratch": scratch, "activations": N * P * widest_activations(config, c)}
         at_once = sum(parts.values())
     recorded = parts["scratch"] + parts["activations"] if c.graphs else 0

@@ -30,6 +30,8 @@ from runtime.hub import PRESETS, resolve
 from runtime.model_configs import read_config
 from zo_optim import SparseZO
 
+CACHE_BYTES = 2**31
+
 
 class Quality(NamedTuple):
     metric: float | None  # the task's
@@ -50,6 +52,7 @@ class Problem:
     batch_size: int  # of evaluations
     multiple: int = 1  # a step's batches have a multiple of this many tokens
     objective: Callable[[Prediction], float] | None = None  # unless the task's loss is made smaller
+    cache_bytes: int = 0  # of keys and values, for which a batch of texts that are written has room at least
 
     def quality(self, split: list[Encoded]) -> Quality:
         """Its metric is None where text would have to be written, which takes too long for every evaluation."""
@@ -61,7 +64,7 @@ class Problem:
 
     def answers(self, split: list[Encoded]) -> list[Prediction]:
         if self.task.generates:
-            return write(self.lm, split, self.tokenizer, self.pad, self.batch_size)
+            return write(self.lm, split, self.tokenizer, self.pad, self.batch_size, cache_bytes=self.cache_bytes)
         return evaluate(self.lm, split, self.pad, self.batch_size, self.task.loss).predictions
 
     def measured(self, answers: list[Prediction]) -> dict[str, float]:
@@ -114,7 +117,8 @@ def prepare(c: Config, load_lm: Callable[..., LanguageModel] | None = None) -> t
     lm = (load_lm or load_base)(c, resolve(c.model), [example.sequences[0] for example in train[: c.calibrate]])
     made_larger = task.metric if c.objective == "reward" else c.objective
     objective = None if c.objective == "loss" else metric_of_one(made_larger)
-    return Problem(lm, task, tokenizer, train, dev, tests, pad, batch_size, multiple, objective), splits
+    cache_bytes = CACHE_BYTES if c.micro_batch_size == c.batch_size else 0  # unless memory is bounded
+    return Problem(lm, task, tokenizer, train, dev, tests, pad, batch_size, multiple, objective, cache_bytes), splits
 
 
 def multiple_of(c: Config, longest: int) -> int:

@@ -279,6 +279,18 @@ def test_blocks_before_the_first_active_one_run_once(raw, tokens, queries):
     assert len(first) > 1
 
 
+@pytest.mark.parametrize("raw", [tiny_llama(attention_bias=True, mlp_bias=True), ROBERTA], ids=["llama", "roberta"])
+@torch.no_grad()
+def test_what_moves_may_be_any_tensors(raw):
+    """Vectors alone: a bias then has a copy for each sign where its weight is one for both."""
+    lm = tiny(raw, "int8")
+    for of_bias in (True, False):
+        zo = ZO(0.02, moves=lambda name, key, of_bias=of_bias: name.endswith("bias") or not of_bias and "orm" in name)
+        view, loss = pair(lm, zo), batch_loss(lm)
+        shared, apart = loss(view), loss(Materialised(view))
+        assert (shared - apart).abs().max() < GAP and 0.02 * (apart[0] - apart[1]).abs() > GAP
+
+
 # ---------------------------------------------------------------- AdaLeZO
 
 

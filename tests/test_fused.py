@@ -341,6 +341,10 @@ def test_random_bits(monkeypatch):
 
 # ---------------------------------------------------------------- products by one copy of a matrix
 
+def fail(*_) -> None:
+    raise MemoryError
+
+
 IN_PLACE = [("fp32", torch.float32, None), ("bf16", torch.bfloat16, None), ("int8", torch.bfloat16, None),
             ("int8", torch.bfloat16, "int8"), ("int4", torch.float32, None), ("fp8", torch.float32, None),
             ("fp8", torch.bfloat16, "fp8")]  # fmt: skip
@@ -372,5 +376,9 @@ def test_both_signs_by_one_copy_of_a_matrix(raw, weights, dtype, activations):
             bound = (0.04 if dtype == torch.bfloat16 else 1e-5) * want.square().mean().sqrt()
             assert (got - want).square().mean().sqrt() <= bound and (want[0] - want[1]).abs().max() > 0.1
         assert torch.equal(placed(tokens), plain(tokens)) and weights_sha256(placed.weights) == before
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr("gpu.in_place.multiply_into", fail)
+            placed(tokens, view=views[1])
+        assert weights_sha256(placed.weights) == before
         one = PerturbedWeights(placed.weights, Key(5, 8), fused(zo), [(0, -1)], 1)  # one sign alone is read as before
         assert (placed(tokens, view=one) - want[1:]).square().mean().sqrt() <= bound

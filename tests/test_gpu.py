@@ -339,6 +339,28 @@ def test_compiled_blocks_and_products_of_codes(raw, kind, probes):
                 assert (logits - want).square().mean().sqrt() < 0.04 * want.square().mean().sqrt()
 
 
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int8 products", "int4", "fp8", "fp8 products"])
+def test_both_signs_by_one_copy_of_a_matrix(kind):
+    """Beside copies of their own, in eager mode; and no stored bit is another afterwards.  Sums may be added in another
+    order: in bf16 by a rounding, which takes some activations to the next of their codes."""
+    weights, dtype = kind.split()[0], torch.float32 if kind == "fp32" else torch.bfloat16
+    raw = tiny_llama(hidden_size=64, intermediate_size=96)
+    plain, placed = (create(raw, device="cuda", dtype=dtype, weights=weights) for _ in range(2))
+    zo = SparseZO(eps=2e-2, cell=8, dtype=dtype)
+    for lm in (plain, placed):
+        gpu.install(lm)
+        if "products" in kind:
+            lm.round_inputs(partial(quantise_tokens, kind=weights))
+            enable_code_products(lm)
+    gpu.probe_in_place(placed, zo)
+    before, tokens = weights_sha256(placed.weights), torch.arange(3, 24, device="cuda").view(3, 7)
+    want, got = (lm(tokens, view=PerturbedWeights(lm.weights, Key(2**63 + 1, 7), gpu.estimator(zo, "cuda"),
+                                                  [(3, 1), (3, -1)], 2)) for lm in (plain, placed))  # fmt: skip
+    bound = (0.04 if dtype == torch.bfloat16 else 1e-4) * want.square().mean().sqrt()
+    assert (got - want).square().mean().sqrt() < bound and (want[0] - want[1]).abs().max() > 0.1
+    assert weights_sha256(placed.weights) == before
+
+
 GRAPHED = ["--weights int8 --direction-bits 4 --no-compile", "--weights int8 --direction-bits sparse --compile",
            "--weights int4 --direction-bits sparse --queries 2 --micro-batch-size 5 --no-compile",
            "--weights fp8 --activations fp8 --compile",

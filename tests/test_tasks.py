@@ -255,9 +255,8 @@ def to_write(prompt: list[int]) -> Encoded:
     return Encoded([[*prompt, 8, 16]], [[8, 16]], -1, 0, example)
 
 
-def test_writing_ends_with_the_line_or_the_end_token_or_after_50_tokens(tmp_path, monkeypatch):
+def test_writing_ends_with_the_line_or_the_end_token_or_after_50_tokens(tmp_path):
     """`~` is a new line here, and `_` a space.  Longer prompts first, so that the order of lengths is another."""
-    monkeypatch.setattr(scoring, "CACHE_BYTES", 0)
     lm, tokenizer, made = chained(*WRITTEN), bytewise(tmp_path), []
     prompts = [to_write([0, *[13] * (9 - i), PIECES.index(chain[0])]) for i, chain in enumerate(WRITTEN)]
     generate = lm.generate
@@ -269,9 +268,8 @@ def test_writing_ends_with_the_line_or_the_end_token_or_after_50_tokens(tmp_path
     assert [made[5 - i].shape[1] - (11 - i) for i in range(6)] == [count for _, count in WRITTEN.values()]
 
 
-def test_texts_written_together_are_those_written_alone(tmp_path, monkeypatch):
+def test_texts_written_together_are_those_written_alone(tmp_path):
     """In batches of the size that is given, or of as many as have room for their keys and values."""
-    monkeypatch.setattr(scoring, "CACHE_BYTES", 0)
     random_oracle(tiny_llama(**SPECIAL), tmp_path)
     lm, tokenizer, generator = load(tmp_path), bytewise(tmp_path), torch.Generator().manual_seed(0)
     prompts = [to_write(torch.randint(3, 20, (n,), generator=generator).tolist()) for n in (7, 2, 12, 1, 5, 5, 9)]
@@ -281,8 +279,7 @@ def test_texts_written_together_are_those_written_alone(tmp_path, monkeypatch):
     calls, generate = [], lm.generate
     lm.generate = lambda tokens, *rest: calls.append(len(tokens)) or generate(tokens, *rest)
     assert lm.cache_bytes == 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, float32
-    monkeypatch.setattr(scoring, "CACHE_BYTES", 5 * (50 + 12) * lm.cache_bytes)
-    assert write(lm, prompts, tokenizer, 2, 1) == alone and calls == [5, 2]
+    assert write(lm, prompts, tokenizer, 2, 1, cache_bytes=5 * (50 + 12) * lm.cache_bytes) == alone and calls == [5, 2]
 
 
 @pytest.mark.full
