@@ -12,9 +12,9 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036 (before anything is imported that older ones cannot read)
     sys.exit(f"train.py: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
 if __name__ == "__main__":
-    # A thread that waits long for the others of a parallel region sleeps, instead of keeping a core from them where the
-    # machine has other work: 40 steps take 5 s on two idle cores, on loaded ones 17 s instead of 78 to 217 (NOTES.md)
-    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
+    # A thread that waits for the others of a parallel region sleeps, instead of keeping a core from them where the
+    # machine has other work: 40 steps of the embedded model by two threads then take 2 to 3 s instead of 57 (NOTES.md)
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     try:
         os.getcwd()  # without one torch's own libraries do not load
     except OSError as error:
@@ -275,6 +275,9 @@ def save(lm: LanguageModel, directory: Path) -> None:
 # ---------------------------------------------------------------- runs, resumed and replayed
 
 
+SMALL = 2**22  # parameters: regions so short gain nothing from a second thread, and lose much where a core is busy
+
+
 class Stop:
     """Ctrl-C and SIGTERM end the loop after the step at hand, whose record is then whole; twice, at once."""
 
@@ -316,6 +319,8 @@ def start(c: Config, held: ExitStack) -> tuple[Config, Problem, RecordedRun, Ran
     begun = run_config(dataclasses.asdict(c), weights_sha256(problem.lm.weights), splits.files, files_of_base(c))
     decided = {name: begun[name] for name in ("code_sha256", "base_weights_sha256", "data_sha256", "other_sha256")}
     ranks.check_same("what they begin with", json.dumps(decided))
+    if parameters(problem.lm.weights) < SMALL:
+        torch.set_num_threads(1)
     if past is not None:
         check_same(Path(c.out), past.config, decided)
         tell(other_versions(past.config, begun))

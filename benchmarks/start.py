@@ -59,7 +59,7 @@ def start(flags: list[str], shape: str | None, cache: str) -> dict[str, float]:
     """The stages of a fresh process, and their sum."""
     command = [sys.executable, "-m", "benchmarks.start", "--stages", "--flags", " ".join(flags)]
     command += ["--shape", shape] if shape else []
-    env = {"GOMP_SPINCOUNT": "100000"} | os.environ  # as train.py
+    env = {"GOMP_SPINCOUNT": "0"} | os.environ  # as train.py
     env |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
     done = subprocess.run(
         command, capture_output=True, text=True, env=env | {"QUZO_STARTED": str(time.time())},
