@@ -21,7 +21,8 @@ Ours: all weights begin as N(0, 1) and are multiplied by a constant of their ten
 rate fit all; f sees x and t centred; 20,000 steps from 4e-3 down to 0, for 10,000 at 1e-3; points lie on a lattice that
 every step shifts; a direction moves all layers, where the released settings perturb one after the other.
 
-To compare with: max(x - K, 0) is 6.2 % off over the domain, max(x - K e^{-r (1 - t)}, 0) 2.9 %.
+f begins 70 to 210 % off over the domain (relative L2 error) and ends 0.5 to 1.1 % off, of eight seeds.  Compare:
+max(x - K, 0) is 6.2 % off, max(x - K e^{-r (1 - t)}, 0) 2.9 %.
 
 Shape key: P perturbed copies, N points inside, E on an edge, K nodes, d dimensions, n weights.  Imports model,
 quant, random_bits, runtime.curve, tensor_train and zo_optim.

@@ -409,7 +409,7 @@ def test_a_short_run_lowers_loss_and_error():
 
 @pytest.mark.full
 def test_the_command_solves_the_equation(tmp_path, capsys):
-    """Half a minute; eight seeds ended between 0.5 and 0.8 %, the payoff alone is 6.2 % off."""
+    """Half a minute.  Eight seeds ended 0.47 to 1.08 % off, seed 0 at 0.62; the payoff alone is 6.2 % off."""
     picture = tmp_path / "pinn.svg"
     pinn.main(["--seed", "0", "--out", str(picture)])
     line = capsys.readouterr().out
