@@ -1,6 +1,6 @@
 # make demo        train the embedded model with QuZO on int8 codes (half a minute on two CPU cores)
 # make test        the contracts, without network (one to two minutes on two CPU cores)
-# make test-full   every test (six to eight minutes; a few more run on a GPU, and on the checkpoints of tests/README.md)
+# make test-full   every test (four to eight minutes; a few more run on a GPU, and on the checkpoints of tests/README.md)
 # make lint        ruff
 PYTHON ?= python3
 BIN := .venv/bin
