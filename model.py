@@ -136,11 +136,11 @@ def rotate(x_BTHd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
 def attend(q_PBTHd: Tensor, k_PBSHd: Tensor, v_PBSHd: Tensor, seen: Tensor | None) -> Tensor:
     """Softmax attention of each sequence of each copy -> [P, B, T, H * d].
 
-    seen [B, 1, 1 or T, S] bool; None is the usual causal mask, for which there are faster kernels.
+    seen [P * B or more, 1, 1 or T, S] bool; None is the usual causal mask, for which there are faster kernels.
     """
     P = max(len(q_PBTHd), len(k_PBSHd), len(v_PBSHd))  # where one moves, and the others do not
     q, k, v = (x.expand(P, -1, -1, -1, -1).flatten(0, 1).transpose(1, 2) for x in (q_PBTHd, k_PBSHd, v_PBSHd))
-    seen = None if seen is None else seen.repeat(P, 1, 1, 1)  # for each copy
+    seen = None if seen is None else seen[: len(q)]  # copies have the same ones
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
     return y.transpose(1, 2).reshape(P, *q_PBTHd.shape[1:3], -1)
 
@@ -450,6 +450,7 @@ class Llama(LanguageModel):
         else:
             seen = causal(torch.ones_like(tokens) if mask is None else mask, tokens.shape[1], branch)
             positions = seen.sum(-1)[:, 0] - 1  # as many as a token sees before itself
+            seen = seen.repeat(view.probes, 1, 1, 1)
         window, S = self.config.sliding_window, (tokens if mask is None else mask).shape[1]
         if window is not None and window < S and positions.max() >= window:  # the latter makes a host wait for a GPU
             raise ValueError(f"{int(positions.max()) + 1} tokens exceed the sliding window of {window}")
@@ -544,7 +545,7 @@ class Roberta(LanguageModel):
         x = x + self.look_up(view, "roberta.embeddings.position_embeddings.weight", positions)
         x = x + view.read("roberta.embeddings.token_type_embeddings.weight", positions[:1, 0] * 0)[:, :, None]
         x = self.apply(self.embed, "roberta.embeddings.", view, x)
-        seen = seen[:, None]
+        seen = seen[:, None].repeat(view.probes, 1, 1, 1)
         for i in range(self.config.num_hidden_layers):
             last = i == self.config.num_hidden_layers - 1  # to all tokens of the others, the next block attends
             x = self.apply(self.block, f"{self.layers}{i}.", view, x, seen, wanted if last else None)

@@ -468,9 +468,9 @@ def progress_of(past: RecordedRun | None, c: Config, lm: LanguageModel, guess: f
         dense = kind == "weights" and c.weights in INTEGERS and not c.residual and c.direction_bits != "sparse"
         progress.measured = min(MEASURED, -(-c.steps // 8))
         weights = trained(lm)
-        in_blocks = parameters({name: weights[name] for name in weights if name.startswith(lm.layers)})
-        moved = parameters(weights) - in_blocks * (1 - (c.share or 1))  # by a step
-        moved -= 0 if c.rest is not False else parameters(weights) - in_blocks
+        blocks = parameters({name: weights[name] for name in weights if name.startswith(lm.layers)})
+        rest = 0 if c.rest is False else parameters(weights) - blocks
+        moved = blocks * (c.share or 1) + rest  # by a step
         progress.rate_by = partial(measured_rate, d=moved, kind=kind, dense_on_codes=dense)
     if past is not None:
         grads = iter(past.projected_grads)

@@ -75,8 +75,9 @@ def update(weights: dict[str, Store], projected_grads: Tensor, key: Key, zo: ZO,
     """
     lengths = -lr * projected_grads / len(projected_grads)
     device = next(iter(weights.values())).device
-    counts = torch.zeros(COUNTED, dtype=torch.int64, device=device)
-    if lengths.any():  # adding +0.0 would turn a stored -0.0 into +0.0
+    if not lengths.any():  # adding +0.0 would turn a stored -0.0 into +0.0
+        counts = torch.zeros(COUNTED, dtype=torch.int64, device=device)
+    else:
         factors = (lengths / zo.unit).float()
         factors = factors.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else factors
         moved = {name: stored for name, stored in weights.items() if zo.moves is None or zo.moves(name, key)}

@@ -3,7 +3,7 @@
 kernels.py and sparse.py: one Triton kernel a tensor; in_place.py: both signs of a sparse probe by one copy of a matrix;
 graphs.py: a step's launches recorded once.  These give the bits of their definitions (tests/test_gpu.py), and the same
 products but for the order of their sums.  code_products.py multiplies codes by codes, to the accuracy of its sums.
-Without Triton or a GPU, `install` and `estimator` change nothing.
+Without Triton or a GPU, `install`, `probe_in_place` and `estimator` change nothing.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor, library, nn
 
 from gpu.code_products import CodeLinear, CodeView, multiply_into, scaled
-from gpu.kernels import EXACT, VARYING, _by_hand, _kind, _on, _to_byte, as_int32, dequantised, fits
-from gpu.sparse import BLOCK, _hit
+from gpu.kernels import EXACT, VARYING, _by_hand, _kind, _on, as_int32, dequantised, fits
+from gpu.sparse import BLOCK, _coded, _hit, _sizes
 from model import LanguageModel, Linear, View
-from quant import E4M3, Float, Fp8, Integers, Store, group_size, token_codes
+from quant import Float, Fp8, Integers, Store, token_codes
 from random_bits import LOW, tensor_id
 from zo_optim import PerturbedWeights, SparseZO
 
@@ -42,10 +42,8 @@ def _move_kernel(
     to, back = tl.where(up, above, below), tl.where(up, below, above)
     if not PLACED:
         to, back = to * unit, back * unit
-    elif KIND == "fp8":
-        to, back = _to_byte(to, BY_HAND), _to_byte(back, BY_HAND)
-    elif KIND == "int8":
-        to, back = tl.minimum(tl.maximum(to, -127.0), 127.0), tl.minimum(tl.maximum(back, -127.0), 127.0)
+    elif KIND == "fp8" or KIND == "int8":
+        to, back = _coded(to, KIND, BY_HAND), _coded(back, KIND, BY_HAND)
     tl.store(place + cell, tl.where(live, at, -1), mask=cell < N)
     tl.store(minus + cell, back.to(minus.dtype.element_ty), mask=live)
     if PLACED:
@@ -74,17 +72,16 @@ def probed_products(
     halves; step [1] int32.  coded: x are codes too, whose products code_products.multiply_into describes, as tokens.
     """
     _, N, C = x.shape
-    R, width = len(weight), -(-C // 8) * 8
-    n, groups = -(-R * width // cell), scale.shape[1] if scale.ndim == 2 else 1
-    size = group_size(4, C) if kind == "int4" else C
-    placed = coded or x.dtype == weight.dtype
-    w = weight if placed else dequantised(rebuilt(weight, scale, kind, torch.Size((R, C))), x.dtype)[0]
-    value, out = (a.view(torch.uint8) if a.dtype == E4M3.dtype else a for a in (weight, w))  # which Triton is given
+    store = rebuilt(weight, scale, kind, torch.Size((len(weight), C)))
+    (value, scales), (R, _, width), groups = _sizes(store)
+    n, placed = -(-R * width // cell), coded or x.dtype == weight.dtype
+    w = weight if placed else dequantised(store, x.dtype)[0]
+    out = value if placed else w  # fp8's bytes, which Triton is given
     y, blocks = torch.empty(2, N, R, dtype=sums_of(x, kind, coded), device=x.device), (triton.cdiv(n, BLOCK),)
     place, (minus, old) = torch.empty(n, dtype=torch.int64, device=x.device), out.new_empty(2, n)
     with _on(x.device):
         _move_kernel[blocks](
-            out, value, scale, place, minus, old, n, R, C, width, groups, size, t, step, *key.split(1), CELL=cell,
+            out, value, scales, place, minus, old, n, R, C, width, *groups, t, step, *key.split(1), CELL=cell,
             KIND=kind, PLACED=placed, BY_HAND=_by_hand(x.device), BLOCK=BLOCK, **EXACT,
         )  # fmt: skip
         try:

@@ -35,7 +35,7 @@ from gpu.kernels import (  # fmt: skip
     dequantised,
     fits,
 )
-from quant import CODES, COUNTED, FakeQuantised, Float, Fp8, Integers, Store, group_size
+from quant import CODES, COUNTED, E4M3, FakeQuantised, Float, Fp8, Integers, Store, group_size
 from random_bits import LOW, Key, tensor_id
 from zo_optim import SparseZO
 
@@ -100,6 +100,12 @@ def _hit(
     return row, column, live & moves, code, below, above, unit, up, landing, tl.where(up, half, half * -1.0)
 
 
+@triton.jit
+def _coded(x, KIND: tl.constexpr, BY_HAND: tl.constexpr):
+    """Numbers on a grid as codes that can be multiplied: e4m3 as bytes, int8 held inside its range."""
+    return _to_byte(x, BY_HAND) if KIND == "fp8" else tl.minimum(tl.maximum(x, -127.0), 127.0)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def _probe_kernel(
     out, value, scale, index, N, R, C, WIDTH, PER_ROW, groups, group_size, length, t, step, tensor, query, k0, k1,
@@ -119,10 +125,8 @@ def _probe_kernel(
     if CHOSEN:
         live, row = live & (row == own_row), owner
     plus, minus = tl.where(up, above, below), tl.where(up, below, above)
-    if BYTES and KIND == "fp8":
-        plus, minus = _to_byte(plus, BY_HAND), _to_byte(minus, BY_HAND)
-    elif BYTES:
-        plus, minus = tl.minimum(tl.maximum(plus, -127.0), 127.0), tl.minimum(tl.maximum(minus, -127.0), 127.0)
+    if BYTES:
+        plus, minus = _coded(plus, KIND, BY_HAND), _coded(minus, KIND, BY_HAND)
     else:
         plus, minus = plus * unit, minus * unit
     if PLUS:
@@ -179,9 +183,14 @@ def _step_kernel(
 
 
 def _arguments(store: Store, key: Key, zo: SparseZO) -> tuple:
-    """For both kernels: value, scale; R, C, C padded to eights; groups a row, columns a group; t; the key in words."""
-    R, C = store.matrix_shape
+    """_sizes; t; the key in words."""
     words = as_int32(key.step, key.tensor, key.query, key.seed & LOW, key.seed >> 32 & LOW)
+    return *_sizes(store), zo.eps * math.sqrt(zo.cell), words
+
+
+def _sizes(store: Store) -> tuple:
+    """For all kernels: value, scale; R, C, C padded to eights; groups a row, columns a group."""
+    R, C = store.matrix_shape
     if isinstance(store, Float):
         value = scale = store.value
         groups, size = 1, C
@@ -189,8 +198,7 @@ def _arguments(store: Store, key: Key, zo: SparseZO) -> tuple:
         value, scale = store.codes.view(torch.uint8) if isinstance(store, Fp8) else store.codes, store.scale
         groups = scale.shape[1]
         size = group_size(store.bits, C) if isinstance(store, Integers) else C
-    t = zo.eps * math.sqrt(zo.cell)
-    return (value, scale), (R, C, -(-C // 8) * 8), (groups, size), t, words
+    return (value, scale), (R, C, -(-C // 8) * 8), (groups, size)
 
 
 @dataclass(frozen=True)
@@ -213,7 +221,7 @@ class FusedSparseZO(SparseZO):
             copies = w.to(dtype).expand(len(signs), -1, -1).clone(memory_format=torch.contiguous_format)
         per_row = (width - 1) // self.cell + 2
         n = -(-R * width // self.cell) if rows is None else len(rows) * per_row
-        out = copies.view(torch.uint8) if dtype == torch.float8_e4m3fn else copies
+        out = copies.view(torch.uint8) if dtype == E4M3.dtype else copies
         with _on(value.device):
             _probe_kernel[(triton.cdiv(n, BLOCK),)](
                 out, value, scale, value if rows is None else rows, n, R, C, width, per_row, *groups, copies[0].numel(),
