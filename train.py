@@ -43,10 +43,13 @@ from tqdm import tqdm
 import gpu
 import tensor_train
 from data.metrics import measure
+from data.scoring import Encoded
 from data.tasks import get_task
+from family.elasticzo import Tail, tail_of, watching
 from family.lezo import adalezo, lezo
 from family.mezo_svrg import SVRG, svrg
 from family.subzero import SubZero
+from family.zo2 import Deferred
 from model import LanguageModel
 from quant import INTEGERS, Store
 from random_bits import Key, permutation
@@ -102,7 +105,9 @@ def train(
     """Run the loop, to its last step or until the run has diverged.  The folder's model/ holds the best weights."""
     lm, n, weights = problem.lm, len(problem.train), trained(problem.lm)
     loss_of = ranks.loss_of(problem.loss_fn(c.micro_batch_size), problem.terms)
-    zo = gpu.estimator(zo, c.device, c.graphs) if zo is not None else None
+    zo = installed(zo, c, lm, c.graphs) if zo is not None else None
+    if zo is not None and isinstance(zo.moves, Tail):
+        loss_of = watching(loss_of, zo.moves)
     adamw = optimizer(weights, c.lr, c.weight_decay or 0.0) if c.optimizer == "adamw" else None
     if adamw is not None and progress.steps:  # a run is taken up again
         folder.load_state(progress.steps, adamw, weights)
@@ -173,7 +178,15 @@ def estimator(c: Config, lm: LanguageModel) -> ZO:
         zo = ZO(**common, bits=bits, probe=c.probe, nearest=c.rounding == "nearest")
     if c.method == "lezo":
         return (adalezo if c.bandit else lezo)(zo, lm, c.share, c.rest)
+    if c.method == "elasticzo":
+        return replace(zo, moves=tail_of(lm, c.tail_blocks, c.tail_rate))
     return svrg(zo, c.anchor_steps, c.anchor_rate) if c.method == "mezo-svrg" else zo
+
+
+def installed(zo: ZO, c: Config, lm: LanguageModel, graphs: bool = False) -> ZO:
+    """The estimator by kernels, where there are any, and for the blocks where they are."""
+    zo = gpu.estimator(zo, c.device, graphs)
+    return zo if lm.offloaded is None else Deferred(zo, lm.offloaded)
 
 
 ENOUGH = 16  # steps in a row that go wrong in the same way: a run has then diverged
@@ -266,6 +279,8 @@ def evaluate_and_keep_best(
 
 def save(lm: LanguageModel, directory: Path) -> None:
     """The weights as they are stored, or the adapters alone."""
+    if lm.offloaded is not None:
+        lm.offloaded.settle()
     if lm.adapters is None:
         save_stored(directory, lm.raw_config, lm.format, lm.residual, lm.weights, lm.other_files)
     else:
@@ -275,6 +290,7 @@ def save(lm: LanguageModel, directory: Path) -> None:
 # ---------------------------------------------------------------- runs, resumed and replayed
 
 
+ALONE = ("mezo-svrg", "elasticzo", "zo2")  # methods whose steps processes do not share
 SMALL = 2**22  # parameters: regions so short gain nothing from a second thread, and lose much where a core is busy
 
 
@@ -312,9 +328,9 @@ def start(c: Config, held: ExitStack) -> tuple[Config, Problem, RecordedRun, Ran
     if c.device.startswith("cuda:"):
         torch.cuda.set_device(c.device)  # kernels and memory figures go by the current device
     ranks = held.enter_context(joined(c.device))
-    if ranks.world > 1 and (c.optimizer != "zo" or c.method == "mezo-svrg"):
-        raise ValueError("several processes share zeroth order's steps; those of AdamW and MeZO-SVRG are not shared: "
-                         "start one process")  # fmt: skip
+    if ranks.world > 1 and (c.optimizer != "zo" or c.method in ALONE):
+        raise ValueError(f"several processes share zeroth order's steps; those of AdamW and of {', '.join(ALONE)} are "
+                         "not shared: start one process")  # fmt: skip
     problem, splits = prepare(c)
     begun = run_config(dataclasses.asdict(c), weights_sha256(problem.lm.weights), splits.files, files_of_base(c))
     decided = {name: begun[name] for name in ("code_sha256", "base_weights_sha256", "data_sha256", "other_sha256")}
@@ -350,7 +366,7 @@ def run(c: Config) -> dict:
         if zo is not None:
             lost = progress.best is not None and folder.model is not None  # model/ may be
             save_best = [partial(save, problem.lm, folder.model)] if lost else []
-            catch_up(c, problem.lm, zo, past, len(past.trajectory), {progress.best_step: save_best})
+            catch_up(c, problem.lm, zo, past, len(past.trajectory), {progress.best_step: save_best}, problem)
         due = progress.steps % c.eval_every == 0 or progress.steps == c.steps
         if due and progress.steps not in [dev.step for dev in folder.devs]:  # a run begins, or was killed before that
             evaluate_and_keep_best(c, problem, folder, progress, ranks)
@@ -486,16 +502,20 @@ def progress_of(past: RecordedRun | None, c: Config, lm: LanguageModel, guess: f
 
 
 def catch_up(
-    c: Config, lm: LanguageModel, zo: ZO, past: RecordedRun, steps: int, at: dict[int, list[Callable[[], None]]]
-) -> None:
+    c: Config, lm: LanguageModel, zo: ZO, past: RecordedRun, steps: int, at: dict[int, list[Callable[[], None]]],
+    problem: Problem | None,
+) -> None:  # fmt: skip
     """Redo the first steps of a recorded run from their projected gradients, without a forward pass.
 
-    at: what to do with the weights as they were after so many steps.
+    at: what to do with the weights as they were after so many steps.  problem: for a tail, whose gradient is in no
+    record: its forwards are made again.
     """
-    zo, weights, progress = gpu.estimator(zo, c.device), trained(lm), progress_of(None, c, lm)
+    zo, weights, progress = installed(zo, c, lm), trained(lm), progress_of(None, c, lm)
     grads, rows = past.projected_grads, [row for row in past.rows if "projected_grad" in row]
     for step in range(steps + 1):
         for do in at.get(step, ()):
+            if lm.offloaded is not None:
+                lm.offloaded.settle()
             do()
         if step < steps:
             of_step = torch.tensor(grads[step], dtype=torch.float64)
@@ -503,6 +523,9 @@ def catch_up(
                 losses = [rows[step][name][1] for name in ("plus", "minus")]
                 losses = [math.nan if loss is None else loss for loss in losses]
                 zo.remember(weights, Key(c.seed, step), torch.tensor(losses, dtype=torch.float64))
+            if isinstance(zo.moves, Tail):
+                loss_fn = problem.loss_fn(c.micro_batch_size)(examples_of(c, problem, zo, step))
+                probe_losses(weights, zo.moves.watch(loss_fn, 2 * zo.queries), Key(c.seed, step), zo)
             lr = learning_rate(step, progress.rate, c.lr_schedule, c.steps, c.warmup)
             update(weights, of_step, Key(c.seed, step), zo, lr)
             progress.count_step(of_step, 2 * len(of_step), math.inf)
@@ -552,18 +575,20 @@ def replay(c: Config) -> dict:
     check_result(out, past, result, derived(past, best_step))
     check_drawings(out, past, title_of(past.config["flags"]), result)
     check_same(out, past.config, {"code_sha256": code_sha256(), "other_sha256": hashed(files_of_base(c))})
-    problem, splits = prepare(c) if c.calibrate or verify else (None, None)
+    asks_data = c.calibrate or verify or c.method == "elasticzo"
+    problem, splits = prepare(c) if asks_data else (None, None)
     lm = problem.lm if problem else load_base(c, resolve(c.model), [])
     check_same(out, past.config, {"base_weights_sha256": weights_sha256(lm.weights)})
     zo, steps, found = estimator(c, lm), len(past.trajectory), {}
     at = {best_step: [lambda: found.update(weights_sha256=weights_sha256(lm.weights))]}
-    if verify:
+    if problem:
         check_same(out, past.config, {"data_sha256": hashed(splits.files)})
+    if verify:
         rows = [row for row in past.rows if "projected_grad" in row]
         for step in permutation(int(result["digest"], 16), 0, steps)[:verify].tolist():
             at.setdefault(step, []).append(partial(verify_step, c, problem, zo, rows[step], step, found))
         at[best_step].append(partial(verify_metrics, problem, result, found))
-    catch_up(c, lm, zo, past, steps if verify else best_step, at)
+    catch_up(c, lm, zo, past, steps if verify else best_step, at, problem)
     sha256 = found.pop("weights_sha256")
     if (out / "model").is_dir():  # a folder can be published without it
         lm = restore_best(c, lm, out / "model")
@@ -588,17 +613,21 @@ def derived(past: RecordedRun, best_step: int) -> dict:
     return named(past.config["flags"]) | values
 
 
+def examples_of(c: Config, problem: Problem, zo: ZO, step: int) -> list[Encoded]:
+    """The batch of a step, as train has it."""
+    n = len(problem.train)
+    size = n if isinstance(zo, SVRG) and zo.is_anchor(step) else c.batch_size
+    return [problem.train[i] for i in batch_indices(c.seed, step, size, n)]
+
+
 def verify_step(c: Config, problem: Problem, zo: ZO, row: dict, step: int, found: dict) -> None:
     """Compute a step's losses again, with the weights as they were before it.  row: what was recorded of it.
 
     Raises ValueError where its projected gradients are not those of its own recorded losses.
     """
     zo = zo if zo.queries == row["queries"] else replace(zo, queries=row["queries"])
-    n = len(problem.train)
-    size = n if isinstance(zo, SVRG) and zo.is_anchor(step) else c.batch_size
-    examples = [problem.train[i] for i in batch_indices(c.seed, step, size, n)]
-    loss_fn = problem.loss_fn(c.micro_batch_size)(examples)
-    plus, minus = probe_losses(trained(problem.lm), loss_fn, Key(c.seed, step), gpu.estimator(zo, c.device))
+    loss_fn = problem.loss_fn(c.micro_batch_size)(examples_of(c, problem, zo, step))
+    plus, minus = probe_losses(trained(problem.lm), loss_fn, Key(c.seed, step), installed(zo, c, problem.lm))
     then = [[math.nan if loss is None else loss for loss in row[name]] for name in ("plus", "minus")]
     then = torch.tensor(then, dtype=torch.float64)
     difference = torch.stack((plus - then[0], minus - then[1])).abs()

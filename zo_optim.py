@@ -82,8 +82,8 @@ def update(weights: dict[str, Store], projected_grads: Tensor, key: Key, zo: ZO,
         factors = factors.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else factors
         moved = {name: stored for name, stored in weights.items() if zo.moves is None or zo.moves(name, key)}
         counts = zo.add_directions_(moved, factors, key)
-    if hasattr(zo.moves, "observe"):  # what moves next may depend on what was found
-        zo.moves.observe(key, projected_grads)
+    if hasattr(zo.moves, "observe"):  # what moves next may depend on what was found; and what no direction moves
+        zo.moves.observe(key, projected_grads, lr)
     return counts
 
 

@@ -19,7 +19,6 @@ from collections.abc import Callable
 
 import torch
 
-import gpu
 from data.scoring import BatchLoss, Encoded, evaluate
 from data.tasks import TASKS
 from model import create
@@ -30,7 +29,7 @@ from runtime.first_order import adamw_step, make_trainable, optimizer
 from runtime.hub import raw_config
 from runtime.problem import DTYPES, Problem, set_up_forwards
 from tensor_train import trained
-from train import estimator, reserved_memory
+from train import estimator, installed, reserved_memory
 from zo_optim import Step, zo_step
 
 CASES = {  # name: flags
@@ -80,7 +79,7 @@ def step_function(c: Config, problem: Problem) -> Callable[[int, list[Encoded], 
     if c.optimizer == "adamw":
         adamw = optimizer(weights, c.lr, c.weight_decay or 0.0)
     else:
-        zo = gpu.estimator(estimator(c, lm), c.device, c.graphs)
+        zo = installed(estimator(c, lm), c, lm, c.graphs)
 
     def step(at: int, examples: list[Encoded], lr: float) -> Step | float:
         loss_fn = BatchLoss.of(lm, examples, problem.pad, c.micro_batch_size, problem.multiple)

@@ -71,7 +71,7 @@ def resolve_defaults(c: Config) -> Config:
     if c.method in ADAPTERS and c.method != "adazeta":
         table |= ADAPTER_DEFAULTS[f"adapters by {optimizer}"]
     on_codes = c.model != "tiny" or c.weights in ("int4", "fp8")
-    if c.method == "quzo" and on_codes or c.method == "lezo" and (c.weights or "bf16") not in FLOATS:
+    if c.method == "quzo" and on_codes or c.method in ON_CODES and (c.weights or "bf16") not in FLOATS:
         table["direction_bits"] = "sparse"
     bits = c.direction_bits or table.get("direction_bits")
     if bits == "sparse":
@@ -104,6 +104,9 @@ def resolve_defaults(c: Config) -> Config:
         graphs=zo and c.method not in FAMILY if c.graphs is None else c.graphs,
         micro_batch_size=c.batch_size if c.micro_batch_size is None else c.micro_batch_size,
     )
+
+
+ON_CODES = ("lezo", "elasticzo", "zo2")  # methods that are MeZO on floats and QuZO on codes
 
 
 def as_stored(directory: Path) -> tuple[str, int]:
@@ -145,7 +148,7 @@ def suits_codes(c: Config) -> bool:
     weight does not survive."""
     whole = c.method in ADAPTERS or c.direction_bits == "sparse" or c.probe == "codes"
     codes = c.weights in ("fp8", "int8") and c.activations == c.weights and not c.oracle
-    return whole and codes and c.optimizer == "zo"
+    return whole and codes and c.optimizer == "zo" and c.method != "elasticzo"  # whose tail is floats
 
 
 MOVED = ("model", "task", "adapters", "data_dir", "device")  # what may be elsewhere when a run is taken up again
@@ -222,7 +225,7 @@ RANGES = {
     "lora_alpha": (1e-6, 1e6), "lr": (0, 1e6), "eps": (1e-8, 1e3), "cell": (8, 2**30), "clip": (0.1, 1e6),
     "weight_decay": (0, 1e3), "seed": (0, 2**64 - 1), "data_seed": (0, 2**32 - 1), "warmup": (0, COUNT[1]),
     "jobs": (1, 1024), "verify": COUNT, "subspace_rank": (1, 256), "subspace_steps": COUNT, "share": (1e-3, 1),
-    "anchor_steps": COUNT, "anchor_rate": (1e-6, 1e6),
+    "anchor_steps": COUNT, "anchor_rate": (1e-6, 1e6), "tail_blocks": (0, 2**16), "tail_rate": (0, 1e6),
 }  # fmt: skip
 
 
@@ -287,6 +290,7 @@ def meaningless_flags(c: Config) -> list[str]:
         ("subspace_rank", "subspace_steps"): c.method == "subzero",
         ("share", "rest", "bandit"): c.method == "lezo",
         ("anchor_steps", "anchor_rate"): c.method == "mezo-svrg",
+        ("tail_blocks", "tail_rate"): c.method == "elasticzo",
         ("alpha", "beta", "max_queries"): c.method == "adazeta" and c.queries is None,
         ("placement",): kind == "adp",
         ("bottleneck", "tt_rank"): kind in ("adp", "rep"),
@@ -366,6 +370,8 @@ def check_family(c: Config) -> None:
     if c.method == "subzero" and (c.direction_bits != "full" or c.probe == "codes"):
         given = "--probe codes" if c.direction_bits == "full" else f"--direction-bits {c.direction_bits}"
         raise ValueError(f"--method subzero has directions of its own: leave out {given}")
+    if c.method == "elasticzo" and c.objective != "loss":
+        raise ValueError(f"--method elasticzo takes a gradient, and --objective {c.objective} has none: leave it out")
     if c.method == "mezo-svrg":
         for wrong, given in ((c.direction_bits == "sparse", "--direction-bits sparse"), (c.clip is not None, "--clip"),
                              (c.queries != 1, f"--queries {c.queries}")):  # fmt: skip

@@ -19,7 +19,7 @@ RESIDUALS, ACTIVATIONS = (0, 1, 2, 4, 8), ("none", "int8", "fp8")
 
 ADAPTERS = {"loretta-adp": "adp", "adazeta": "adp", "loretta-rep": "rep", "lora": "lora"}  # method: kind
 FIRST_ORDER = ("fo", "fo-ste")  # of all weights; adapters are trained by either optimizer
-FAMILY = ("subzero", "lezo", "mezo-svrg")  # of all weights, by zeroth order: family/
+FAMILY = ("subzero", "lezo", "mezo-svrg", "elasticzo", "zo2")  # of all weights, by zeroth order: family/
 METHODS = ("quzo", "mezo", *FAMILY, *FIRST_ORDER, *ADAPTERS)
 DIRECTION_BITS = ("full", "sparse", *map(str, range(2, 9)))
 
@@ -51,9 +51,9 @@ class Config:
                                                           "[2048, of masked models 128 or 256]")  # fmt: skip
 
     method: str = flag("method", "quzo", "quzo: low-bit directions and weights; mezo: Gaussian directions; fo: AdamW; "
-                                         "fo-ste: AdamW through fake-quantised weights; subzero, lezo, mezo-svrg: "
-                                         "family/; the others train adapters around frozen weights", METHODS
-                              )  # fmt: skip
+                                         "fo-ste: AdamW through fake-quantised weights; subzero, lezo, mezo-svrg, "
+                                         "elasticzo, zo2: family/; the others train adapters around frozen weights",
+                       METHODS)  # fmt: skip
     optimizer: str | None = flag("method", None, "zo: forward passes only; adamw: back-propagation", ("zo", "adamw"))
     weights: str | None = flag("method", None, "how matrices are stored", FORMATS)
     activations: str = flag("method", "none", "how the input of every linear layer is rounded, one scale a token",
@@ -93,6 +93,9 @@ class Config:
 
     anchor_steps: int | None = flag("family", None, "of mezo-svrg: for how many steps an anchor stays")
     anchor_rate: float | None = flag("family", None, "of mezo-svrg: the rate of an anchor's step over --lr")
+    tail_blocks: int | None = flag("family", None, "of elasticzo: how many of the last blocks are trained by "
+                                                   "back-propagation, beside what comes after them")  # fmt: skip
+    tail_rate: float | None = flag("family", None, "of elasticzo: Adam's rate, in those, over --lr")
 
     steps: int | None = flag("steps", None, "number of updates")
     lr: float | None = flag("steps", None, "learning rate; of zeroth order, unless given, what the first 32 projected "
@@ -186,6 +189,10 @@ DEFAULTS = {
                  batch_size=16, eval_every=4000, share=0.25, rest=True, bandit=False),
     "mezo-svrg": dict(weights="bf16", direction_bits="full", steps=20000, lr_schedule="constant", eps=1e-3, lr=1e-6,
                       batch_size=64, eval_every=4000, anchor_steps=2, anchor_rate=1000.0),
+    "elasticzo": dict(weights="bf16", direction_bits="full", steps=20000, lr_schedule="constant", eps=1e-3,
+                      batch_size=16, eval_every=4000, tail_blocks=1, tail_rate=3.0),
+    "zo2": dict(weights="bf16", direction_bits="full", steps=20000, lr_schedule="constant", eps=1e-3,
+                batch_size=16, eval_every=4000),
     "fo": dict(weights="fp32", steps=625, lr=1e-5, lr_schedule="linear", weight_decay=0.0, batch_size=8,
                eval_every=125),
     "fo-ste": dict(weights="int8", master="fp32", steps=625, lr=1e-5, lr_schedule="linear", weight_decay=0.0,
@@ -210,6 +217,8 @@ TINY_DEFAULTS = {
                     subspace_steps=50),
     "lezo": dict(weights="fp32", steps=500, lr=3e-4, eval_every=25, batch_size=32, share=0.5),
     "mezo-svrg": dict(weights="fp32", steps=100, lr=3e-4, eval_every=25, batch_size=32, anchor_rate=1.0),
+    "elasticzo": dict(weights="fp32", steps=200, lr=3e-4, eval_every=25, batch_size=32),
+    "zo2": dict(weights="fp32", steps=500, lr=3e-4, eval_every=25, batch_size=32),
     "fo": dict(steps=100, lr=1e-3, eval_every=25, batch_size=32),
     "fo-ste": dict(steps=100, lr=1e-3, eval_every=25, batch_size=32),
     "adazeta": dict(weights="fp32", steps=500, lr=1e-2, eval_every=50, batch_size=32),

@@ -19,6 +19,8 @@ from data.metrics import Prediction, check_metric, mean, measure, metric_of_one
 from data.scoring import BatchLoss, Encoded, Encoder, MetricLoss, evaluate, write
 from data.tasks import Task, get_task
 from data.tokenizer import Tokenizer
+from family.subzero import enable_low_rank_reads
+from family.zo2 import Offloaded
 from gpu.code_products import enable_code_products
 from model import LanguageModel, load
 from quant import quantise_tokens
@@ -160,12 +162,15 @@ def load_weights(c: Config, directory: Path, prompts: Sequence[list[int]] = ()) 
         lm = load(directory, "cpu", DTYPES[c.compute], *stored_format(read_config(directory)[1]))
         calibrate(lm, list(prompts), c.weights, c.residual, c.oracle, c.device)
     else:
-        lm = load(directory, c.device, DTYPES[c.compute], c.weights, c.residual, c.oracle)
+        device = "cpu" if c.method == "zo2" else c.device
+        lm = load(directory, device, DTYPES[c.compute], c.weights, c.residual, c.oracle)
     set_up_forwards(c, lm)
     return lm
 
 
 def set_up_forwards(c: Config, lm: LanguageModel) -> None:
+    if c.method == "zo2":
+        Offloaded(lm, torch.device(c.device))
     gpu.install(lm)
     if c.activations != "none":
         lm.round_inputs(partial(quantise_tokens, kind=c.activations))
@@ -173,6 +178,8 @@ def set_up_forwards(c: Config, lm: LanguageModel) -> None:
         enable_code_products(lm)
     if c.optimizer == "zo" and c.direction_bits == "sparse":
         gpu.probe_in_place(lm, SparseZO(c.eps, dtype=lm.dtype, cell=c.cell))
+    if c.method == "subzero":
+        enable_low_rank_reads(lm)
     if c.compile:
         lm.compile_blocks()
 

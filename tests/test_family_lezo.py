@@ -300,14 +300,14 @@ def test_chances_follow_the_rewards():
     assert bandit.chances == (0.25,) * 4 and bandit.draws == 2
     for step in range(30):
         chosen, g = set(bandit.counts(Key(0, step))), torch.tensor([step + 1.0, -2.0], dtype=torch.float64)
-        bandit.observe(Key(0, step), g)
+        bandit.observe(Key(0, step), g, 0.1)
         R |= {block: 0.9 * R.get(block, (step + 3) / 2) + 0.1 * (step + 3) / 2 for block in chosen}
         best = max(R.values())
         scores = torch.tensor([R.get(block, best) / best for block in range(4)], dtype=torch.float64) / 0.1
         assert torch.allclose(torch.tensor(bandit.chances).double(), 0.8 * scores.softmax(0) + 0.05, rtol=1e-6)
     assert set(R) == {0, 1, 2, 3} and min(bandit.chances) > 0.05 and max(bandit.chances) > 0.3
     silent = Bandit("x.", 4)
-    silent.observe(KEY, torch.zeros(2))
+    silent.observe(KEY, torch.zeros(2), 0.1)
     assert silent.chances == (0.25,) * 4
 
 
@@ -349,7 +349,7 @@ def test_a_replay_that_observes_has_the_same_blocks(kind):
     for step in range(6):
         hit.append(zo.moves.counts(Key(0, step)))
         grads.append(zo_step(lm.weights, batch_loss(lm), Key(0, step), zo, 1e-3).projected_grads)
-        zo.moves.observe(Key(0, step), grads[-1])
+        zo.moves.observe(Key(0, step), grads[-1], 0.1)
     for observes in (True, False):
         fresh = tiny(weights="int8")
         again = adalezo(KINDS[kind](0.01, 2), fresh, 0.5, rest=False)
@@ -357,7 +357,7 @@ def test_a_replay_that_observes_has_the_same_blocks(kind):
             assert not observes or again.moves.counts(Key(0, step)) == hit[step]
             update(fresh.weights, g, Key(0, step), again, 1e-3)
             if observes:
-                again.moves.observe(Key(0, step), g)
+                again.moves.observe(Key(0, step), g, 0.1)
         assert same(lm.weights, fresh.weights) == observes
 
 
