@@ -43,7 +43,6 @@ from tqdm import tqdm
 import gpu
 import tensor_train
 from data.metrics import measure
-from data.scoring import Encoded
 from data.tasks import get_task
 from family.elasticzo import Tail, tail_of, watching
 from family.lezo import adalezo, lezo
@@ -85,6 +84,7 @@ from tensor_train import trained
 from zo_optim import (
     MEASURED,
     ZO,
+    LossFn,
     SparseZO,
     adazeta_queries,
     epoch_of,
@@ -104,10 +104,8 @@ def train(
 ) -> None:  # fmt: skip
     """Run the loop, to its last step or until the run has diverged.  The folder's model/ holds the best weights."""
     lm, n, weights = problem.lm, len(problem.train), trained(problem.lm)
-    loss_of = ranks.loss_of(problem.loss_fn(c.micro_batch_size), problem.terms)
-    zo = installed(zo, c, lm, c.graphs) if zo is not None else None
-    if zo is not None and isinstance(zo.moves, Tail):
-        loss_of = watching(loss_of, zo.moves)
+    zo, loss_of = installed(zo, c, lm, c.graphs), losses_of(c, problem, zo, ranks)
+    ahead, ready = c.device != "cpu" and c.queries is not None and not isinstance(zo, SVRG), {}  # losses by step
     adamw = optimizer(weights, c.lr, c.weight_decay or 0.0) if c.optimizer == "adamw" else None
     if adamw is not None and progress.steps:  # a run is taken up again
         folder.load_state(progress.steps, adamw, weights)
@@ -123,7 +121,10 @@ def train(
             if zo is not None and c.queries is None:  # AdaZeta's number grows with the epochs
                 epoch = epoch_of(step, n, c.batch_size)
                 zo = replace(zo, queries=adazeta_queries(epoch, c.alpha, c.beta, c.max_queries))
-            loss_fn = loss_of(examples, 1 if zo is None else zo.queries)
+            loss_fn = ready.pop(step, None) or loss_of(examples, 1 if zo is None else zo.queries)
+            if ahead:  # the next one, while a GPU computes
+                loss_fn.meanwhile = lambda at=step + 1: ready.update({at: loss_of(
+                    [problem.train[i] for i in batch_indices(c.seed, at, c.batch_size, n)], c.queries)})  # fmt: skip
 
             # two forward passes a query and an update; or, of the baselines, one forward and one backward pass
             if zo is not None:
@@ -156,6 +157,12 @@ def train(
         bar.close()
 
 
+def losses_of(c: Config, problem: Problem, zo: ZO | None, ranks: Ranks) -> Callable[..., LossFn]:
+    """From a step's examples and its number of queries to its loss."""
+    loss_of = ranks.loss_of(problem.loss_fn(c.micro_batch_size), problem.terms)
+    return watching(loss_of, zo.moves) if zo is not None and isinstance(zo.moves, Tail) else loss_of
+
+
 _order = lru_cache(maxsize=2)(permutation)  # a batch may span two epochs
 
 
@@ -183,9 +190,9 @@ def estimator(c: Config, lm: LanguageModel) -> ZO:
     return svrg(zo, c.anchor_steps, c.anchor_rate) if c.method == "mezo-svrg" else zo
 
 
-def installed(zo: ZO, c: Config, lm: LanguageModel, graphs: bool = False) -> ZO:
-    """The estimator by kernels, where there are any, and for the blocks where they are."""
-    zo = gpu.estimator(zo, c.device, graphs)
+def installed(zo: ZO | None, c: Config, lm: LanguageModel, graphs: bool = False) -> ZO | None:
+    """The estimator, if there is one, by kernels where there are any, and for the blocks where they are."""
+    zo = zo and gpu.estimator(zo, c.device, graphs)
     return zo if lm.offloaded is None else Deferred(zo, lm.offloaded)
 
 
@@ -524,8 +531,7 @@ def catch_up(
                 losses = [math.nan if loss is None else loss for loss in losses]
                 zo.remember(weights, Key(c.seed, step), torch.tensor(losses, dtype=torch.float64))
             if isinstance(zo.moves, Tail):
-                loss_fn = problem.loss_fn(c.micro_batch_size)(examples_of(c, problem, zo, step))
-                probe_losses(weights, zo.moves.watch(loss_fn, 2 * zo.queries), Key(c.seed, step), zo)
+                probe_losses(weights, loss_at(c, problem, zo, step), Key(c.seed, step), zo)
             lr = learning_rate(step, progress.rate, c.lr_schedule, c.steps, c.warmup)
             update(weights, of_step, Key(c.seed, step), zo, lr)
             progress.count_step(of_step, 2 * len(of_step), math.inf)
@@ -613,11 +619,12 @@ def derived(past: RecordedRun, best_step: int) -> dict:
     return named(past.config["flags"]) | values
 
 
-def examples_of(c: Config, problem: Problem, zo: ZO, step: int) -> list[Encoded]:
-    """The batch of a step, as train has it."""
+def loss_at(c: Config, problem: Problem, zo: ZO, step: int) -> LossFn:
+    """The loss of a recorded step, as train had it."""
     n = len(problem.train)
     size = n if isinstance(zo, SVRG) and zo.is_anchor(step) else c.batch_size
-    return [problem.train[i] for i in batch_indices(c.seed, step, size, n)]
+    examples = [problem.train[i] for i in batch_indices(c.seed, step, size, n)]
+    return losses_of(c, problem, zo, Ranks())(examples, zo.queries)
 
 
 def verify_step(c: Config, problem: Problem, zo: ZO, row: dict, step: int, found: dict) -> None:
@@ -626,7 +633,7 @@ def verify_step(c: Config, problem: Problem, zo: ZO, row: dict, step: int, found
     Raises ValueError where its projected gradients are not those of its own recorded losses.
     """
     zo = zo if zo.queries == row["queries"] else replace(zo, queries=row["queries"])
-    loss_fn = problem.loss_fn(c.micro_batch_size)(examples_of(c, problem, zo, step))
+    loss_fn = loss_at(c, problem, zo, step)
     plus, minus = probe_losses(trained(problem.lm), loss_fn, Key(c.seed, step), installed(zo, c, problem.lm))
     then = [[math.nan if loss is None else loss for loss in row[name]] for name in ("plus", "minus")]
     then = torch.tensor(then, dtype=torch.float64)

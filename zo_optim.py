@@ -57,7 +57,9 @@ def zo_step(weights: dict[str, Store], loss_fn: LossFn, key: Key, zo: ZO, lr: fl
 def probe_losses(weights: dict[str, Store], loss_fn: LossFn, key: Key, zo: ZO) -> tuple[Tensor, Tensor]:
     """The losses at w + eps u1 and at w - eps u1: [Q] float64 each, on the CPU, all at the same weights w."""
     queries = getattr(loss_fn, "queries", None) or range(zo.queries)  # other processes may have the others
-    losses = zo.losses(weights, loss_fn, key, queries).cpu()  # the only place where a step waits for a GPU
+    losses = zo.losses(weights, loss_fn, key, queries)
+    getattr(loss_fn, "meanwhile", int)()  # what a host may do while a GPU computes, such as the next batch
+    losses = losses.cpu()  # the only place where a step waits for a GPU
     agreed = getattr(loss_fn, "agreed", None)  # with other processes
     losses = losses if agreed is None else agreed(losses)
     if losses.shape != (2 * zo.queries,):

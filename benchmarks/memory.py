@@ -21,6 +21,7 @@ import torch
 
 from data.scoring import BatchLoss, Encoded, evaluate
 from data.tasks import TASKS
+from family.elasticzo import Tail
 from model import create
 from random_bits import Key
 from runtime.config import Config, parse
@@ -81,10 +82,19 @@ def step_function(c: Config, problem: Problem) -> Callable[[int, list[Encoded], 
     else:
         zo = installed(estimator(c, lm), c, lm, c.graphs)
 
+    ready = []
+
     def step(at: int, examples: list[Encoded], lr: float) -> Step | float:
-        loss_fn = BatchLoss.of(lm, examples, problem.pad, c.micro_batch_size, problem.multiple)
+        def loss() -> BatchLoss:
+            return BatchLoss.of(lm, examples, problem.pad, c.micro_batch_size, problem.multiple)
+
+        loss_fn = ready.pop() if ready else loss()
         if c.optimizer == "adamw":
             return adamw_step(adamw, loss_fn.parts(lm.stored_view()), lr)
+        if c.device != "cpu":  # as train.Batches, of the same examples
+            loss_fn.meanwhile = lambda: ready.append(loss())
+        if isinstance(zo.moves, Tail):
+            loss_fn = zo.moves.watch(loss_fn, 2 * c.queries)
         return zo_step(weights, loss_fn, Key(c.seed, at), zo, lr)
 
     return step

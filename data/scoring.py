@@ -297,6 +297,7 @@ class BatchLoss:
     loss: str = "options"
     agreed: Callable[[Tensor], Tensor] | None = None  # zo_optim.probe_losses: where processes share a step
     queries: range | None = None  # this process's
+    meanwhile: Callable[[], object] = int  # also probe_losses': called while a GPU computes
 
     @classmethod
     def of(

@@ -60,13 +60,16 @@ class Tail:
 
         loss_fn: a view -> [P] losses; its `parts`, if it has any, add up to them and are gone through one by one.
         """
-        self.copies = {name: self.weights[name].dequantise().float().clone().requires_grad_() for name in self.names}
-        parts_of = getattr(loss_fn, "parts", None) or (lambda view: [loss_fn(view)])
+        parts_of, copies = getattr(loss_fn, "parts", None) or (lambda view: [loss_fn(view)]), {}
 
         def watched(view: PerturbedWeights) -> Tensor:
             losses = 0.0
+            if not copies:  # not before: the loss of a step may be put together during the one before
+                copies.update({name: self.weights[name].dequantise().float().clone().requires_grad_()
+                               for name in self.names})  # fmt: skip
+                self.copies = copies
             with torch.enable_grad():
-                for part in parts_of(TailView(view, self.copies)):
+                for part in parts_of(TailView(view, copies)):
                     (part.sum() / probes).backward()  # frees its activations
                     losses = losses + part.detach()
             return losses

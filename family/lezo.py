@@ -148,8 +148,8 @@ class Bandit:
         return drawn_blocks(key.seed, key.step, self.draws, self.chances)
 
     def observe(self, key: Key, projected_grads: Tensor, lr: float) -> None:
-        """To be called once after each step, by a run and by whatever redoes it: projected_grads [Q] float64, finite; lr
-        does not matter.
+        """To be called once after each step, by a run and by whatever redoes it: projected_grads [Q] float64, finite;
+        lr does not matter.
 
         In Python's numbers, whose sums do not depend on a machine's vector width.  Libraries may differ in the last bit
         of math.exp, which moves one draw in some 10^15.

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
 import triton
@@ -136,13 +138,34 @@ def _probe_kernel(
         tl.store(out + row * C + column, minus.to(out.dtype.element_ty), mask=live)
 
 
+FIELDS = tl.constexpr(11)  # of a row of _tables
+
+
+@triton.jit
+def _pointer(address, KIND: tl.constexpr):
+    """The address of a store's numbers, as a pointer to their type."""
+    if KIND == "int8":
+        return address.to(tl.pointer_type(tl.int8))
+    elif KIND == "fp32":
+        return address.to(tl.pointer_type(tl.float32))
+    elif KIND == "bf16":
+        return address.to(tl.pointer_type(tl.bfloat16))
+    else:
+        return address.to(tl.pointer_type(tl.uint8))
+
+
 @triton.jit(do_not_specialize=VARYING)
 def _step_kernel(
-    value, scale, residual, counts, factors, N, R, C, WIDTH, groups, group_size, t, step, tensor, query, k0, k1,
-    CELL: tl.constexpr, KIND: tl.constexpr, MAX: tl.constexpr, RESIDUAL: tl.constexpr, BY_HAND: tl.constexpr,
-    BLOCK: tl.constexpr,
+    table, tensor_of, counts, factors, t, step, query, k0, k1, CELL: tl.constexpr, KIND: tl.constexpr,
+    SCALES: tl.constexpr, MAX: tl.constexpr, RESIDUAL: tl.constexpr, BY_HAND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    cell = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """Of all tensors of a kind at once, a program for each BLOCK cells: launches would take longer than their work."""
+    table += tl.load(tensor_of + tl.program_id(0)) * FIELDS
+    value, scale = _pointer(tl.load(table), KIND), _pointer(tl.load(table + 1), SCALES)
+    residual, N, first = _pointer(tl.load(table + 2), "bytes"), tl.load(table + 3), tl.load(table + 4)
+    R, C, WIDTH = tl.load(table + 5), tl.load(table + 6), tl.load(table + 7)
+    groups, group_size, tensor = tl.load(table + 8), tl.load(table + 9), tl.load(table + 10)
+    cell = (tl.program_id(0) - first) * BLOCK + tl.arange(0, BLOCK)
     row, column, live, old, below, above, unit, up, landing, move = _hit(
         cell, cell < N, value, scale, R, C, WIDTH, groups, group_size, t, step, tensor, query, k0, k1, CELL, KIND,
         BY_HAND,
@@ -180,6 +203,20 @@ def _step_kernel(
         lost = new * 0.0
         tl.store(value + at, new.to(value.dtype.element_ty), mask=live)
     _count(counts, old, new, lost, live, KIND)
+
+
+@lru_cache(maxsize=512)  # ZO2 steps block by block
+def _tables(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """What _step_kernel knows of its tensors, [n, FIELDS] int64, and each program's tensor, int32.
+
+    rows: addresses of numbers, scales and residual; cells; R, C, C padded to eights; groups a row, columns a group; the
+    tensor's id.  A recorded step reads them where they are.
+    """
+    programs = [triton.cdiv(row[3], BLOCK) for row in rows]
+    firsts = accumulate(programs, initial=0)
+    table = torch.tensor([(*row[:4], first, *row[4:]) for row, first in zip(rows, firsts, strict=False)])
+    tensor_of = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(programs))
+    return table.to(device), tensor_of.to(device)
 
 
 def _arguments(store: Store, key: Key, zo: SparseZO) -> tuple:
@@ -232,21 +269,29 @@ class FusedSparseZO(SparseZO):
 
     def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
         counts = torch.zeros(SHARDS, COUNTED, dtype=torch.int64, device=factors.device)
+        alike = {}  # rows of _tables, by what the kernel is compiled for
         for name, store in weights.items():
             if isinstance(store, FakeQuantised):
                 counts[0] += SparseZO.add_directions_(self, {name: store}, factors, key)
                 continue
-            kind, largest = _kind(store)
+            (value, scale), (R, C, width), groups = _sizes(store)
             bits = store.residual_bits if isinstance(store, Integers) else 0
-            for query in range(len(factors)):
-                of_query = key._replace(tensor=tensor_id(name), query=query)
-                (value, scale), (R, C, width), groups, t, words = _arguments(store, of_query, self)
-                n = -(-R * width // self.cell)
-                with _on(value.device):
-                    _step_kernel[(triton.cdiv(n, BLOCK),)](
-                        value, scale, store.residual if bits else value, counts, factors, n, R, C, width, *groups, t,
-                        *words, CELL=self.cell, KIND=kind, MAX=float(store.max_fine) if bits else largest,
-                        RESIDUAL=bits, BY_HAND=_by_hand(value.device), BLOCK=BLOCK, **EXACT,
+            kind, largest = _kind(store)
+            of_scales = {torch.float32: "fp32", torch.bfloat16: "bf16"}[scale.dtype]
+            residual = store.residual.data_ptr() if bits else 0
+            rows = alike.setdefault((kind, of_scales, float(store.max_fine) if bits else largest, bits), [])
+            rows.append((value.data_ptr(), scale.data_ptr(), residual, -(-R * width // self.cell), R, C, width, *groups,
+                         tensor_id(name)))  # fmt: skip
+        words = as_int32(key.step, 0, key.query, key.seed & LOW, key.seed >> 32 & LOW)
+        step, _, _, *seed = words
+        with _on(factors.device):
+            for (kind, of_scales, largest, bits), rows in alike.items():
+                table, tensor_of = _tables(tuple(rows), factors.device)
+                for query in range(len(factors)):
+                    _step_kernel[(len(tensor_of),)](
+                        table, tensor_of, counts, factors, self.eps * math.sqrt(self.cell), step, query, *seed,
+                        CELL=self.cell, KIND=kind, SCALES=of_scales, MAX=largest, RESIDUAL=bits,
+                        BY_HAND=_by_hand(factors.device), BLOCK=BLOCK, **EXACT,
                     )  # fmt: skip
         return counts.sum(0)
 
