@@ -4,6 +4,7 @@ Paths, which come to the same bits: the definition on a CPU ("cpu"); the same on
 ("numpy") or by their Triton twin ("twin"); and one kernel a tensor ("fused").
 """
 
+import json
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,8 @@ import gpu
 import random_bits
 import train
 from data.scoring import BatchLoss, Encoded
+from family.elasticzo import tail_of
+from family.zo2 import Deferred, Offloaded
 from gpu import graphs
 from gpu.code_products import enable_code_products, multiply_e4m3, multiply_int8
 from model import LanguageModel, create, load
@@ -25,7 +28,7 @@ from quant import COUNTED, Store, StoredWeights, encode, from_tensors, quantise_
 from random_bits import Key, Purpose, bits16, bits32, philox_blocks, tensor_id
 from runtime.checkpoints import BUFFERS, save_stored, staged, weights_sha256
 from runtime.first_order import make_trainable
-from zo_optim import ZO, PerturbedWeights, SparseZO, adazeta_queries, epoch_of, update, zo_step
+from zo_optim import ZO, PerturbedWeights, SparseZO, adazeta_queries, epoch_of, probe_losses, update, zo_step
 
 if torch.cuda.is_available():
     from gpu import kernels, sparse
@@ -451,3 +454,108 @@ def test_first_order_gradients_are_those_of_the_cpu(method):
     for name, store in cpu.weights.items():
         of_cpu, of_cuda = store.value.grad, cuda.weights[name].value.grad.cpu()
         assert of_cpu.abs().max() > 0 and (of_cpu - of_cuda).abs().max() < 1e-4 * of_cpu.abs().max() + 1e-7
+
+
+# ---------------------------------------------------------------- family/: offloaded blocks, and a tail
+
+WIDE = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=5, num_key_value_heads=4)  # 13 million a block
+OFFLOADED = {  # format, whether codes are multiplied, and the estimator; sparse probes are made in place
+    "int4, sparse": ("int4", False, SparseZO(eps=2e-3, cell=64)),
+    "bf16, Gaussian": ("bf16", False, ZO(eps=1e-3)),
+    "bf16, sparse": ("bf16", False, SparseZO(eps=2e-3, queries=2, cell=64)),
+    "fp8 products, sparse": ("fp8", True, SparseZO(eps=2e-3, cell=64)),
+}
+
+
+def ready(lm: LanguageModel, products: bool, zo: ZO) -> ZO:
+    """As runtime.problem.set_up_forwards and train.installed."""
+    gpu.install(lm)
+    if products:
+        lm.round_inputs(partial(quantise_tokens, kind=lm.format))
+        enable_code_products(lm)
+    if isinstance(zo, SparseZO):
+        gpu.probe_in_place(lm, zo)
+    zo = gpu.estimator(zo, "cuda")
+    return zo if lm.offloaded is None else Deferred(zo, lm.offloaded)
+
+
+@pytest.mark.parametrize("case", OFFLOADED)
+def test_offloaded_blocks_have_the_bits_of_resident_ones(case):
+    """Blocks so large that copies take longer than a forward of few tokens: what reads or writes a slot too early, or
+    too late, changes a bit.  All losses, and after every five steps all weights."""
+    weights, products, zo = OFFLOADED[case]
+    zo = replace(zo, dtype=torch.bfloat16)
+    away = create(tiny_llama(**WIDE), device="cpu", dtype=torch.bfloat16, weights=weights)
+    resident, start = on_gpu(away), weights_sha256(away.weights)
+    before = torch.cuda.memory_allocated()
+    Offloaded(away, torch.device("cuda"))
+    block = sum(t.nbytes for store in away.offloaded.home[0].values() for t in store.tensors().values())
+    rest = sum(t.nbytes for n, s in away.weights.items() if not n.startswith(away.layers) for t in s.tensors().values())
+    assert torch.cuda.memory_allocated() - before < 2 * block + rest + 2**16
+    estimators = {lm: ready(lm, products, zo) for lm in (resident, away)}
+    for repeat in range(4):
+        for step in range(5):
+            done = [zo_step(lm.weights, loss_of(lm), Key(repeat, step), of, 1e-4) for lm, of in estimators.items()]
+            assert torch.equal(done[0].plus, done[1].plus) and torch.equal(done[0].minus, done[1].minus), (repeat, step)
+        away.offloaded.settle()
+        assert weights_sha256(resident.weights) == weights_sha256(away.weights) != start, repeat
+    assert done[0].projected_grads.any()
+
+
+@pytest.mark.parametrize("raw", [tiny_llama(), tiny_roberta()], ids=["llama", "roberta"])
+def test_a_tails_gradient_is_that_of_the_cpu(raw):
+    """And the losses, of the first step, to float32's sums.  Of two more Adam turns a small gradient's rounding into
+    a whole step of its weight: those are few."""
+    cpu = create(raw, device="cpu")
+    cuda, start = on_gpu(cpu), {name: store.value.clone() for name, store in cpu.weights.items()}
+    gpu.install(cuda)
+    zos = [replace(SparseZO(eps=1e-2, queries=2, cell=8), moves=tail_of(lm, 1, 3.0)) for lm in (cpu, cuda)]
+    zos[1] = gpu.estimator(zos[1], "cuda")
+    for step in range(3):
+        done = []
+        for lm, zo in zip((cpu, cuda), zos, strict=True):
+            watched = zo.moves.watch(loss_of(lm), 4)
+            plus, minus = probe_losses(lm.weights, watched, Key(7, step), zo)
+            found = {name: copy.grad.cpu() for name, copy in zo.moves.copies.items()}
+            done.append((plus, found))
+            update(lm.weights, (plus - minus) / (2 * zo.eps), Key(7, step), zo, 1e-4)
+        (plus, of_cpu), (other, of_cuda) = done
+        assert (plus - other).abs().max() < (1e-5 if step == 0 else 1e-3)
+        for name, grad in of_cpu.items():
+            assert step or (grad - of_cuda[name]).abs().max() < 1e-4 * grad.abs().max() + 1e-7
+    for name in zos[0].moves.names:
+        moved, apart = (cpu.weights[name].value - x for x in (start[name], cuda.weights[name].value.cpu()))
+        assert moved.square().sum() > 0 and apart.square().sum() < 0.01 * moved.square().sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tails_steps_come_again_to_the_same_bits(dtype):
+    """Which --resume and --replay need, whose tail has no record: sums that are added by whoever comes first would
+    differ.  Texts of 700 tokens, so that attention's backward pass has several blocks of them."""
+    raw = tiny_llama(hidden_size=256, intermediate_size=512, head_dim=64, max_position_embeddings=1024)
+    rows = torch.randint(3, 90, (6, 700), generator=torch.Generator().manual_seed(0)).tolist()
+    hashes = set()
+    for _ in range(4):
+        lm = create(raw, device="cuda", dtype=dtype, weights="fp32" if dtype == torch.float32 else "bf16")
+        gpu.install(lm)
+        zo = gpu.estimator(replace(ZO(eps=1e-3, dtype=dtype), moves=tail_of(lm, 2, 3.0)), "cuda")
+        for step in range(3):
+            examples = [Encoded([row], [[5], [6]], 699, i % 2) for i, row in enumerate(rows)]
+            loss_fn = zo.moves.watch(BatchLoss.of(lm, examples, 0, 6), 2)
+            zo_step(lm.weights, loss_fn, Key(7, step), zo, 1e-4)
+        hashes.add(weights_sha256(lm.weights))
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("flags", ["--method zo2 --weights bf16", "--method elasticzo --weights int8"])
+def test_runs_of_the_family_are_replayed(flags, tmp_path, capsys):
+    """By train.py's own way, compiled; of offloaded blocks to the bits of resident ones."""
+    short = "--device cuda --steps 6 --eval-every 2 --batch-size 16 --num-eval 32 --lr 1e-3".split()
+    torch.compiler.reset()
+    assert train.main([*short, *flags.split(), "--out", str(tmp_path / "run")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    if "zo2" in flags:
+        resident = [*short, *"--method mezo --weights bf16 --no-graphs --out".split(), str(tmp_path / "resident")]
+        assert train.main(resident) == 0
+        assert json.loads(capsys.readouterr().out)["weights_sha256"] == found["weights_sha256"]
+    assert train.main(["--replay", str(tmp_path / "run"), "--verify", "6"]) == 0
