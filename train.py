@@ -34,6 +34,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from safetensors import SafetensorError
@@ -42,8 +43,6 @@ from tqdm import tqdm
 
 import gpu
 import tensor_train
-from data.metrics import measure
-from data.tasks import get_task
 from family.lezo import adalezo, lezo
 from family.mezo_svrg import SVRG, svrg
 from family.subzero import SubZero
@@ -52,14 +51,14 @@ from quant import INTEGERS, Store
 from random_bits import Key, permutation
 from runtime.ask import ask
 from runtime.checkpoints import companion_files, save_stored, weights_sha256
-from runtime.config import Config, max_length, parse, probes_per_forward, recorded, validate
+from runtime.config import Config, max_length, parse, probes_per_forward, recorded, tasks_of, validate
 from runtime.dry_run import longest_sequence, predict, table
 from runtime.first_order import adamw_step, optimizer
 from runtime.flags import ADAPTERS
 from runtime.hub import raw_config, resolve
 from runtime.json_files import one_line
 from runtime.model_configs import config_of
-from runtime.problem import Problem, Quality, load_base, prepare, restore_best, sizes
+from runtime.problem import MultiTask, Problem, Quality, load_base, prepare, restore_best, sizes
 from runtime.ranks import Ranks, is_first, joined
 from runtime.record import RecordedRun, check_result, check_same, read_result, read_run
 from runtime.run_folder import (
@@ -96,11 +95,12 @@ from zo_optim import (
 
 
 def train(
-    c: Config, problem: Problem, zo: ZO | None, folder: RunFolder | NoFolder, stop: Stop, progress: Progress,
-    ranks: Ranks,
+    c: Config, problem: Problem | MultiTask, zo: ZO | None, folder: RunFolder | NoFolder, stop: Stop,
+    progress: Progress, ranks: Ranks,
 ) -> None:  # fmt: skip
     """Run the loop, to its last step or until the run has diverged.  The folder's model/ holds the best weights."""
     lm, n, weights = problem.lm, len(problem.train), trained(problem.lm)
+    task_sizes = [len(part.train) for part in problem.parts]
     loss_of = ranks.loss_of(problem.loss_fn(c.micro_batch_size), problem.terms)
     zo = gpu.estimator(zo, c.device, c.graphs) if zo is not None else None
     adamw = optimizer(weights, c.lr, c.weight_decay or 0.0) if c.optimizer == "adamw" else None
@@ -113,7 +113,7 @@ def train(
                 break
             # the batch
             size = n if isinstance(zo, SVRG) and zo.is_anchor(step) else c.batch_size
-            examples = [problem.train[i] for i in batch_indices(c.seed, step, size, n)]
+            examples = [problem.train[i] for i in batch_indices(c.seed, step, size, *task_sizes)]
             lr = learning_rate(step, progress.rate, c.lr_schedule, c.steps, c.warmup)
             if zo is not None and c.queries is None:  # AdaZeta's number grows with the epochs
                 epoch = epoch_of(step, n, c.batch_size)
@@ -151,13 +151,21 @@ def train(
         bar.close()
 
 
-_order = lru_cache(maxsize=2)(permutation)  # a batch may span two epochs
+_order = lru_cache(maxsize=32)(permutation)  # of a few tasks: a batch may span two epochs of each
 
 
-def batch_indices(seed: int, step: int, batch_size: int, n: int) -> list[int]:
-    """Examples of step `step` (from 0): one endless stream of keyed permutations, cut every batch_size."""
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    return [int(_order(seed, p // n, n)[p % n]) for p in positions]
+def batch_indices(seed: int, step: int, batch_size: int, n: int, *others: int) -> list[int]:
+    """Examples of step `step` (from 0): one endless stream of keyed permutations, cut every batch_size.
+
+    others: how many examples further tasks have.  Each task then has a stream of its own and an equal share of the
+    batch, and its indices go on where those of the task before end.
+    """
+    indices, first, share = [], 0, batch_size // (1 + len(others))
+    for task, size in enumerate((n, *others)):
+        positions = range(step * share, (step + 1) * share)
+        indices += [first + int(_order(seed, p // size, size, task)[p % size]) for p in positions]
+        first += size
+    return indices
 
 
 def estimator(c: Config, lm: LanguageModel) -> ZO:
@@ -249,11 +257,11 @@ class Progress:
 
 
 def evaluate_and_keep_best(
-    c: Config, problem: Problem, folder: RunFolder | NoFolder, progress: Progress, ranks: Ranks,
+    c: Config, problem: Problem | MultiTask, folder: RunFolder | NoFolder, progress: Progress, ranks: Ranks,
     adamw: torch.optim.AdamW | None = None,
 ) -> None:  # fmt: skip
     """Save before logging, so that the log never names weights that are not on disk."""
-    dev = ranks.first(problem.quality(problem.dev))
+    dev = ranks.first(problem.dev_quality())
     if not progress.steps and not math.isfinite(dev.loss):
         raise ValueError("the loss is not finite at step 0: the model gives none before any step; try other --weights")
     if progress.note_if_best(dev) and folder.model is not None:
@@ -292,7 +300,7 @@ class Stop:
         self.signal = number
 
 
-def start(c: Config, held: ExitStack) -> tuple[Config, Problem, RecordedRun, Ranks]:
+def start(c: Config, held: ExitStack) -> tuple[Config, Problem | MultiTask, RecordedRun, Ranks]:
     """A new run or one that is taken up: its flags, its problem, and what its folder holds, which is `held` from now
     on, as the ranks are.
 
@@ -312,11 +320,11 @@ def start(c: Config, held: ExitStack) -> tuple[Config, Problem, RecordedRun, Ran
     if c.device.startswith("cuda:"):
         torch.cuda.set_device(c.device)  # kernels and memory figures go by the current device
     ranks = held.enter_context(joined(c.device))
-    if ranks.world > 1 and (c.optimizer != "zo" or c.method == "mezo-svrg"):
-        raise ValueError("several processes share zeroth order's steps; those of AdamW and MeZO-SVRG are not shared: "
-                         "start one process")  # fmt: skip
-    problem, splits = prepare(c)
-    begun = run_config(dataclasses.asdict(c), weights_sha256(problem.lm.weights), splits.files, files_of_base(c))
+    if ranks.world > 1 and (c.optimizer != "zo" or c.method == "mezo-svrg" or "," in c.task):
+        raise ValueError("several processes share zeroth order's steps; those of AdamW, of MeZO-SVRG and of several "
+                         "tasks are not shared: start one process")  # fmt: skip
+    problem, files = prepare(c)
+    begun = run_config(dataclasses.asdict(c), weights_sha256(problem.lm.weights), files, files_of_base(c))
     decided = {name: begun[name] for name in ("code_sha256", "base_weights_sha256", "data_sha256", "other_sha256")}
     ranks.check_same("what they begin with", json.dumps(decided))
     if parameters(problem.lm.weights) < SMALL:
@@ -336,14 +344,14 @@ def run(c: Config) -> dict:
     """One training run from flags to result, or the rest of one; of ranks but the first, nothing."""
     with ExitStack() as held:
         c, problem, past, ranks = start(c, held)
-        title, metric, out = title_of(past.config["flags"]), problem.task.metric, Path(c.out)
+        title, metric, out = title_of(past.config["flags"]), problem.metric, Path(c.out)
         events = c.log == "tensorboard"
         folder = RunFolder(out, title, past, metric, events) if is_first() else NoFolder(past)
         stop = Stop()
         ranks.asked_to_stop = lambda: bool(stop.signal)
         tell(f"{title}, {c.device}; {sizes(problem)}; run folder {c.out}")
         if is_first():
-            folder.zero_shot = measure(metric, problem.answers(problem.tests["test"]))
+            folder.zero_shot = problem.score(problem.measured(problem.answered("test")))
             tell(f"zero-shot test {metric} {100 * folder.zero_shot:.1f} %")
         progress = progress_of(past, c, problem.lm, guess_of(c, problem))
         zo = estimator(c, problem.lm) if c.optimizer == "zo" else None
@@ -364,21 +372,21 @@ def run(c: Config) -> dict:
         return folder.result(result_of(c, problem, folder, progress, seconds)) if is_first() else {}
 
 
-def result_of(c: Config, problem: Problem, folder: RunFolder, progress: Progress, seconds: float) -> dict:
+def result_of(c: Config, problem: Problem | MultiTask, folder: RunFolder, progress: Progress, seconds: float) -> dict:
     """What a run came to, tested with the weights of its lowest dev loss."""
     interrupted = progress.steps < c.steps and not progress.diverged
     if not interrupted:
         folder.remove_states()
     lm = problem.lm = restore_best(c, problem.lm, folder.model)
-    found = {} if interrupted else {split: problem.answers(rows) for split, rows in problem.tests.items()}
+    found = {} if interrupted else problem.answered()
     folder.predictions(found)
-    measured = {split: problem.measured(answers) for split, answers in found.items()}
+    measured = problem.measured(found)
     return {
         **named(folder.flags), "steps": progress.steps, "forwards": progress.forwards,
         "trainable_parameters": parameters(trained(lm)),
         "zero_shot": folder.zero_shot, "dev": progress.best.metric, "dev_loss": progress.best.loss,
         "best_step": progress.best_step, "best_forwards": progress.best_forwards,
-        "lr": progress.rate, "metric": folder.metric, "test": measured["test"][folder.metric] if measured else None,
+        "lr": progress.rate, "metric": folder.metric, "test": problem.score(measured) if measured else None,
         "tests": measured,
         "interrupted": interrupted, "diverged": progress.diverged, "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_memory(c.device), "reserved_memory_bytes": reserved_memory(c.device),
@@ -419,10 +427,11 @@ def last_state(out: Path, past: RecordedRun) -> int:
     return kept[-1] if kept and (out / "model").is_dir() else 0
 
 
-def guess_of(c: Config, problem: Problem) -> float:
+def guess_of(c: Config, problem: Problem | MultiTask) -> float:
     """The loss of a model that scores all options alike; inf where losses move in steps."""
-    of_guessing = len(problem.dev[0].answers) if problem.task.loss == "options" else problem.lm.config.vocab_size
-    return math.log(of_guessing) if c.objective == "loss" else math.inf
+    of_guessing = [len(part.dev[0].answers) if part.task.loss == "options" else problem.lm.config.vocab_size
+                   for part in problem.parts]  # fmt: skip
+    return fmean(map(math.log, of_guessing)) if c.objective == "loss" else math.inf
 
 
 def named(flags: dict) -> dict:
@@ -552,13 +561,13 @@ def replay(c: Config) -> dict:
     check_result(out, past, result, derived(past, best_step))
     check_drawings(out, past, title_of(past.config["flags"]), result)
     check_same(out, past.config, {"code_sha256": code_sha256(), "other_sha256": hashed(files_of_base(c))})
-    problem, splits = prepare(c) if c.calibrate or verify else (None, None)
+    problem, files = prepare(c) if c.calibrate or verify else (None, None)
     lm = problem.lm if problem else load_base(c, resolve(c.model), [])
     check_same(out, past.config, {"base_weights_sha256": weights_sha256(lm.weights)})
     zo, steps, found = estimator(c, lm), len(past.trajectory), {}
     at = {best_step: [lambda: found.update(weights_sha256=weights_sha256(lm.weights))]}
     if verify:
-        check_same(out, past.config, {"data_sha256": hashed(splits.files)})
+        check_same(out, past.config, {"data_sha256": hashed(files)})
         rows = [row for row in past.rows if "projected_grad" in row]
         for step in permutation(int(result["digest"], 16), 0, steps)[:verify].tolist():
             at.setdefault(step, []).append(partial(verify_step, c, problem, zo, rows[step], step, found))
@@ -588,7 +597,7 @@ def derived(past: RecordedRun, best_step: int) -> dict:
     return named(past.config["flags"]) | values
 
 
-def verify_step(c: Config, problem: Problem, zo: ZO, row: dict, step: int, found: dict) -> None:
+def verify_step(c: Config, problem: Problem | MultiTask, zo: ZO, row: dict, step: int, found: dict) -> None:
     """Compute a step's losses again, with the weights as they were before it.  row: what was recorded of it.
 
     Raises ValueError where its projected gradients are not those of its own recorded losses.
@@ -596,7 +605,8 @@ def verify_step(c: Config, problem: Problem, zo: ZO, row: dict, step: int, found
     zo = zo if zo.queries == row["queries"] else replace(zo, queries=row["queries"])
     n = len(problem.train)
     size = n if isinstance(zo, SVRG) and zo.is_anchor(step) else c.batch_size
-    examples = [problem.train[i] for i in batch_indices(c.seed, step, size, n)]
+    task_sizes = [len(part.train) for part in problem.parts]
+    examples = [problem.train[i] for i in batch_indices(c.seed, step, size, *task_sizes)]
     loss_fn = problem.loss_fn(c.micro_batch_size)(examples)
     plus, minus = probe_losses(trained(problem.lm), loss_fn, Key(c.seed, step), gpu.estimator(zo, c.device))
     then = [[math.nan if loss is None else loss for loss in row[name]] for name in ("plus", "minus")]
@@ -614,11 +624,11 @@ def verify_step(c: Config, problem: Problem, zo: ZO, row: dict, step: int, found
         raise ValueError(f"{c.out}: step {step + 1} has other projected gradients than its losses give")
 
 
-def verify_metrics(problem: Problem, result: dict, found: dict) -> None:
+def verify_metrics(problem: Problem | MultiTask, result: dict, found: dict) -> None:
     """Measure dev and test again, with the weights of the lowest dev loss."""
-    dev = problem.quality(problem.dev)
+    dev = problem.dev_quality()
     found["loss_difference"] = abs(dev.loss - result["dev_loss"])
-    tests = {split: problem.measured(problem.answers(rows)) for split, rows in problem.tests.items()}
+    tests = problem.measured(problem.answered())
     found |= {"dev": dev.metric, "recorded_dev": result["dev"], "tests": tests, "recorded_tests": result["tests"]}
 
 
@@ -633,7 +643,8 @@ def dry_run(c: Config) -> dict:
     validate(c)
     raw = raw_config(c.model)
     longest = longest_sequence(c)
-    predicted = predict(c, raw, longest or max_length(c, config_of(raw).masked, get_task(c.task)))
+    masked = config_of(raw).masked
+    predicted = predict(c, raw, longest or max(max_length(c, masked, task) for task in tasks_of(c)))
     if longest is None:
         print("no data or no tokenizer is here: sequences are taken to be as long as --max-length and the model allow")
     print(table(predicted))

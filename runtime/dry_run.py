@@ -21,7 +21,7 @@ from data.archives import local_folder
 from data.tasks import get_task
 from model import expected_shapes, llama_parts, roberta_parts
 from quant import tensor_specs
-from runtime.config import Config, expects_triton, probes_per_forward, spec_of
+from runtime.config import Config, each_task, expects_triton, probes_per_forward, spec_of
 from runtime.model_configs import LlamaConfig, config_of
 from runtime.problem import encoder_of, splits_of
 from tensor_train import Spec, install, is_norm, targets_of
@@ -40,7 +40,7 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
     total = sum(math.prod(shape) for shape in shapes.values())
     spec = spec_of(c, raw["model_type"])
     trainable, fixed = ({"weights": total}, 0) if spec is None else adapters(config, raw["model_type"], spec, shapes)
-    N = min(c.micro_batch_size, c.batch_size) * tokens
+    N = min(c.micro_batch_size, c.batch_size // len(each_task(c))) * tokens
     parts = stored(shapes, c) | ({} if spec is None else {"adapters": 4 * (trainable["adapters"] + fixed)})
     if c.optimizer == "adamw":
         trained = masters(shapes, c) if spec is None else 4 * sum(trainable.values())
@@ -183,7 +183,10 @@ def table(predicted: dict) -> str:
 
 
 def longest_sequence(c: Config) -> int | None:
-    """Tokens of the task's longest sequence, where its files and the tokenizer are at hand."""
+    """Tokens of the tasks' longest sequence, where their files and the tokenizer are at hand."""
+    if "," in c.task:
+        lengths = list(map(longest_sequence, each_task(c)))
+        return None if None in lengths else max(lengths)
     task = get_task(c.task)
     here = Path(c.model).is_dir() or c.model == "tiny"
     if not here or not (task.folder or (Path(c.data_dir).is_dir() if c.data_dir else local_folder(task))):

@@ -36,8 +36,9 @@ class Config:
     """Every flag.  None: from DEFAULTS where it has an entry for the method, else it does not apply."""
 
     model: str = flag("model and data", "tiny", f"a checkpoint directory, or one of {', '.join(PRESETS)}")
-    task: str | None = flag("model and data", None, f"what to learn: {', '.join(TASKS)}; or a .json "
-                             "file that describes your own (docs/own_data.md) [tiny for the tiny model, else sst2]"
+    task: str | None = flag("model and data", None, f"what to learn: {', '.join(TASKS)}; a .json file "
+                             "that describes your own (docs/own_data.md); or several of them, as in sst2,rte, of which "
+                             "a batch has equal shares [tiny for the tiny model, else sst2]"
                              )  # fmt: skip
     data_dir: str | None = flag("model and data", None, "folder of the official files, SST-2/train.tsv and so on "
                                 "[datasets, else a cache into which the archives are fetched]")  # fmt: skip

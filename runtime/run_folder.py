@@ -33,6 +33,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -318,10 +319,9 @@ class StepRecorder:
 
 
 def hashed(files: list[Path]) -> dict[str, str]:
-    """By their names, where these differ, else by the ends of their paths."""
-    names = [file.name for file in files]
-    if len(set(names)) < len(names):
-        names = ["/".join(file.parts[-2:]) for file in files]
+    """By their names, where these differ, else by the ends of their paths, as long as they must be to differ."""
+    ends = ([file.parts[-length:] for file in files] for length in count(1))
+    names = ["/".join(end) for end in next(of_all for of_all in ends if len(set(of_all)) == len(files))]
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in zip(names, files, strict=True)}
 
 
