@@ -44,6 +44,7 @@ from tqdm import tqdm
 import gpu
 import tensor_train
 from family.lezo import adalezo, lezo
+from family.mazo import mazo, unpacked
 from family.mezo_svrg import SVRG, svrg
 from family.subzero import SubZero
 from model import LanguageModel
@@ -58,7 +59,18 @@ from runtime.flags import ADAPTERS
 from runtime.hub import raw_config, resolve
 from runtime.json_files import one_line
 from runtime.model_configs import config_of
-from runtime.problem import MultiTask, Problem, Quality, load_base, prepare, restore_best, sizes
+from runtime.problem import (
+    MASKS,
+    MultiTask,
+    Problem,
+    Quality,
+    load_base,
+    mask_file,
+    prepare,
+    read_masks,
+    restore_best,
+    sizes,
+)
 from runtime.ranks import Ranks, is_first, joined
 from runtime.record import RecordedRun, check_result, check_same, read_result, read_run
 from runtime.run_folder import (
@@ -168,8 +180,11 @@ def batch_indices(seed: int, step: int, batch_size: int, n: int, *others: int) -
     return indices
 
 
-def estimator(c: Config, lm: LanguageModel) -> ZO:
-    """The estimator that the flags name; AdaZeta's number of queries changes from epoch to epoch."""
+def estimator(c: Config, lm: LanguageModel, masks: dict[str, Tensor] | None = None) -> ZO:
+    """The estimator that the flags name; AdaZeta's number of queries changes from epoch to epoch.
+
+    masks: MaZO's.  Without them it is what they are measured by.
+    """
     common = dict(eps=c.eps, queries=c.queries or 1, estimator=c.estimator or "q-rge2", dtype=lm.dtype,
                   probes_per_forward=probes_per_forward(c))  # fmt: skip
     if c.method == "subzero":
@@ -181,6 +196,8 @@ def estimator(c: Config, lm: LanguageModel) -> ZO:
         zo = ZO(**common, bits=bits, probe=c.probe, nearest=c.rounding == "nearest")
     if c.method == "lezo":
         return (adalezo if c.bandit else lezo)(zo, lm, c.share, c.rest)
+    if masks is not None:
+        return mazo(zo, masks)
     return svrg(zo, c.anchor_steps, c.anchor_rate) if c.method == "mezo-svrg" else zo
 
 
@@ -320,11 +337,12 @@ def start(c: Config, held: ExitStack) -> tuple[Config, Problem | MultiTask, Reco
     if c.device.startswith("cuda:"):
         torch.cuda.set_device(c.device)  # kernels and memory figures go by the current device
     ranks = held.enter_context(joined(c.device))
-    if ranks.world > 1 and (c.optimizer != "zo" or c.method == "mezo-svrg" or "," in c.task):
-        raise ValueError("several processes share zeroth order's steps; those of AdamW, of MeZO-SVRG and of several "
+    if ranks.world > 1 and (c.optimizer != "zo" or c.method in ("mezo-svrg", "mazo") or "," in c.task):
+        raise ValueError("several processes share zeroth order's steps; those of AdamW, MeZO-SVRG, MaZO and several "
                          "tasks are not shared: start one process")  # fmt: skip
     problem, files = prepare(c)
-    begun = run_config(dataclasses.asdict(c), weights_sha256(problem.lm.weights), files, files_of_base(c))
+    masks = mask_file(c, problem, estimator(c, problem.lm)) if c.method == "mazo" and past is None else b""
+    begun = run_config(dataclasses.asdict(c), weights_sha256(problem.lm.weights), files, files_of_base(c), masks)
     decided = {name: begun[name] for name in ("code_sha256", "base_weights_sha256", "data_sha256", "other_sha256")}
     ranks.check_same("what they begin with", json.dumps(decided))
     if parameters(problem.lm.weights) < SMALL:
@@ -333,7 +351,7 @@ def start(c: Config, held: ExitStack) -> tuple[Config, Problem | MultiTask, Reco
         check_same(Path(c.out), past.config, decided)
         tell(other_versions(past.config, begun))
     elif is_first():
-        past = begin(Path(c.out), begun)
+        past = begin(Path(c.out), begun, {MASKS: masks} if masks else {})
         tell(held.enter_context(locked(Path(c.out))))
     else:
         past = RecordedRun(begun, [], [])
@@ -354,7 +372,8 @@ def run(c: Config) -> dict:
             folder.zero_shot = problem.score(problem.measured(problem.answered("test")))
             tell(f"zero-shot test {metric} {100 * folder.zero_shot:.1f} %")
         progress = progress_of(past, c, problem.lm, guess_of(c, problem))
-        zo = estimator(c, problem.lm) if c.optimizer == "zo" else None
+        masks = read_masks(c, problem.lm, past.config)
+        zo = estimator(c, problem.lm, masks) if c.optimizer == "zo" else None
         if zo is not None:
             lost = progress.best is not None and folder.model is not None  # model/ may be
             save_best = [partial(save, problem.lm, folder.model)] if lost else []
@@ -449,7 +468,8 @@ def method_text(c: Config) -> str:
     gaussian = "Gaussian directions" if c.method != "subzero" else "directions in random subspaces"
     directions = {None: "", "full": f", {gaussian}", "sparse": ", sparse directions (ours)"}
     rounded = f", {c.direction_bits}-bit directions (the paper's)"
-    return f"{c.method} on {c.weights} weights{directions.get(c.direction_bits, rounded)}"
+    masked = "" if c.mask_share is None else f", {100 * c.mask_share:g} % of each row"
+    return f"{c.method} on {c.weights} weights{directions.get(c.direction_bits, rounded)}{masked}"
 
 
 def ending(c: Config, progress: Progress) -> list[str]:
@@ -479,7 +499,7 @@ def progress_of(past: RecordedRun | None, c: Config, lm: LanguageModel, guess: f
         weights = trained(lm)
         blocks = parameters({name: weights[name] for name in weights if name.startswith(lm.layers)})
         rest = 0 if c.rest is False else parameters(weights) - blocks
-        moved = blocks * (c.share or 1) + rest  # by a step
+        moved = (blocks * (c.share or 1) + rest) * (c.mask_share or 1)  # by a step
         progress.rate_by = partial(measured_rate, d=moved, kind=kind, dense_on_codes=dense)
     if past is not None:
         grads = iter(past.projected_grads)
@@ -564,10 +584,12 @@ def replay(c: Config) -> dict:
     problem, files = prepare(c) if c.calibrate or verify else (None, None)
     lm = problem.lm if problem else load_base(c, resolve(c.model), [])
     check_same(out, past.config, {"base_weights_sha256": weights_sha256(lm.weights)})
-    zo, steps, found = estimator(c, lm), len(past.trajectory), {}
+    masks = read_masks(c, lm, past.config)
+    zo, steps, found = estimator(c, lm, masks), len(past.trajectory), {}
     at = {best_step: [lambda: found.update(weights_sha256=weights_sha256(lm.weights))]}
     if verify:
         check_same(out, past.config, {"data_sha256": hashed(files)})
+        found |= {} if masks is None else {"masks_difference": verify_masks(c, problem, masks)}
         rows = [row for row in past.rows if "projected_grad" in row]
         for step in permutation(int(result["digest"], 16), 0, steps)[:verify].tolist():
             at.setdefault(step, []).append(partial(verify_step, c, problem, zo, rows[step], step, found))
@@ -581,7 +603,8 @@ def replay(c: Config) -> dict:
     said = {"run": c.out, "steps": best_step, "weights_sha256": sha256, "recorded_sha256": result["weights_sha256"]}
     said |= {name: sorted(value) if isinstance(value, list) else value for name, value in found.items()}
     bound = allowed(past.config["flags"])
-    near = max(found.get("largest_difference", 0), found.get("loss_difference", 0)) <= bound
+    differences = ("largest_difference", "loss_difference", "masks_difference")
+    near = max(found.get(name, 0) for name in differences) <= bound
     return said | ({"allowed": bound} if verify else {}) | {"equal": near and sha256 == result["weights_sha256"]}
 
 
@@ -622,6 +645,13 @@ def verify_step(c: Config, problem: Problem | MultiTask, zo: ZO, row: dict, step
     same = (slopes.abs() - grads.abs()).abs() <= 1e-3 + 1e-3 * slopes.abs()  # a coin may turn random's over
     if not (same | cut).all():
         raise ValueError(f"{c.out}: step {step + 1} has other projected gradients than its losses give")
+
+
+def verify_masks(c: Config, problem: Problem | MultiTask, masks: dict[str, Tensor]) -> float:
+    """Measure MaZO's masks again at the base weights -> the share of weights that are in one and not in the other."""
+    again = unpacked(mask_file(c, problem, estimator(c, problem.lm)), problem.lm.weights)
+    differ = sum(int((again[name] != mask).sum()) for name, mask in masks.items())
+    return differ / sum(mask.numel() for mask in masks.values())
 
 
 def verify_metrics(problem: Problem | MultiTask, result: dict, found: dict) -> None:

@@ -198,8 +198,7 @@ def of_the_run(c: Config, flags: dict) -> Config:
     # codes are saved as they were rounded, but those around which adapters were trained are not saved
     given["calibrate"] = flags["calibrate"] if flags["method"] in ADAPTERS else 0
     c = Config(**flags | given)
-    one, *others = each_task(c)  # of several tasks perhaps
-    return c if others else one
+    return each_task(c)[0] if "," in flags["task"] and "," not in c.task else c  # one of the run's several
 
 
 def flags_given(c: Config) -> dict[str, object]:
@@ -243,7 +242,7 @@ RANGES = {
     "lora_alpha": (1e-6, 1e6), "lr": (0, 1e6), "eps": (1e-8, 1e3), "cell": (8, 2**30), "clip": (0.1, 1e6),
     "weight_decay": (0, 1e3), "seed": (0, 2**64 - 1), "data_seed": (0, 2**32 - 1), "warmup": (0, COUNT[1]),
     "jobs": (1, 1024), "verify": COUNT, "subspace_rank": (1, 256), "subspace_steps": COUNT, "share": (1e-3, 1),
-    "anchor_steps": COUNT, "anchor_rate": (1e-6, 1e6),
+    "anchor_steps": COUNT, "anchor_rate": (1e-6, 1e6), "mask_share": (1e-3, 1),
 }  # fmt: skip
 
 
@@ -321,6 +320,7 @@ def meaningless_flags(c: Config) -> list[str]:
         ("subspace_rank", "subspace_steps"): c.method == "subzero",
         ("share", "rest", "bandit"): c.method == "lezo",
         ("anchor_steps", "anchor_rate"): c.method == "mezo-svrg",
+        ("mask_share",): c.method == "mazo",
         ("alpha", "beta", "max_queries"): c.method == "adazeta" and c.queries is None,
         ("placement",): kind == "adp",
         ("bottleneck", "tt_rank"): kind in ("adp", "rep"),
@@ -400,6 +400,9 @@ def check_family(c: Config) -> None:
     if c.method == "subzero" and (c.direction_bits != "full" or c.probe == "codes"):
         given = "--probe codes" if c.direction_bits == "full" else f"--direction-bits {c.direction_bits}"
         raise ValueError(f"--method subzero has directions of its own: leave out {given}")
+    if c.method == "mazo" and (c.direction_bits == "sparse" or c.probe == "codes"):
+        given = "--probe codes" if c.probe == "codes" else "--direction-bits sparse"
+        raise ValueError(f"--method mazo masks dense directions of floats: leave out {given}")
     if c.method == "mezo-svrg":
         for wrong, given in ((c.direction_bits == "sparse", "--direction-bits sparse"), (c.clip is not None, "--clip"),
                              (c.queries != 1, f"--queries {c.queries}")):  # fmt: skip

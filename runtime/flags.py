@@ -19,7 +19,7 @@ RESIDUALS, ACTIVATIONS = (0, 1, 2, 4, 8), ("none", "int8", "fp8")
 
 ADAPTERS = {"loretta-adp": "adp", "adazeta": "adp", "loretta-rep": "rep", "lora": "lora"}  # method: kind
 FIRST_ORDER = ("fo", "fo-ste")  # of all weights; adapters are trained by either optimizer
-FAMILY = ("subzero", "lezo", "mezo-svrg")  # of all weights, by zeroth order: family/
+FAMILY = ("subzero", "lezo", "mezo-svrg", "mazo")  # of all weights, by zeroth order: family/
 METHODS = ("quzo", "mezo", *FAMILY, *FIRST_ORDER, *ADAPTERS)
 DIRECTION_BITS = ("full", "sparse", *map(str, range(2, 9)))
 
@@ -52,8 +52,8 @@ class Config:
                                                           "[2048, of masked models 128 or 256]")  # fmt: skip
 
     method: str = flag("method", "quzo", "quzo: low-bit directions and weights; mezo: Gaussian directions; fo: AdamW; "
-                                         "fo-ste: AdamW through fake-quantised weights; subzero, lezo, mezo-svrg: "
-                                         "family/; the others train adapters around frozen weights", METHODS
+                                         "fo-ste: AdamW through fake-quantised weights; subzero, lezo, mezo-svrg, "
+                                         "mazo: family/; the others train adapters around frozen weights", METHODS
                               )  # fmt: skip
     optimizer: str | None = flag("method", None, "zo: forward passes only; adamw: back-propagation", ("zo", "adamw"))
     weights: str | None = flag("method", None, "how matrices are stored", FORMATS)
@@ -94,6 +94,8 @@ class Config:
 
     anchor_steps: int | None = flag("family", None, "of mezo-svrg: for how many steps an anchor stays")
     anchor_rate: float | None = flag("family", None, "of mezo-svrg: the rate of an anchor's step over --lr")
+    mask_share: float | None = flag("family", None, "of mazo: the share of each row's weights that moves, the most "
+                                                    "important ones of all tasks")  # fmt: skip
 
     steps: int | None = flag("steps", None, "number of updates")
     lr: float | None = flag("steps", None, "learning rate; of zeroth order, unless given, what the first 32 projected "
@@ -187,6 +189,8 @@ DEFAULTS = {
                  batch_size=16, eval_every=4000, share=0.25, rest=True, bandit=False),
     "mezo-svrg": dict(weights="bf16", direction_bits="full", steps=20000, lr_schedule="constant", eps=1e-3, lr=1e-6,
                       batch_size=64, eval_every=4000, anchor_steps=2, anchor_rate=1000.0),
+    "mazo": dict(weights="bf16", direction_bits="full", steps=20000, lr_schedule="constant", eps=1e-3,
+                 batch_size=16, eval_every=4000, mask_share=0.5),
     "fo": dict(weights="fp32", steps=625, lr=1e-5, lr_schedule="linear", weight_decay=0.0, batch_size=8,
                eval_every=125),
     "fo-ste": dict(weights="int8", master="fp32", steps=625, lr=1e-5, lr_schedule="linear", weight_decay=0.0,
@@ -211,6 +215,7 @@ TINY_DEFAULTS = {
                     subspace_steps=50),
     "lezo": dict(weights="fp32", steps=500, lr=3e-4, eval_every=25, batch_size=32, share=0.5),
     "mezo-svrg": dict(weights="fp32", steps=100, lr=3e-4, eval_every=25, batch_size=32, anchor_rate=1.0),
+    "mazo": dict(weights="fp32", steps=500, lr=6e-4, eval_every=25, batch_size=32),
     "fo": dict(steps=100, lr=1e-3, eval_every=25, batch_size=32),
     "fo-ste": dict(steps=100, lr=1e-3, eval_every=25, batch_size=32),
     "adazeta": dict(weights="fp32", steps=500, lr=1e-2, eval_every=50, batch_size=32),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import gpu
 import tensor_train
@@ -21,16 +23,18 @@ from data.metrics import Prediction, check_metric, mean, measure, metric_of_one
 from data.scoring import BatchLoss, Encoded, Encoder, MeanLoss, MetricLoss, evaluate, write
 from data.tasks import Task, get_task
 from data.tokenizer import Tokenizer
+from family import mazo
 from gpu.code_products import enable_code_products
 from model import LanguageModel, load
 from quant import quantise_tokens
+from random_bits import Key, permutation
 from runtime.checkpoints import holds_codes, stored_format
 from runtime.config import Config, each_task, max_length, spec_of
 from runtime.first_order import make_trainable
 from runtime.flags import FIRST_ORDER
 from runtime.hub import PRESETS, resolve
 from runtime.model_configs import read_config
-from zo_optim import SparseZO
+from zo_optim import ZO, SparseZO
 
 CACHE_BYTES = 2**31
 
@@ -271,6 +275,38 @@ def restore_best(c: Config, lm: LanguageModel, directory: Path) -> LanguageModel
         return load_weights(c, directory)
     tensor_train.load(lm, directory)
     return lm
+
+
+MASKS = "masks.safetensors"  # of a run folder
+MASK_TEXTS, MASK_QUERIES = 64, 16  # training examples, and directions, that a task is measured with
+NO_STEP = 2**32 - 1
+
+
+def mask_file(c: Config, problem: Problem | MultiTask, zo: ZO) -> bytes:
+    """MaZO's masks at the model's present weights, each task measured on the first training examples of its order."""
+    zo, key, share = replace(zo, queries=MASK_QUERIES), Key(c.seed, NO_STEP), c.batch_size // len(problem.parts)
+    tasks = []
+    with torch.compiler.set_stance("force_eager"):  # what notes a layer's inputs cannot be compiled
+        for at, part in enumerate(problem.parts):
+            order = permutation(c.seed, 0, len(part.train), at)[:MASK_TEXTS].tolist()
+            some = [part.train[i] for i in order]  # files may have one class after the other
+            texts = [example.sequences[0] for example in some]
+            tasks.append(mazo.measure(part.lm, part.loss_fn(c.micro_batch_size)(some[:share]), texts, key, zo))
+        return mazo.packed(mazo.masks(problem.lm.weights, tasks, key, zo, c.mask_share))
+
+
+def read_masks(c: Config, lm: LanguageModel, config: dict) -> dict[str, Tensor] | None:
+    """The masks in a run's folder, of MaZO's runs.  config: config.json's contents.
+
+    Raises ValueError for others than it began with.
+    """
+    if c.method != "mazo":
+        return None
+    path = Path(c.out) / MASKS
+    file = path.read_bytes() if path.is_file() else b""
+    if sha256(file).hexdigest() != config["masks_sha256"]:
+        raise ValueError(f"{path} is {'not what the run began with' if file else 'missing'}: begin a new run")
+    return mazo.unpacked(file, lm.weights)
 
 
 def sizes(problem: Problem | MultiTask) -> str:
