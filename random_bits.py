@@ -114,8 +114,9 @@ def bits32(key: Key, purpose: Purpose, rows: Tensor, columns: int) -> Tensor:
     return torch.stack((words, between), -1).flatten(1)[:, :columns]
 
 
-def permutation(seed: int, epoch: int, n: int) -> Tensor:
-    """A uniformly random order of n examples, keyed by epoch -> [n] int64 (on the CPU)."""
-    words = philox_blocks(Key(seed, epoch), Purpose.DATA_ORDER, torch.arange(n), 8)[:, 0]
+def permutation(seed: int, epoch: int, n: int, task: int = 0) -> Tensor:
+    """A uniformly random order of n examples, keyed by epoch, and by which of several tasks they are of -> [n] int64
+    (on the CPU)."""
+    words = philox_blocks(Key(seed, epoch, task), Purpose.DATA_ORDER, torch.arange(n), 8)[:, 0]
     first, second = words[:, 0].to(torch.int64), words[:, 1].to(torch.int64)
     return torch.argsort((first << 31) ^ second, stable=True)  # 62 bits or so: ties do not happen

@@ -34,6 +34,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from safetensors import SafetensorError
@@ -42,10 +43,9 @@ from tqdm import tqdm
 
 import gpu
 import tensor_train
-from data.metrics import measure
-from data.tasks import get_task
 from family.elasticzo import Tail, tail_of, watching
 from family.lezo import adalezo, lezo
+from family.mazo import mazo, unpacked
 from family.mezo_svrg import SVRG, svrg
 from family.subzero import SubZero
 from family.zo2 import Deferred
@@ -54,14 +54,25 @@ from quant import INTEGERS, Store
 from random_bits import Key, permutation
 from runtime.ask import ask
 from runtime.checkpoints import companion_files, save_stored, weights_sha256
-from runtime.config import Config, max_length, parse, probes_per_forward, recorded, validate
+from runtime.config import Config, max_length, parse, probes_per_forward, recorded, tasks_of, validate
 from runtime.dry_run import longest_sequence, predict, table
 from runtime.first_order import adamw_step, optimizer
 from runtime.flags import ADAPTERS
 from runtime.hub import raw_config, resolve
 from runtime.json_files import one_line
 from runtime.model_configs import config_of
-from runtime.problem import Problem, Quality, load_base, prepare, restore_best, sizes
+from runtime.problem import (
+    MASKS,
+    MultiTask,
+    Problem,
+    Quality,
+    load_base,
+    mask_file,
+    prepare,
+    read_masks,
+    restore_best,
+    sizes,
+)
 from runtime.ranks import Ranks, is_first, joined
 from runtime.record import RecordedRun, check_result, check_same, read_result, read_run
 from runtime.run_folder import (
@@ -99,13 +110,14 @@ from zo_optim import (
 
 
 def train(
-    c: Config, problem: Problem, zo: ZO | None, folder: RunFolder | NoFolder, stop: Stop, progress: Progress,
-    ranks: Ranks,
+    c: Config, problem: Problem | MultiTask, zo: ZO | None, folder: RunFolder | NoFolder, stop: Stop,
+    progress: Progress, ranks: Ranks,
 ) -> None:  # fmt: skip
     """Run the loop, to its last step or until the run has diverged.  The folder's model/ holds the best weights."""
     lm, n, weights = problem.lm, len(problem.train), trained(problem.lm)
+    task_sizes = [len(part.train) for part in problem.parts]
     zo, loss_of = installed(zo, c, lm, c.graphs), losses_of(c, problem, zo, ranks)
-    ahead, ready = c.device != "cpu" and c.queries is not None and not isinstance(zo, SVRG), {}  # losses by step
+    ahead, ready = c.queries is not None and not isinstance(zo, SVRG), {}  # losses by step
     adamw = optimizer(weights, c.lr, c.weight_decay or 0.0) if c.optimizer == "adamw" else None
     if adamw is not None and progress.steps:  # a run is taken up again
         folder.load_state(progress.steps, adamw, weights)
@@ -116,15 +128,15 @@ def train(
                 break
             # the batch
             size = n if isinstance(zo, SVRG) and zo.is_anchor(step) else c.batch_size
-            examples = [problem.train[i] for i in batch_indices(c.seed, step, size, n)]
+            examples = [problem.train[i] for i in batch_indices(c.seed, step, size, *task_sizes)]
             lr = learning_rate(step, progress.rate, c.lr_schedule, c.steps, c.warmup)
             if zo is not None and c.queries is None:  # AdaZeta's number grows with the epochs
                 epoch = epoch_of(step, n, c.batch_size)
                 zo = replace(zo, queries=adazeta_queries(epoch, c.alpha, c.beta, c.max_queries))
             loss_fn = ready.pop(step, None) or loss_of(examples, 1 if zo is None else zo.queries)
             if ahead:  # the next one, while a GPU computes
-                loss_fn.meanwhile = lambda at=step + 1: ready.update({at: loss_of(
-                    [problem.train[i] for i in batch_indices(c.seed, at, c.batch_size, n)], c.queries)})  # fmt: skip
+                loss_fn.meanwhile = lambda at=step + 1, size=size: ready.update({at: loss_of(
+                    [problem.train[i] for i in batch_indices(c.seed, at, size, *task_sizes)], c.queries)})  # fmt: skip
 
             # two forward passes a query and an update; or, of the baselines, one forward and one backward pass
             if zo is not None:
@@ -157,23 +169,34 @@ def train(
         bar.close()
 
 
-def losses_of(c: Config, problem: Problem, zo: ZO | None, ranks: Ranks) -> Callable[..., LossFn]:
+def losses_of(c: Config, problem: Problem | MultiTask, zo: ZO | None, ranks: Ranks) -> Callable[..., LossFn]:
     """From a step's examples and its number of queries to its loss."""
     loss_of = ranks.loss_of(problem.loss_fn(c.micro_batch_size), problem.terms)
     return watching(loss_of, zo.moves) if zo is not None and isinstance(zo.moves, Tail) else loss_of
 
 
-_order = lru_cache(maxsize=2)(permutation)  # a batch may span two epochs
+_order = lru_cache(maxsize=32)(permutation)  # of a few tasks: a batch may span two epochs of each
 
 
-def batch_indices(seed: int, step: int, batch_size: int, n: int) -> list[int]:
-    """Examples of step `step` (from 0): one endless stream of keyed permutations, cut every batch_size."""
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    return [int(_order(seed, p // n, n)[p % n]) for p in positions]
+def batch_indices(seed: int, step: int, batch_size: int, n: int, *others: int) -> list[int]:
+    """Examples of step `step` (from 0): one endless stream of keyed permutations, cut every batch_size.
+
+    others: how many examples further tasks have.  Each task then has a stream of its own and an equal share of the
+    batch, and its indices go on where those of the task before end.
+    """
+    indices, first, share = [], 0, batch_size // (1 + len(others))
+    for task, size in enumerate((n, *others)):
+        positions = range(step * share, (step + 1) * share)
+        indices += [first + int(_order(seed, p // size, size, task)[p % size]) for p in positions]
+        first += size
+    return indices
 
 
-def estimator(c: Config, lm: LanguageModel) -> ZO:
-    """The estimator that the flags name; AdaZeta's number of queries changes from epoch to epoch."""
+def estimator(c: Config, lm: LanguageModel, masks: dict[str, Tensor] | None = None) -> ZO:
+    """The estimator that the flags name; AdaZeta's number of queries changes from epoch to epoch.
+
+    masks: MaZO's.  Without them it is what they are measured by.
+    """
     common = dict(eps=c.eps, queries=c.queries or 1, estimator=c.estimator or "q-rge2", dtype=lm.dtype,
                   probes_per_forward=probes_per_forward(c))  # fmt: skip
     if c.method == "subzero":
@@ -187,6 +210,8 @@ def estimator(c: Config, lm: LanguageModel) -> ZO:
         return (adalezo if c.bandit else lezo)(zo, lm, c.share, c.rest)
     if c.method == "elasticzo":
         return replace(zo, moves=tail_of(lm, c.tail_blocks, c.tail_rate))
+    if masks is not None:
+        return mazo(zo, masks)
     return svrg(zo, c.anchor_steps, c.anchor_rate) if c.method == "mezo-svrg" else zo
 
 
@@ -269,11 +294,11 @@ class Progress:
 
 
 def evaluate_and_keep_best(
-    c: Config, problem: Problem, folder: RunFolder | NoFolder, progress: Progress, ranks: Ranks,
+    c: Config, problem: Problem | MultiTask, folder: RunFolder | NoFolder, progress: Progress, ranks: Ranks,
     adamw: torch.optim.AdamW | None = None,
 ) -> None:  # fmt: skip
     """Save before logging, so that the log never names weights that are not on disk."""
-    dev = ranks.first(problem.quality(problem.dev))
+    dev = ranks.first(problem.dev_quality())
     if not progress.steps and not math.isfinite(dev.loss):
         raise ValueError("the loss is not finite at step 0: the model gives none before any step; try other --weights")
     if progress.note_if_best(dev) and folder.model is not None:
@@ -297,7 +322,7 @@ def save(lm: LanguageModel, directory: Path) -> None:
 # ---------------------------------------------------------------- runs, resumed and replayed
 
 
-ALONE = ("mezo-svrg", "elasticzo", "zo2")  # methods whose steps processes do not share
+ALONE = ("mezo-svrg", "mazo", "elasticzo", "zo2")  # methods whose steps processes do not share
 SMALL = 2**22  # parameters: regions so short gain nothing from a second thread, and lose much where a core is busy
 
 
@@ -315,7 +340,7 @@ class Stop:
         self.signal = number
 
 
-def start(c: Config, held: ExitStack) -> tuple[Config, Problem, RecordedRun, Ranks]:
+def start(c: Config, held: ExitStack) -> tuple[Config, Problem | MultiTask, RecordedRun, Ranks]:
     """A new run or one that is taken up: its flags, its problem, and what its folder holds, which is `held` from now
     on, as the ranks are.
 
@@ -335,11 +360,12 @@ def start(c: Config, held: ExitStack) -> tuple[Config, Problem, RecordedRun, Ran
     if c.device.startswith("cuda:"):
         torch.cuda.set_device(c.device)  # kernels and memory figures go by the current device
     ranks = held.enter_context(joined(c.device))
-    if ranks.world > 1 and (c.optimizer != "zo" or c.method in ALONE):
-        raise ValueError(f"several processes share zeroth order's steps; those of AdamW and of {', '.join(ALONE)} are "
-                         "not shared: start one process")  # fmt: skip
-    problem, splits = prepare(c)
-    begun = run_config(dataclasses.asdict(c), weights_sha256(problem.lm.weights), splits.files, files_of_base(c))
+    if ranks.world > 1 and (c.optimizer != "zo" or c.method in ALONE or "," in c.task):
+        raise ValueError("several processes share zeroth order's steps; those of AdamW, several tasks and "
+                         f"{', '.join(ALONE)} are not shared: start one process")  # fmt: skip
+    problem, files = prepare(c)
+    masks = mask_file(c, problem, estimator(c, problem.lm)) if c.method == "mazo" and past is None else b""
+    begun = run_config(dataclasses.asdict(c), weights_sha256(problem.lm.weights), files, files_of_base(c), masks)
     decided = {name: begun[name] for name in ("code_sha256", "base_weights_sha256", "data_sha256", "other_sha256")}
     ranks.check_same("what they begin with", json.dumps(decided))
     if parameters(problem.lm.weights) < SMALL:
@@ -348,7 +374,7 @@ def start(c: Config, held: ExitStack) -> tuple[Config, Problem, RecordedRun, Ran
         check_same(Path(c.out), past.config, decided)
         tell(other_versions(past.config, begun))
     elif is_first():
-        past = begin(Path(c.out), begun)
+        past = begin(Path(c.out), begun, {MASKS: masks} if masks else {})
         tell(held.enter_context(locked(Path(c.out))))
     else:
         past = RecordedRun(begun, [], [])
@@ -359,17 +385,18 @@ def run(c: Config) -> dict:
     """One training run from flags to result, or the rest of one; of ranks but the first, nothing."""
     with ExitStack() as held:
         c, problem, past, ranks = start(c, held)
-        title, metric, out = title_of(past.config["flags"]), problem.task.metric, Path(c.out)
+        title, metric, out = title_of(past.config["flags"]), problem.metric, Path(c.out)
         events = c.log == "tensorboard"
         folder = RunFolder(out, title, past, metric, events) if is_first() else NoFolder(past)
         stop = Stop()
         ranks.asked_to_stop = lambda: bool(stop.signal)
         tell(f"{title}, {c.device}; {sizes(problem)}; run folder {c.out}")
         if is_first():
-            folder.zero_shot = measure(metric, problem.answers(problem.tests["test"]))
+            folder.zero_shot = problem.score(problem.measured(problem.answered("test")))
             tell(f"zero-shot test {metric} {100 * folder.zero_shot:.1f} %")
         progress = progress_of(past, c, problem.lm, guess_of(c, problem))
-        zo = estimator(c, problem.lm) if c.optimizer == "zo" else None
+        masks = read_masks(c, problem.lm, past.config)
+        zo = estimator(c, problem.lm, masks) if c.optimizer == "zo" else None
         if zo is not None:
             lost = progress.best is not None and folder.model is not None  # model/ may be
             save_best = [partial(save, problem.lm, folder.model)] if lost else []
@@ -387,21 +414,21 @@ def run(c: Config) -> dict:
         return folder.result(result_of(c, problem, folder, progress, seconds)) if is_first() else {}
 
 
-def result_of(c: Config, problem: Problem, folder: RunFolder, progress: Progress, seconds: float) -> dict:
+def result_of(c: Config, problem: Problem | MultiTask, folder: RunFolder, progress: Progress, seconds: float) -> dict:
     """What a run came to, tested with the weights of its lowest dev loss."""
     interrupted = progress.steps < c.steps and not progress.diverged
     if not interrupted:
         folder.remove_states()
     lm = problem.lm = restore_best(c, problem.lm, folder.model)
-    found = {} if interrupted else {split: problem.answers(rows) for split, rows in problem.tests.items()}
+    found = {} if interrupted else problem.answered()
     folder.predictions(found)
-    measured = {split: problem.measured(answers) for split, answers in found.items()}
+    measured = problem.measured(found)
     return {
         **named(folder.flags), "steps": progress.steps, "forwards": progress.forwards,
         "trainable_parameters": parameters(trained(lm)),
         "zero_shot": folder.zero_shot, "dev": progress.best.metric, "dev_loss": progress.best.loss,
         "best_step": progress.best_step, "best_forwards": progress.best_forwards,
-        "lr": progress.rate, "metric": folder.metric, "test": measured["test"][folder.metric] if measured else None,
+        "lr": progress.rate, "metric": folder.metric, "test": problem.score(measured) if measured else None,
         "tests": measured,
         "interrupted": interrupted, "diverged": progress.diverged, "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_memory(c.device), "reserved_memory_bytes": reserved_memory(c.device),
@@ -442,10 +469,11 @@ def last_state(out: Path, past: RecordedRun) -> int:
     return kept[-1] if kept and (out / "model").is_dir() else 0
 
 
-def guess_of(c: Config, problem: Problem) -> float:
+def guess_of(c: Config, problem: Problem | MultiTask) -> float:
     """The loss of a model that scores all options alike; inf where losses move in steps."""
-    of_guessing = len(problem.dev[0].answers) if problem.task.loss == "options" else problem.lm.config.vocab_size
-    return math.log(of_guessing) if c.objective == "loss" else math.inf
+    of_guessing = [len(part.dev[0].answers) if part.task.loss == "options" else problem.lm.config.vocab_size
+                   for part in problem.parts]  # fmt: skip
+    return fmean(map(math.log, of_guessing)) if c.objective == "loss" else math.inf
 
 
 def named(flags: dict) -> dict:
@@ -463,7 +491,8 @@ def method_text(c: Config) -> str:
     gaussian = "Gaussian directions" if c.method != "subzero" else "directions in random subspaces"
     directions = {None: "", "full": f", {gaussian}", "sparse": ", sparse directions (ours)"}
     rounded = f", {c.direction_bits}-bit directions (the paper's)"
-    return f"{c.method} on {c.weights} weights{directions.get(c.direction_bits, rounded)}"
+    masked = "" if c.mask_share is None else f", {100 * c.mask_share:g} % of each row"
+    return f"{c.method} on {c.weights} weights{directions.get(c.direction_bits, rounded)}{masked}"
 
 
 def ending(c: Config, progress: Progress) -> list[str]:
@@ -493,7 +522,7 @@ def progress_of(past: RecordedRun | None, c: Config, lm: LanguageModel, guess: f
         weights = trained(lm)
         blocks = parameters({name: weights[name] for name in weights if name.startswith(lm.layers)})
         rest = 0 if c.rest is False else parameters(weights) - blocks
-        moved = blocks * (c.share or 1) + rest  # by a step
+        moved = (blocks * (c.share or 1) + rest) * (c.mask_share or 1)  # by a step
         progress.rate_by = partial(measured_rate, d=moved, kind=kind, dense_on_codes=dense)
     if past is not None:
         grads = iter(past.projected_grads)
@@ -510,7 +539,7 @@ def progress_of(past: RecordedRun | None, c: Config, lm: LanguageModel, guess: f
 
 def catch_up(
     c: Config, lm: LanguageModel, zo: ZO, past: RecordedRun, steps: int, at: dict[int, list[Callable[[], None]]],
-    problem: Problem | None,
+    problem: Problem | None = None,
 ) -> None:  # fmt: skip
     """Redo the first steps of a recorded run from their projected gradients, without a forward pass.
 
@@ -582,14 +611,16 @@ def replay(c: Config) -> dict:
     check_drawings(out, past, title_of(past.config["flags"]), result)
     check_same(out, past.config, {"code_sha256": code_sha256(), "other_sha256": hashed(files_of_base(c))})
     asks_data = c.calibrate or verify or c.method == "elasticzo"
-    problem, splits = prepare(c) if asks_data else (None, None)
+    problem, files = prepare(c) if asks_data else (None, None)
     lm = problem.lm if problem else load_base(c, resolve(c.model), [])
     check_same(out, past.config, {"base_weights_sha256": weights_sha256(lm.weights)})
-    zo, steps, found = estimator(c, lm), len(past.trajectory), {}
+    masks = read_masks(c, lm, past.config)
+    zo, steps, found = estimator(c, lm, masks), len(past.trajectory), {}
     at = {best_step: [lambda: found.update(weights_sha256=weights_sha256(lm.weights))]}
     if problem:
-        check_same(out, past.config, {"data_sha256": hashed(splits.files)})
+        check_same(out, past.config, {"data_sha256": hashed(files)})
     if verify:
+        found |= {} if masks is None else {"masks_difference": verify_masks(c, problem, masks)}
         rows = [row for row in past.rows if "projected_grad" in row]
         for step in permutation(int(result["digest"], 16), 0, steps)[:verify].tolist():
             at.setdefault(step, []).append(partial(verify_step, c, problem, zo, rows[step], step, found))
@@ -603,7 +634,8 @@ def replay(c: Config) -> dict:
     said = {"run": c.out, "steps": best_step, "weights_sha256": sha256, "recorded_sha256": result["weights_sha256"]}
     said |= {name: sorted(value) if isinstance(value, list) else value for name, value in found.items()}
     bound = allowed(past.config["flags"])
-    near = max(found.get("largest_difference", 0), found.get("loss_difference", 0)) <= bound
+    differences = ("largest_difference", "loss_difference", "masks_difference")
+    near = max(found.get(name, 0) for name in differences) <= bound
     return said | ({"allowed": bound} if verify else {}) | {"equal": near and sha256 == result["weights_sha256"]}
 
 
@@ -619,15 +651,16 @@ def derived(past: RecordedRun, best_step: int) -> dict:
     return named(past.config["flags"]) | values
 
 
-def loss_at(c: Config, problem: Problem, zo: ZO, step: int) -> LossFn:
+def loss_at(c: Config, problem: Problem | MultiTask, zo: ZO, step: int) -> LossFn:
     """The loss of a recorded step, as train had it."""
     n = len(problem.train)
     size = n if isinstance(zo, SVRG) and zo.is_anchor(step) else c.batch_size
-    examples = [problem.train[i] for i in batch_indices(c.seed, step, size, n)]
+    task_sizes = [len(part.train) for part in problem.parts]
+    examples = [problem.train[i] for i in batch_indices(c.seed, step, size, *task_sizes)]
     return losses_of(c, problem, zo, Ranks())(examples, zo.queries)
 
 
-def verify_step(c: Config, problem: Problem, zo: ZO, row: dict, step: int, found: dict) -> None:
+def verify_step(c: Config, problem: Problem | MultiTask, zo: ZO, row: dict, step: int, found: dict) -> None:
     """Compute a step's losses again, with the weights as they were before it.  row: what was recorded of it.
 
     Raises ValueError where its projected gradients are not those of its own recorded losses.
@@ -650,11 +683,18 @@ def verify_step(c: Config, problem: Problem, zo: ZO, row: dict, step: int, found
         raise ValueError(f"{c.out}: step {step + 1} has other projected gradients than its losses give")
 
 
-def verify_metrics(problem: Problem, result: dict, found: dict) -> None:
+def verify_masks(c: Config, problem: Problem | MultiTask, masks: dict[str, Tensor]) -> float:
+    """Measure MaZO's masks again at the base weights -> the share of weights that are in one and not in the other."""
+    again = unpacked(mask_file(c, problem, estimator(c, problem.lm)), problem.lm.weights)
+    differ = sum(int((again[name] != mask).sum()) for name, mask in masks.items())
+    return differ / sum(mask.numel() for mask in masks.values())
+
+
+def verify_metrics(problem: Problem | MultiTask, result: dict, found: dict) -> None:
     """Measure dev and test again, with the weights of the lowest dev loss."""
-    dev = problem.quality(problem.dev)
+    dev = problem.dev_quality()
     found["loss_difference"] = abs(dev.loss - result["dev_loss"])
-    tests = {split: problem.measured(problem.answers(rows)) for split, rows in problem.tests.items()}
+    tests = problem.measured(problem.answered())
     found |= {"dev": dev.metric, "recorded_dev": result["dev"], "tests": tests, "recorded_tests": result["tests"]}
 
 
@@ -669,7 +709,8 @@ def dry_run(c: Config) -> dict:
     validate(c)
     raw = raw_config(c.model)
     longest = longest_sequence(c)
-    predicted = predict(c, raw, longest or max_length(c, config_of(raw).masked, get_task(c.task)))
+    masked = config_of(raw).masked
+    predicted = predict(c, raw, longest or max(max_length(c, masked, task) for task in tasks_of(c)))
     if longest is None:
         print("no data or no tokenizer is here: sequences are taken to be as long as --max-length and the model allow")
     print(table(predicted))

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from operator import itemgetter
 from os.path import commonprefix  # of any sequences
 from typing import NamedTuple
@@ -327,6 +328,26 @@ class BatchLoss:
         n = len(tensors) // len(self.batches)
         batches = [Batch(*tensors[i : i + n]) for i in range(0, len(tensors), n)]
         return BatchLoss(self.lm, batches, self.loss)
+
+
+@dataclass
+class MeanLoss:
+    """The loss_fn of several tasks, as BatchLoss: the mean of theirs."""
+
+    losses: list[BatchLoss]
+
+    def __call__(self, view) -> Tensor:
+        return sum(loss(view) for loss in self.losses) / len(self.losses)
+
+    def parts(self, view) -> Iterator[Tensor]:
+        yield from (part / len(self.losses) for loss in self.losses for part in loss.parts(view))
+
+    def tensors(self) -> list[Tensor | None]:
+        return [tensor for loss in self.losses for tensor in loss.tensors()]
+
+    def with_tensors(self, tensors: list[Tensor | None]) -> MeanLoss:
+        left = iter(tensors)
+        return MeanLoss([loss.with_tensors(list(islice(left, len(loss.tensors())))) for loss in self.losses])
 
 
 # ---------------------------------------------------------------- evaluation

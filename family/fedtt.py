@@ -173,6 +173,8 @@ def federate(mode: str, rounds: int, clients: int, local_steps: int, alpha: floa
     validate(c)
     if c.lr is None:
         raise ValueError("--mode zo needs --lr beside this model: only train.py measures one")
+    if "," in c.task:
+        raise ValueError(f"clients learn one task, got --task {c.task}")
     if min(rounds, clients, local_steps) < 1 or not 0 < alpha < math.inf:
         raise ValueError(f"no federation: {rounds} rounds, {clients} clients, {local_steps} local steps, alpha {alpha}")
     problem, _ = prepare(c)

@@ -19,6 +19,9 @@ Ours, as no code was published:
 
 alpha, beta and k are unknown: the defaults are where a grid may begin.
 
+`train.py --method mazo --mask-share 0.5` masks once, before its first step (runtime/problem.py, mask_file), and keeps
+the masks in its run folder: a replay reads them and makes no forward.
+
 Shape key: Q queries, R rows, C columns, r some of the rows.  Imports calibration, model, quant, random_bits and
 zo_optim.
 """
@@ -30,11 +33,12 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from calibration import DAMPING, second_moments
 from model import LanguageModel
-from quant import Store
+from quant import Store, pack_bits, unpack_bits
 from random_bits import Key, Purpose, tensor_id
 from zo_optim import ZO, LossFn, probe_losses
 
@@ -139,3 +143,19 @@ def largest_of_rows(score: Tensor, k: int) -> Tensor:
     """Where a row's k largest are, bool [R, C]; of equal ones the first, so that every device has the same."""
     places = score.argsort(dim=1, descending=True, stable=True)[:, :k]
     return torch.zeros_like(score, dtype=torch.bool).scatter_(1, places, True)
+
+
+# ---------------------------------------------------------------- as a file
+
+
+def packed(masks: dict[str, Tensor]) -> bytes:
+    """A safetensors file of masks, a bit a weight: the same for the same masks, on whatever device they are."""
+    return save({name: pack_bits(mask, 1).cpu() for name, mask in masks.items()})
+
+
+def unpacked(file: bytes, weights: dict[str, Store]) -> dict[str, Tensor]:
+    """The inverse of packed, on the device of those weights."""
+    return {
+        name: unpack_bits(bits.to(weights[name].device), 1, weights[name].matrix_shape[1]).bool()
+        for name, bits in load(file).items()
+    }

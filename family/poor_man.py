@@ -234,8 +234,8 @@ def trained(method: str, steps: int, draws: int, lr: float, flags: list[str]) ->
     c = parse(["--weights", "int8", "--activations", "int8", "--no-compile", *flags])
     validate(c)
     problem, _ = prepare(c)
-    if problem.task.loss != "options":
-        raise ValueError(f"task {c.task} has no loss for each example")
+    if len(problem.parts) > 1 or problem.task.loss != "options":
+        raise ValueError(f"one task is needed that has a loss for each example, got --task {c.task}")
     before = problem.quality(problem.dev)
     forwards = run(problem, c, steps, draws, lr, NODES[method])
     return before, problem.quality(problem.dev), forwards

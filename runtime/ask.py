@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from data.tasks import Row, Task
 from data.tokenizer import Tokenizer
 from model import LanguageModel
 from runtime.checkpoints import weights_sha256
-from runtime.config import Config, names_a_run, of_the_run, validate
+from runtime.config import Config, each_task, names_a_run, of_the_run, validate
 from runtime.flags import ADAPTERS
 from runtime.hub import resolve
 from runtime.json_files import shown
@@ -59,6 +60,9 @@ def stored(c: Config) -> LanguageModel:
 
 def show(c: Config) -> Iterator[dict]:
     """The first training examples as the model reads them."""
+    if "," in c.task:
+        yield from chain.from_iterable(map(show, each_task(c)))
+        return
     rows, encode = splits_of(c).train[: c.show], encoder_of(c)
     for row, encoded in zip(rows, encode.all(rows), strict=True):
         example, prompt = encoded.example, encoded.sequences[0]
@@ -76,11 +80,11 @@ def show(c: Config) -> Iterator[dict]:
 def evaluation(c: Config) -> Iterator[dict]:
     """The task's metric and loss on dev, and every metric on the tests."""
     problem, _ = prepare(c, load_asked)
-    dev = problem.quality(problem.dev)
+    dev = problem.dev_quality()
     if not math.isfinite(dev.loss):
         raise ValueError(f"the loss on dev is {dev.loss}: the model in {c.evaluate or c.model} gives no finite scores")
-    yield {"model": c.model, "task": c.task, "metric": problem.task.metric, "dev": dev.metric, "dev_loss": dev.loss,
-           "tests": {split: problem.measured(problem.answers(rows)) for split, rows in problem.tests.items()},
+    yield {"model": c.model, "task": c.task, "metric": problem.metric, "dev": dev.metric, "dev_loss": dev.loss,
+           "tests": problem.measured(problem.answered()),
            "weights_sha256": weights_sha256(problem.lm.weights)}  # fmt: skip
 
 

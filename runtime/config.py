@@ -84,16 +84,18 @@ def resolve_defaults(c: Config) -> Config:
     elif c.method != "adazeta" and optimizer == "zo":
         table["queries"] = 1
     table["task"] = c.task or ("tiny" if c.model == "tiny" else "sst2")
-    task = get_task(table["task"])
-    if c.k or "dev" not in task.files:
-        table |= FILE_DEFAULTS["k-shot files" if c.k else "full files"] | ({} if c.k else {"num_dev": task.num_dev})
+    tasks = [get_task(name) for name in table["task"].split(",")]
+    if c.k or not all("dev" in task.files for task in tasks):
+        table |= FILE_DEFAULTS["k-shot files" if c.k else "full files"]
+        if not c.k and len(tasks) == 1:  # of several each has its own
+            table["num_dev"] = tasks[0].num_dev
     if c.asks and c.weights is None:  # of a checkpoint, which is asked as it is
         weights, residual = as_stored(TINY / "model" if c.model == "tiny" else Path(c.model))
         c = dataclasses.replace(c, weights=weights, residual=residual)
     coarse = (c.weights or table["weights"]) in ("int4", "fp8") and c.method not in FIRST_ORDER
     table["calibrate"] = CALIBRATION if coarse and c.model != "tiny" else 0
     table["device"] = best_device() if c.device == "auto" else c.device
-    name = f"{Path(table['task']).stem}-{Path(c.model).name}-{c.method}"
+    name = f"{'-'.join(task.name for task in tasks)}-{Path(c.model).name}-{c.method}"
     table["out"] = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}-{os.getpid()}"  # of runs that begin at once too
     c = dataclasses.replace(c, **{n: v for n, v in table.items() if getattr(c, n) in (None, "auto")})
     zo = optimizer == "zo" and c.device.startswith("cuda") and expects_triton() and c.objective == "loss"
@@ -114,6 +116,22 @@ def as_stored(directory: Path) -> tuple[str, int]:
         return stored_format(read_object(directory / "config.json"))
     except (OSError, ValueError):
         return stored_format({})  # what is wrong is said when it is read
+
+
+DRAWN = ("k", "data_seed", "num_train", "num_dev")  # how examples are drawn, where a task's files are not read whole
+
+
+def each_task(c: Config) -> list[Config]:
+    """The flags with each of --task's names alone, without those that mean nothing beside it."""
+    alone = []
+    for name, task in zip(c.task.split(","), tasks_of(c), strict=True):
+        without = (DRAWN if "dev" in task.files else ()) + (("data_dir",) if task.folder else ())
+        alone.append(dataclasses.replace(c, task=name, **dict.fromkeys(without)))
+    return alone
+
+
+def tasks_of(c: Config) -> list[Task]:
+    return [get_task(name) for name in c.task.split(",")]
 
 
 def max_length(c: Config, masked: bool, task: Task) -> int:
@@ -174,14 +192,16 @@ def of_the_run(c: Config, flags: dict) -> Config:
     check_flags(c.evaluate, flags)
     given = flags_given(c)
     other = given.keys() - {*MOVED, "evaluate", "predict", "generate", "export", "show", "num_eval", "micro_batch_size"}
-    if other or c.task not in (None, flags["task"]) and not c.task.endswith(".json"):
+    its_own = (None, flags["task"], *flags["task"].split(","))
+    if other or c.task not in its_own and not c.task.endswith(".json"):
         raise ValueError(f"a run has its own flags: give beside --evaluate at most {', '.join(MOVED)}, num_eval, "
                          f"micro_batch_size and one question; got {', '.join(sorted(other or {'task'}))}")  # fmt: skip
     given["device"] = best_device() if c.device == "auto" else c.device
     given |= {"compile": False, "graphs": False}
     # codes are saved as they were rounded, but those around which adapters were trained are not saved
     given["calibrate"] = flags["calibrate"] if flags["method"] in ADAPTERS else 0
-    return Config(**flags | given)
+    c = Config(**flags | given)
+    return each_task(c)[0] if "," in flags["task"] and "," not in c.task else c  # one of the run's several
 
 
 def flags_given(c: Config) -> dict[str, object]:
@@ -225,7 +245,8 @@ RANGES = {
     "lora_alpha": (1e-6, 1e6), "lr": (0, 1e6), "eps": (1e-8, 1e3), "cell": (8, 2**30), "clip": (0.1, 1e6),
     "weight_decay": (0, 1e3), "seed": (0, 2**64 - 1), "data_seed": (0, 2**32 - 1), "warmup": (0, COUNT[1]),
     "jobs": (1, 1024), "verify": COUNT, "subspace_rank": (1, 256), "subspace_steps": COUNT, "share": (1e-3, 1),
-    "anchor_steps": COUNT, "anchor_rate": (1e-6, 1e6), "tail_blocks": (0, 2**16), "tail_rate": (0, 1e6),
+    "anchor_steps": COUNT, "anchor_rate": (1e-6, 1e6), "mask_share": (1e-3, 1), "tail_blocks": (0, 2**16),
+    "tail_rate": (0, 1e6),
 }  # fmt: skip
 
 
@@ -238,16 +259,7 @@ def validate(c: Config) -> None:
         value = getattr(c, name)
         if value is not None and not low <= value <= high:  # NaN fails too
             raise ValueError(f"--{name.replace('_', '-')} must be in [{low}, {high}], got {value}")
-    task = get_task(c.task)
-    whole = ("k", "data_seed", "num_train", "num_dev") if "dev" in task.files else ()
-    for names, beside in (
-        (("data_dir",) if task.folder else (), f"task {c.task}, which has its own files"),
-        (("num_train", "num_dev") if c.k else (), "--k, which says how many examples there are"),
-        (whole, f"task {c.task}, whose files are read whole"),
-    ):
-        for name in names:
-            if getattr(c, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')} means nothing beside {beside}")
+    check_tasks(c)
     check_format(c.weights, c.residual, c.oracle)
     check_method(c)
     check_products(c)
@@ -259,10 +271,32 @@ def validate(c: Config) -> None:
         raise ValueError(f"--device {c.device}: torch sees {torch.cuda.device_count()} CUDA devices here")
 
 
+def check_tasks(c: Config) -> None:
+    """Raises ValueError for flags that mean nothing beside the tasks, and for tasks that cannot share a batch."""
+    tasks = tasks_of(c)
+    own, whole = all(task.folder for task in tasks), all("dev" in task.files for task in tasks)
+    for names, beside in (
+        (("data_dir",) if own else (), f"task {c.task}, which has its own files"),
+        (("num_train", "num_dev") if c.k else (), "--k, which says how many examples there are"),
+        (DRAWN if whole else (), f"task {c.task}, whose files are read whole"),
+    ):
+        for name in names:
+            if getattr(c, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} means nothing beside {beside}")
+    if len({task.name for task in tasks}) < len(tasks):
+        raise ValueError(f"--task {c.task} names a task twice")
+    if c.batch_size % len(tasks):
+        raise ValueError(f"--batch-size {c.batch_size} cannot be shared equally by {len(tasks)} tasks: take "
+                         f"{-(-c.batch_size // len(tasks)) * len(tasks)}")  # fmt: skip
+    if len(tasks) > 1 and (c.method == "mezo-svrg" or c.predict is not None):
+        what = "--predict" if c.predict is not None else "--method mezo-svrg"
+        raise ValueError(f"{what} is for one task: give one of --task {c.task}")
+
+
 def probes_per_forward(c: Config) -> int | None:
     """How many of a step's 2 Q perturbed copies share a forward: of adapters all (None), but not on a CPU, whose cache
     they would overflow (benchmarks/probes.py)."""
-    if c.objective != "loss" and get_task(c.task).generates:
+    if c.objective != "loss" and any(task.generates for task in tasks_of(c)):
         return 1  # what one copy writes is not what another does
     return c.probes_per_forward or (None if c.method in ADAPTERS and c.device != "cpu" else 2)
 
@@ -291,6 +325,7 @@ def meaningless_flags(c: Config) -> list[str]:
         ("share", "rest", "bandit"): c.method == "lezo",
         ("anchor_steps", "anchor_rate"): c.method == "mezo-svrg",
         ("tail_blocks", "tail_rate"): c.method == "elasticzo",
+        ("mask_share",): c.method == "mazo",
         ("alpha", "beta", "max_queries"): c.method == "adazeta" and c.queries is None,
         ("placement",): kind == "adp",
         ("bottleneck", "tt_rank"): kind in ("adp", "rep"),
@@ -372,6 +407,9 @@ def check_family(c: Config) -> None:
         raise ValueError(f"--method subzero has directions of its own: leave out {given}")
     if c.method == "elasticzo" and c.objective != "loss":
         raise ValueError(f"--method elasticzo takes a gradient, and --objective {c.objective} has none: leave it out")
+    if c.method == "mazo" and (c.direction_bits == "sparse" or c.probe == "codes"):
+        given = "--probe codes" if c.probe == "codes" else "--direction-bits sparse"
+        raise ValueError(f"--method mazo masks dense directions of floats: leave out {given}")
     if c.method == "mezo-svrg":
         for wrong, given in ((c.direction_bits == "sparse", "--direction-bits sparse"), (c.clip is not None, "--clip"),
                              (c.queries != 1, f"--queries {c.queries}")):  # fmt: skip

@@ -21,7 +21,7 @@ from data.archives import local_folder
 from data.tasks import get_task
 from model import expected_shapes, llama_parts, roberta_parts
 from quant import tensor_specs
-from runtime.config import Config, expects_triton, probes_per_forward, spec_of
+from runtime.config import Config, each_task, expects_triton, probes_per_forward, spec_of
 from runtime.model_configs import LlamaConfig, config_of
 from runtime.problem import encoder_of, splits_of
 from tensor_train import Spec, install, is_norm, targets_of
@@ -40,7 +40,7 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
     total = sum(math.prod(shape) for shape in shapes.values())
     spec = spec_of(c, raw["model_type"])
     trainable, fixed = ({"weights": total}, 0) if spec is None else adapters(config, raw["model_type"], spec, shapes)
-    N = min(c.micro_batch_size, c.batch_size) * tokens
+    N = min(c.micro_batch_size, c.batch_size // len(each_task(c))) * tokens
     parts = stored(shapes, c) | ({} if spec is None else {"adapters": 4 * (trainable["adapters"] + fixed)})
     if c.optimizer == "adamw":
         trained = masters(shapes, c) if spec is None else 4 * sum(trainable.values())
@@ -58,6 +58,8 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
             scratch = one_matrix(config, c)
         if c.method == "mezo-svrg" and c.anchor_steps > 1:
             parts |= {"anchor": sum(parts.values())}  # a copy of what is stored
+        if c.method == "mazo":
+            parts |= {"masks": masked(shapes, config.tie_word_embeddings)}  # a byte a weight
         parts |= {"scratch": scratch, "activations": N * P * widest_activations(config, c)}
         at_once = sum(parts.values())
     recorded = parts["scratch"] + parts["activations"] if c.graphs else 0
@@ -75,7 +77,8 @@ def most_queries(c: Config) -> int:
     many examples there are."""
     if c.queries or c.num_train is None:
         return c.queries or c.max_queries
-    return adazeta_queries(epoch_of(c.steps - 1, c.num_train, c.batch_size), c.alpha, c.beta, c.max_queries)
+    examples = c.num_train * len(each_task(c))
+    return adazeta_queries(epoch_of(c.steps - 1, examples, c.batch_size), c.alpha, c.beta, c.max_queries)
 
 
 def adapters(config, model_type: str, spec: Spec, shapes: dict[str, torch.Size]) -> tuple[dict[str, int], int]:
@@ -106,6 +109,13 @@ def stored(shapes: dict[str, torch.Size], c: Config) -> dict[str, int]:
 def masters(shapes: dict[str, torch.Size], c: Config) -> int:
     """Bytes of everything that a first-order method trains; vectors are fp32."""
     return sum(math.prod(s) * (BYTES[c.master or c.weights] if len(s) == 2 else 4) for s in shapes.values())
+
+
+def masked(shapes: dict[str, torch.Size], tied: bool) -> int:
+    """How many weights MaZO's masks are of: of matrices but tables that are only looked up."""
+    words = ("embed_tokens", "word_embeddings") if tied else ()
+    return sum(math.prod(shape) for name, shape in shapes.items()
+               if len(shape) == 2 and ("embed" not in name or name.split(".")[-2] in words))  # fmt: skip
 
 
 def block_of(config) -> torch.nn.Module:
@@ -183,7 +193,10 @@ def table(predicted: dict) -> str:
 
 
 def longest_sequence(c: Config) -> int | None:
-    """Tokens of the task's longest sequence, where its files and the tokenizer are at hand."""
+    """Tokens of the tasks' longest sequence, where their files and the tokenizer are at hand."""
+    if "," in c.task:
+        lengths = list(map(longest_sequence, each_task(c)))
+        return None if None in lengths else max(lengths)
     task = get_task(c.task)
     here = Path(c.model).is_dir() or c.model == "tiny"
     if not here or not (task.folder or (Path(c.data_dir).is_dir() if c.data_dir else local_folder(task))):

@@ -19,7 +19,7 @@ RESIDUALS, ACTIVATIONS = (0, 1, 2, 4, 8), ("none", "int8", "fp8")
 
 ADAPTERS = {"loretta-adp": "adp", "adazeta": "adp", "loretta-rep": "rep", "lora": "lora"}  # method: kind
 FIRST_ORDER = ("fo", "fo-ste")  # of all weights; adapters are trained by either optimizer
-FAMILY = ("subzero", "lezo", "mezo-svrg", "elasticzo", "zo2")  # of all weights, by zeroth order: family/
+FAMILY = ("subzero", "lezo", "mezo-svrg", "mazo", "elasticzo", "zo2")  # of all weights, by zeroth order: family/
 METHODS = ("quzo", "mezo", *FAMILY, *FIRST_ORDER, *ADAPTERS)
 DIRECTION_BITS = ("full", "sparse", *map(str, range(2, 9)))
 
@@ -36,8 +36,9 @@ class Config:
     """Every flag.  None: from DEFAULTS where it has an entry for the method, else it does not apply."""
 
     model: str = flag("model and data", "tiny", f"a checkpoint directory, or one of {', '.join(PRESETS)}")
-    task: str | None = flag("model and data", None, f"what to learn: {', '.join(TASKS)}; or a .json "
-                             "file that describes your own (docs/own_data.md) [tiny for the tiny model, else sst2]"
+    task: str | None = flag("model and data", None, f"what to learn: {', '.join(TASKS)}; a .json file "
+                             "that describes your own (docs/own_data.md); or several of them, as in sst2,rte, of which "
+                             "a batch has equal shares [tiny for the tiny model, else sst2]"
                              )  # fmt: skip
     data_dir: str | None = flag("model and data", None, "folder of the official files, SST-2/train.tsv and so on "
                                 "[datasets, else a cache into which the archives are fetched]")  # fmt: skip
@@ -52,8 +53,8 @@ class Config:
 
     method: str = flag("method", "quzo", "quzo: low-bit directions and weights; mezo: Gaussian directions; fo: AdamW; "
                                          "fo-ste: AdamW through fake-quantised weights; subzero, lezo, mezo-svrg, "
-                                         "elasticzo, zo2: family/; the others train adapters around frozen weights",
-                       METHODS)  # fmt: skip
+                                         "mazo, elasticzo, zo2: family/; the others train adapters around frozen "
+                                         "weights", METHODS)  # fmt: skip
     optimizer: str | None = flag("method", None, "zo: forward passes only; adamw: back-propagation", ("zo", "adamw"))
     weights: str | None = flag("method", None, "how matrices are stored", FORMATS)
     activations: str = flag("method", "none", "how the input of every linear layer is rounded, one scale a token",
@@ -93,6 +94,8 @@ class Config:
 
     anchor_steps: int | None = flag("family", None, "of mezo-svrg: for how many steps an anchor stays")
     anchor_rate: float | None = flag("family", None, "of mezo-svrg: the rate of an anchor's step over --lr")
+    mask_share: float | None = flag("family", None, "of mazo: the share of each row's weights that moves, the most "
+                                                    "important ones of all tasks")  # fmt: skip
     tail_blocks: int | None = flag("family", None, "of elasticzo: how many of the last blocks are trained by "
                                                    "back-propagation, beside what comes after them")  # fmt: skip
     tail_rate: float | None = flag("family", None, "of elasticzo: Adam's rate, in those, over --lr")
@@ -189,6 +192,8 @@ DEFAULTS = {
                  batch_size=16, eval_every=4000, share=0.25, rest=True, bandit=False),
     "mezo-svrg": dict(weights="bf16", direction_bits="full", steps=20000, lr_schedule="constant", eps=1e-3, lr=1e-6,
                       batch_size=64, eval_every=4000, anchor_steps=2, anchor_rate=1000.0),
+    "mazo": dict(weights="bf16", direction_bits="full", steps=20000, lr_schedule="constant", eps=1e-3,
+                 batch_size=16, eval_every=4000, mask_share=0.5),
     "elasticzo": dict(weights="bf16", direction_bits="full", steps=20000, lr_schedule="constant", eps=1e-3,
                       batch_size=16, eval_every=4000, tail_blocks=1, tail_rate=3.0),
     "zo2": dict(weights="bf16", direction_bits="full", steps=20000, lr_schedule="constant", eps=1e-3,
@@ -217,6 +222,7 @@ TINY_DEFAULTS = {
                     subspace_steps=50),
     "lezo": dict(weights="fp32", steps=500, lr=3e-4, eval_every=25, batch_size=32, share=0.5),
     "mezo-svrg": dict(weights="fp32", steps=100, lr=3e-4, eval_every=25, batch_size=32, anchor_rate=1.0),
+    "mazo": dict(weights="fp32", steps=500, lr=6e-4, eval_every=25, batch_size=32),
     "elasticzo": dict(weights="fp32", steps=200, lr=3e-4, eval_every=25, batch_size=32),
     "zo2": dict(weights="fp32", steps=500, lr=3e-4, eval_every=25, batch_size=32),
     "fo": dict(steps=100, lr=1e-3, eval_every=25, batch_size=32),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import gpu
 import tensor_train
@@ -16,21 +20,23 @@ from calibration import calibrate
 from data.archives import data_folder
 from data.files import Splits, load_splits
 from data.metrics import Prediction, check_metric, mean, measure, metric_of_one
-from data.scoring import BatchLoss, Encoded, Encoder, MetricLoss, evaluate, write
+from data.scoring import BatchLoss, Encoded, Encoder, MeanLoss, MetricLoss, evaluate, write
 from data.tasks import Task, get_task
 from data.tokenizer import Tokenizer
+from family import mazo
 from family.subzero import enable_low_rank_reads
 from family.zo2 import Offloaded
 from gpu.code_products import enable_code_products
 from model import LanguageModel, load
 from quant import quantise_tokens
+from random_bits import Key, permutation
 from runtime.checkpoints import holds_codes, stored_format
-from runtime.config import Config, max_length, spec_of
+from runtime.config import Config, each_task, max_length, spec_of
 from runtime.first_order import make_trainable
 from runtime.flags import FIRST_ORDER
 from runtime.hub import PRESETS, resolve
 from runtime.model_configs import read_config
-from zo_optim import SparseZO
+from zo_optim import ZO, SparseZO
 
 CACHE_BYTES = 2**31
 
@@ -40,11 +46,15 @@ class Quality(NamedTuple):
     loss: float
 
 
+Answers = dict[str, list[Prediction]]  # to each test split, by its name
+Metrics = dict[str, dict[str, float]]  # of each test split, by their names
+
+
 @dataclass
 class Problem:
     """A model and a task, encoded: all that the loop needs."""
 
-    lm: LanguageModel
+    lm: LanguageModel | None  # None until it is read
     task: Task
     tokenizer: Tokenizer
     train: list[Encoded]
@@ -55,6 +65,18 @@ class Problem:
     multiple: int = 1  # a step's batches have a multiple of this many tokens
     objective: Callable[[Prediction], float] | None = None  # unless the task's loss is made smaller
     cache_bytes: int = 0  # of keys and values, for which a batch of texts that are written has room at least
+
+    @property
+    def parts(self) -> list[Problem]:
+        """The tasks: this one alone."""
+        return [self]
+
+    @property
+    def metric(self) -> str:
+        return self.task.metric
+
+    def dev_quality(self) -> Quality:
+        return self.quality(self.dev)
 
     def quality(self, split: list[Encoded]) -> Quality:
         """Its metric is None where text would have to be written, which takes too long for every evaluation."""
@@ -69,9 +91,17 @@ class Problem:
             return write(self.lm, split, self.tokenizer, self.pad, self.batch_size, cache_bytes=self.cache_bytes)
         return evaluate(self.lm, split, self.pad, self.batch_size, self.task.loss).predictions
 
-    def measured(self, answers: list[Prediction]) -> dict[str, float]:
-        """The task's metric, and those that its benchmark reports, by name."""
-        return {name: measure(name, answers) for name in (self.task.metric, *self.task.also)}
+    def answered(self, *splits: str) -> Answers:
+        """To the tests, or to some of them."""
+        return {split: self.answers(self.tests[split]) for split in splits or self.tests}
+
+    def measured(self, answered: Answers) -> Metrics:
+        """The task's metric, and those that its benchmark reports."""
+        names = self.metric, *self.task.also
+        return {split: {name: measure(name, answers) for name in names} for split, answers in answered.items()}
+
+    def score(self, measured: Metrics) -> float:
+        return measured["test"][self.metric]
 
     def terms(self, examples: list[Encoded]) -> int:
         """Of how many terms the mean loss over examples is."""
@@ -87,6 +117,59 @@ class Problem:
                        batch_size=micro_batch_size, metric=self.objective)  # fmt: skip
 
 
+@dataclass
+class MultiTask:
+    """Several tasks of one model in the place of one: losses, metrics and scores are the means of theirs."""
+
+    parts: list[Problem]
+
+    def __post_init__(self):
+        self.train = list(chain.from_iterable(part.train for part in self.parts))
+
+    @property
+    def lm(self) -> LanguageModel:
+        return self.parts[0].lm
+
+    @lm.setter
+    def lm(self, lm: LanguageModel) -> None:
+        for part in self.parts:
+            part.lm = lm
+
+    @property
+    def metric(self) -> str:
+        return " and ".join(dict.fromkeys(part.metric for part in self.parts))
+
+    def dev_quality(self) -> Quality:
+        metrics, losses = zip(*(part.dev_quality() for part in self.parts), strict=True)
+        return Quality(None if None in metrics else fmean(metrics), fmean(losses))
+
+    def answered(self, *splits: str) -> Answers:
+        """A split's name is its task's, and behind it its own unless that is test: mnli, mnli/test_mismatched."""
+        return {f"{part.task.name}/{split}".removesuffix("/test"): answers
+                for part in self.parts for split, answers in part.answered(*splits).items()}  # fmt: skip
+
+    def measured(self, answered: Answers) -> Metrics:
+        parts = {part.task.name: part for part in self.parts}
+        return {split: parts[split.partition("/")[0]].measured({split: answers})[split]
+                for split, answers in answered.items()}  # fmt: skip
+
+    def score(self, measured: Metrics) -> float:
+        return fmean(measured[part.task.name][part.metric] for part in self.parts)
+
+    def terms(self, examples: list[Encoded]) -> int:
+        return len(examples)
+
+    def loss_fn(self, micro_batch_size: int) -> Callable[[list[Encoded]], MeanLoss]:
+        """Of examples that are as many of each task, one task after the other."""
+        made = [part.loss_fn(micro_batch_size) for part in self.parts]
+
+        def loss_of(examples: list[Encoded]) -> MeanLoss:
+            n = len(examples) // len(made)
+            return MeanLoss([of_task(examples[i * n : (i + 1) * n]) for i, of_task in enumerate(made)])
+
+        return loss_of
+
+
 def splits_of(c: Config) -> Splits:
     task = get_task(c.task)
     folder = c.data_dir if c.data_dir or task.folder else data_folder(task)
@@ -99,28 +182,36 @@ def encoder_of(c: Config) -> Encoder:
     return Encoder(Tokenizer(directory), task, config, max_length(c, config.masked, task))
 
 
-def prepare(c: Config, load_lm: Callable[..., LanguageModel] | None = None) -> tuple[Problem, Splits]:
-    """Read everything.  The weights come last: an error elsewhere is then found before gigabytes are read.
+def prepare(c: Config, load_lm: Callable[..., LanguageModel] | None = None) -> tuple[Problem | MultiTask, list[Path]]:
+    """Read everything -> what is to be learnt, and the files that it was read from.  The weights come last: an error
+    elsewhere is then found before gigabytes are read.
 
     load_lm: in the place of load_base.
     """
+    parts, files = zip(*map(read_task, each_task(c)), strict=True)
+    prompts = [e.sequences[0] for part in parts for e in part.train[: c.calibrate // len(parts)]]
+    problem = parts[0] if len(parts) == 1 else MultiTask(list(parts))
+    problem.lm = (load_lm or load_base)(c, resolve(c.model), prompts)
+    return problem, list(dict.fromkeys(chain.from_iterable(files)))
+
+
+def read_task(c: Config) -> tuple[Problem, list[Path]]:
+    """One task, still without its model, and its files."""
     task = get_task(c.task)
     for name in (task.metric, *task.also):
         check_metric(name, task.generates)
     splits = splits_of(c)
-    if c.task.endswith(".json"):
-        splits.files.append(Path(c.task))
+    files = splits.files + [Path(c.task)] * c.task.endswith(".json")
     encode = encoder_of(c)
     tokenizer, config = encode.tokenizer, encode.config
     train, dev = encode.all(splits.train, right_alone=c.objective == "loss"), encode.all(splits.dev)
     tests = {split: encode.all(rows) for split, rows in splits.tests.items()}
     batch_size = 2 * c.micro_batch_size  # an evaluation has one copy of the weights where a step has two
     pad, multiple = config.pad_token_id or 0, multiple_of(c, config.longest)
-    lm = (load_lm or load_base)(c, resolve(c.model), [example.sequences[0] for example in train[: c.calibrate]])
     made_larger = task.metric if c.objective == "reward" else c.objective
     objective = None if c.objective == "loss" else metric_of_one(made_larger)
     cache_bytes = CACHE_BYTES if c.micro_batch_size == c.batch_size else 0  # unless memory is bounded
-    return Problem(lm, task, tokenizer, train, dev, tests, pad, batch_size, multiple, objective, cache_bytes), splits
+    return Problem(None, task, tokenizer, train, dev, tests, pad, batch_size, multiple, objective, cache_bytes), files
 
 
 def multiple_of(c: Config, longest: int) -> int:
@@ -193,8 +284,45 @@ def restore_best(c: Config, lm: LanguageModel, directory: Path) -> LanguageModel
     return lm
 
 
-def sizes(problem: Problem) -> str:
+MASKS = "masks.safetensors"  # of a run folder
+MASK_TEXTS, MASK_QUERIES = 64, 16  # training examples, and directions, that a task is measured with
+NO_STEP = 2**32 - 1
+
+
+def mask_file(c: Config, problem: Problem | MultiTask, zo: ZO) -> bytes:
+    """MaZO's masks at the model's present weights, each task measured on the first training examples of its order."""
+    zo, key, share = replace(zo, queries=MASK_QUERIES), Key(c.seed, NO_STEP), c.batch_size // len(problem.parts)
+    tasks = []
+    with torch.compiler.set_stance("force_eager"):  # what notes a layer's inputs cannot be compiled
+        for at, part in enumerate(problem.parts):
+            order = permutation(c.seed, 0, len(part.train), at)[:MASK_TEXTS].tolist()
+            some = [part.train[i] for i in order]  # files may have one class after the other
+            texts = [example.sequences[0] for example in some]
+            tasks.append(mazo.measure(part.lm, part.loss_fn(c.micro_batch_size)(some[:share]), texts, key, zo))
+        return mazo.packed(mazo.masks(problem.lm.weights, tasks, key, zo, c.mask_share))
+
+
+def read_masks(c: Config, lm: LanguageModel, config: dict) -> dict[str, Tensor] | None:
+    """The masks in a run's folder, of MaZO's runs.  config: config.json's contents.
+
+    Raises ValueError for others than it began with.
+    """
+    if c.method != "mazo":
+        return None
+    path = Path(c.out) / MASKS
+    file = path.read_bytes() if path.is_file() else b""
+    if sha256(file).hexdigest() != config["masks_sha256"]:
+        raise ValueError(f"{path} is {'not what the run began with' if file else 'missing'}: begin a new run")
+    return mazo.unpacked(file, lm.weights)
+
+
+def sizes(problem: Problem | MultiTask) -> str:
     """How many examples there are, and how many did not fit."""
+    several = len(problem.parts) > 1
+    return "; ".join((f"{part.task.name}: " if several else "") + sizes_of_task(part) for part in problem.parts)
+
+
+def sizes_of_task(problem: Problem) -> str:
     splits = {"train": problem.train, "dev": problem.dev} | problem.tests
     lines = [", ".join(f"{len(rows):,} {split}" for split, rows in splits.items()) + " examples"]
     for split, rows in splits.items():

@@ -7,6 +7,7 @@ trajectory     one line a step: the projected gradient of each query, in digits 
                (zo_optim.update) without a forward
 metrics.csv    metrics.jsonl as a table, up to the last evaluation, but for what it holds of each query
 tensorboard/   the same as events, with --log tensorboard
+masks.safetensors  of MaZO: which weights move, a bit each; config.json has its hash
 model/         the best-dev weights so far as they are stored, with config.json and tokenizer; model.load reads it
 state-STEP.safetensors  of AdamW, until the run ends: weights and moments at the last evaluation, for --resume
 predictions.jsonl  what the weights of the lowest dev loss answer to each test example
@@ -33,6 +34,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -181,17 +183,20 @@ def check_drawings(path: Path, run: RecordedRun, title: str, result: dict) -> No
             raise ValueError(f"{path / name} is not what the record says")
 
 
-def begin(path: Path, config: dict) -> RecordedRun:
-    """Make the folder of a new run, which appears with its config.json in it -> its record, still empty."""
+def begin(path: Path, config: dict, files: dict[str, bytes]) -> RecordedRun:
+    """Make the folder of a new run, which appears with its config.json and other files in it -> its record, still
+    empty."""
     check_free(path)
-    text = json.dumps(config, indent=2) + "\n"
+    files = files | {"config.json": (json.dumps(config, indent=2) + "\n").encode()}  # the last: with it a run has begun
     if path.is_dir():
-        write_whole(path / "config.json", text)
+        for name, content in files.items():
+            write_whole(path / name, content)
     else:
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True)
         try:
-            write_whole(partial / "config.json", text)
+            for name, content in files.items():
+                write_whole(partial / name, content)
             os.rename(partial, path)
         except OSError:  # a full disk; or another process was first
             shutil.rmtree(partial, ignore_errors=True)
@@ -224,12 +229,12 @@ def locked(path: Path) -> Iterator[str | None]:
         os.close(handle)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all, and through no link that somebody has put in the way."""
     partial = path.with_name(f"{path.name}.partial")
     partial.unlink(missing_ok=True)
-    with partial.open("x", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("xb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
     os.replace(partial, path)
 
 
@@ -318,19 +323,24 @@ class StepRecorder:
 
 
 def hashed(files: list[Path]) -> dict[str, str]:
-    """By their names, where these differ, else by the ends of their paths."""
-    names = [file.name for file in files]
-    if len(set(names)) < len(names):
-        names = ["/".join(file.parts[-2:]) for file in files]
+    """By their names, where these differ, else by the ends of their paths, as long as they must be to differ."""
+    ends = ([file.parts[-length:] for file in files] for length in count(1))
+    names = ["/".join(end) for end in next(of_all for of_all in ends if len(set(of_all)) == len(files))]
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in zip(names, files, strict=True)}
 
 
-def run_config(flags: dict, base_sha256: str, data_files: list[Path], other_files: list[Path]) -> dict:
-    """What config.json holds.  other_files: others that decide the tokens and the model, such as its config.json."""
+def run_config(
+    flags: dict, base_sha256: str, data_files: list[Path], other_files: list[Path], masks: bytes = b""
+) -> dict:
+    """What config.json holds.  other_files: others that decide the tokens and the model, such as its config.json.
+
+    masks: the contents of a masks.safetensors.
+    """
+    of_masks = {"masks_sha256": hashlib.sha256(masks).hexdigest()} if masks else {}
     return sealed({
         "format": FORMAT, "flags": flags, "versions": versions(), "git_commit": git_commit(),
         "code_sha256": code_sha256(), "data_sha256": hashed(data_files), "other_sha256": hashed(other_files),
-        "base_weights_sha256": base_sha256,
+        "base_weights_sha256": base_sha256, **of_masks,
     })  # fmt: skip
 
 
@@ -348,7 +358,8 @@ def check_free(path: Path) -> None:
     nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ValueError(f"--out {path}: {nearest} is not a folder that can be written to")
-    if path.is_dir() and any(inside.name != "config.json.partial" for inside in path.iterdir()):
+    left = {"config.json.partial", "masks.safetensors", "masks.safetensors.partial"}  # of a killed process
+    if path.is_dir() and not {inside.name for inside in path.iterdir()} <= left:
         raise ValueError(f"--out {path} is not empty: it may hold a run; give a new folder, or --resume {path}")
 
 

@@ -48,7 +48,7 @@ def reviews(tmp_path, monkeypatch) -> Path:
 
 def test_own_data_becomes_a_model_and_its_predictions_in_two_commands(reviews, capsys):
     """Those of docs/own_data.md, word for word, but for fewer steps."""
-    first, second = re.findall(r"^python train\.py (.*)$", OWN, re.MULTILINE)
+    first, second, both = re.findall(r"^python train\.py (.*)$", OWN, re.MULTILINE)[:3]
     (result,) = lines(capsys, f"{first} --steps 80 --eval-every 20")
     assert result["zero_shot"] < 0.7 and result["test"] > 0.9 and result["metric"] == "accuracy"
     texts = [row["text"] for row in csv.DictReader((reviews / "new.csv").open())]
@@ -56,6 +56,8 @@ def test_own_data_becomes_a_model_and_its_predictions_in_two_commands(reviews, c
     assert [line["prediction"] for line in lines(capsys, second)] == moods
     recorded = json.loads(Path("runs/mood/config.json").read_text())
     assert set(recorded["data_sha256"]) == {"train.csv", "dev.csv", "test.csv", "mood.json"}
+    (result,) = lines(capsys, f"{both} --steps 2 --eval-every 2 --num-eval 8")  # several tasks at once
+    assert set(result["tests"]) == {"tiny", "mood"}
 
 
 def test_what_the_model_will_see_is_shown(reviews, capsys):

@@ -5,6 +5,7 @@ Paths, which come to the same bits: the definition on a CPU ("cpu"); the same on
 """
 
 import json
+import random
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,7 @@ import random_bits
 import train
 from data.scoring import BatchLoss, Encoded
 from family.elasticzo import tail_of
-from family.zo2 import Deferred, Offloaded
+from family.zo2 import Deferred, Lane, Offloaded
 from gpu import graphs
 from gpu.code_products import enable_code_products, multiply_e4m3, multiply_int8
 from model import LanguageModel, create, load
@@ -479,10 +480,19 @@ def ready(lm: LanguageModel, products: bool, zo: ZO) -> ZO:
     return zo if lm.offloaded is None else Deferred(zo, lm.offloaded)
 
 
+def copy_late(lane: Lane, to: dict, of: dict, after: list, copy=Lane.copy, draw=random.Random(0)) -> object:
+    """As Lane.copy, up to a millisecond after it could: in the middle of a forward."""
+    for event in filter(None, after):
+        lane.stream.wait_event(event)
+    with torch.cuda.stream(lane.stream):
+        torch.cuda._sleep(draw.randrange(2_000_000))
+    return copy(lane, to, of, after)
+
+
 @pytest.mark.parametrize("case", OFFLOADED)
-def test_offloaded_blocks_have_the_bits_of_resident_ones(case):
-    """Blocks so large that copies take longer than a forward of few tokens: what reads or writes a slot too early, or
-    too late, changes a bit.  All losses, and after every five steps all weights."""
+def test_offloaded_blocks_have_the_bits_of_resident_ones(case, monkeypatch):
+    """Blocks so large that copies take as long as forwards of few tokens; at first as they come, then late: what reads
+    or writes a slot or a home too early changes a bit.  All losses, and after every five steps all weights."""
     weights, products, zo = OFFLOADED[case]
     zo = replace(zo, dtype=torch.bfloat16)
     away = create(tiny_llama(**WIDE), device="cpu", dtype=torch.bfloat16, weights=weights)
@@ -491,9 +501,11 @@ def test_offloaded_blocks_have_the_bits_of_resident_ones(case):
     Offloaded(away, torch.device("cuda"))
     block = sum(t.nbytes for store in away.offloaded.home[0].values() for t in store.tensors().values())
     rest = sum(t.nbytes for n, s in away.weights.items() if not n.startswith(away.layers) for t in s.tensors().values())
-    assert torch.cuda.memory_allocated() - before < 2 * block + rest + 2**16
+    assert torch.cuda.memory_allocated() - before < 2 * block + rest + 2**22  # which is less than a third one
     estimators = {lm: ready(lm, products, zo) for lm in (resident, away)}
-    for repeat in range(4):
+    for repeat in range(8):
+        if repeat == 2:
+            monkeypatch.setattr(Lane, "copy", copy_late)
         for step in range(5):
             done = [zo_step(lm.weights, loss_of(lm), Key(repeat, step), of, 1e-4) for lm, of in estimators.items()]
             assert torch.equal(done[0].plus, done[1].plus) and torch.equal(done[0].minus, done[1].minus), (repeat, step)
@@ -523,9 +535,10 @@ def test_a_tails_gradient_is_that_of_the_cpu(raw):
         assert (plus - other).abs().max() < (1e-5 if step == 0 else 1e-3)
         for name, grad in of_cpu.items():
             assert step or (grad - of_cuda[name]).abs().max() < 1e-4 * grad.abs().max() + 1e-7
-    for name in zos[0].moves.names:
-        moved, apart = (cpu.weights[name].value - x for x in (start[name], cuda.weights[name].value.cpu()))
-        assert moved.square().sum() > 0 and apart.square().sum() < 0.01 * moved.square().sum()
+    moved, apart = (sum((cpu.weights[name].value - of[name]).square().sum() for name in zos[0].moves.names) for of in (
+        start, {name: store.value.cpu() for name, store in cuda.weights.items()}
+    ))  # fmt: skip
+    assert apart < 0.01 * moved
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

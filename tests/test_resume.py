@@ -28,6 +28,7 @@ RUNS = {
     "lezo": "--method lezo --weights int4 --share 0.5",
     "adalezo": "--lr 3e-4 --method lezo --bandit --share 0.5 --no-rest",
     "svrg": "--method mezo-svrg --weights int8 --direction-bits 4 --anchor-steps 3",
+    "mazo": "--lr 3e-3 --method mazo --weights int8 --direction-bits 4",
     "adapters on int4": "--method lora --optimizer zo --weights int4",
     "adamw": "--method fo",
     "adapters by adamw": "--method loretta-adp",

@@ -29,6 +29,7 @@ import train
 from data.scoring import BatchLoss
 from data.tasks import TINY
 from family.lezo import adalezo, lezo
+from family.mazo import mazo, unpacked
 from family.subzero import SubZero
 from model import LanguageModel, load
 from quant import encode
@@ -194,6 +195,8 @@ def redone(done: Run, steps: int) -> str:
         zo = ZO(flags["eps"], bits=int(bits) if bits.isdigit() else None, estimator=estimator)
     if flags["method"] == "lezo":
         zo = (adalezo if flags["bandit"] else lezo)(zo, lm, flags["share"], flags["rest"])
+    if flags["method"] == "mazo":
+        zo = mazo(zo, unpacked((done.folder / "masks.safetensors").read_bytes(), lm.weights))
     for step in range(steps):
         grads = torch.tensor(recorded[step], dtype=torch.float64)
         update(tensor_train.trained(lm), grads, Key(flags["seed"], step), zo, rate(flags, step))
@@ -209,6 +212,7 @@ EVERY = [  # method, format and flags of which the update or what is kept knows;
     *(pytest.param(flags, marks=full) for flags in (
         "--method mezo", "--method subzero --weights int4 --subspace-steps 2", "--weights int4 --residual 4 --oracle",
         "--method lezo --weights int4", "--method lezo --bandit --direction-bits 4 --weights int8",
+        "--method mazo --lr 3e-3 --weights bf16", "--method mazo --direction-bits 4 --weights int4 --lr 3e-3",
         "--weights fp8", "--direction-bits sparse",
         "--weights int4 --cell 64 --queries 3 --estimator random", "--estimator q-rge1 --probe codes --queries 2",
         "--method loretta-adp --weights int8",
@@ -231,6 +235,7 @@ def test_a_run_is_what_its_record_says(run, flags):
     assert config["base_weights_sha256"] == weights_sha256(base.weights) != result["weights_sha256"]
     directions = DIRECTIONS[flags["direction_bits"]]
     directions = ", directions in random subspaces" if flags["method"] == "subzero" else directions
+    directions += ", 50 % of each row" if flags["method"] == "mazo" else ""
     assert f"{flags['method']} on {flags['weights']} weights{directions}, cpu" in done.log
     assert [row["lr"] for row in done.rows("loss")] == pytest.approx([rate(flags, step) for step in range(4)])
     recorded = read_trajectory(done.folder / "trajectory")
@@ -608,6 +613,7 @@ GIVEN = {  # flags, beside --model roberta-base: what they come to
     "--device cuda --method subzero --weights int8 --activations int8": dict(compute="bf16", graphs=False),
     "--device cuda --method lezo --weights int8 --activations int8": dict(compute="int8", graphs=False),
     "--device cuda --method mezo-svrg --weights fp8 --activations fp8": dict(compute="bf16", graphs=False),
+    "--device cuda --method mazo --weights int8": dict(direction_bits="full", mask_share=0.5, graphs=False),
     "--device cuda --method adazeta": dict(compute="bf16", compile=False, graphs=True),
     "--device cuda --method adazeta --queries 4": dict(compute="bf16", compile=True, graphs=True),
 }  # fmt: skip
@@ -783,7 +789,7 @@ MEANT = {  # a flag: the methods, with their default optimizer, beside which it 
     "--weight-decay 0.1": {"fo", "fo-ste"}, "--master bf16": {"fo-ste"},
     "--subspace-rank 4": {"subzero"}, "--subspace-steps 9": {"subzero"},
     "--share 0.5": {"lezo"}, "--no-rest": {"lezo"}, "--bandit": {"lezo"},
-    "--anchor-steps 3": {"mezo-svrg"}, "--anchor-rate 2": {"mezo-svrg"},
+    "--anchor-steps 3": {"mezo-svrg"}, "--anchor-rate 2": {"mezo-svrg"}, "--mask-share 0.5": {"mazo"},
 }  # fmt: skip
 
 
