@@ -3,7 +3,8 @@
     python -m benchmarks.family --model DIR --data-dir DIR --jobs 12 --compile --tune-seeds 0 --seeds 11 12 13
 
 How arms are tuned and run: benchmarks/tuned.py.  An arm's name begins with its task and its forwards, of one batch
-through one copy of the weights.  MeZO-SVRG pays 2 n / batch of them for an anchor and 4 for any other step.
+through one copy of the weights.  MeZO-SVRG pays 2 n / batch of them for an anchor and 4 for any other step; MaZO's
+measuring and ElasticZO's backward passes through its last block are not counted.  ZO2 has the bits of MeZO and QuZO.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ def arms_of(task: str, forwards: int) -> Arms:
         "LeZO int8, sparse (ours)": (f"{of_steps} --method lezo --weights int8", FULL),
         "AdaLeZO, bf16": (f"{of_steps} --method lezo --bandit", FULL),
         "MaZO, bf16": (f"{of_steps} --method mazo", FULL),
+        "MaZO, bf16": (f"{of_steps} --method mazo", FULL),
+        "ElasticZO, bf16": (f"{of_steps} --method elasticzo", FULL),
+        "ElasticZO int8, sparse (ours)": (f"{of_steps} --method elasticzo --weights int8", FULL),
         "MeZO-SVRG, bf16": (f"{zo} --steps {svrg} --eval-every {-(-svrg // 8)} --method mezo-svrg --anchor-rate 1",
                             ANCHORS),
     }  # fmt: skip

@@ -480,13 +480,16 @@ def ready(lm: LanguageModel, products: bool, zo: ZO) -> ZO:
     return zo if lm.offloaded is None else Deferred(zo, lm.offloaded)
 
 
-def copy_late(lane: Lane, to: dict, of: dict, after: list, copy=Lane.copy, draw=random.Random(0)) -> object:
+copy_soon, LATE = Lane.copy, random.Random(0)
+
+
+def copy_late(lane: Lane, to: dict, of: dict, after: list) -> object:
     """As Lane.copy, up to a millisecond after it could: in the middle of a forward."""
     for event in filter(None, after):
         lane.stream.wait_event(event)
     with torch.cuda.stream(lane.stream):
-        torch.cuda._sleep(draw.randrange(2_000_000))
-    return copy(lane, to, of, after)
+        torch.cuda._sleep(LATE.randrange(2_000_000))
+    return copy_soon(lane, to, of, after)
 
 
 @pytest.mark.parametrize("case", OFFLOADED)
