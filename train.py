@@ -117,7 +117,7 @@ def train(
     lm, n, weights = problem.lm, len(problem.train), trained(problem.lm)
     task_sizes = [len(part.train) for part in problem.parts]
     zo, loss_of = installed(zo, c, lm, c.graphs), losses_of(c, problem, zo, ranks)
-    ahead, ready = c.queries is not None and not isinstance(zo, SVRG), {}  # losses by step
+    ahead, ready = 0 if c.queries is None or isinstance(zo, SVRG) else c.steps - 1, {}  # losses by step
     adamw = optimizer(weights, c.lr, c.weight_decay or 0.0) if c.optimizer == "adamw" else None
     if adamw is not None and progress.steps:  # a run is taken up again
         folder.load_state(progress.steps, adamw, weights)
@@ -134,7 +134,7 @@ def train(
                 epoch = epoch_of(step, n, c.batch_size)
                 zo = replace(zo, queries=adazeta_queries(epoch, c.alpha, c.beta, c.max_queries))
             loss_fn = ready.pop(step, None) or loss_of(examples, 1 if zo is None else zo.queries)
-            if ahead:  # the next one, while a GPU computes
+            if step < ahead:  # the next one, while a GPU computes
                 loss_fn.meanwhile = lambda at=step + 1, size=size: ready.update({at: loss_of(
                     [problem.train[i] for i in batch_indices(c.seed, at, size, *task_sizes)], c.queries)})  # fmt: skip
 

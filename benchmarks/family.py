@@ -31,7 +31,6 @@ def arms_of(task: str, forwards: int) -> Arms:
         "LeZO int8, sparse (ours)": (f"{of_steps} --method lezo --weights int8", FULL),
         "AdaLeZO, bf16": (f"{of_steps} --method lezo --bandit", FULL),
         "MaZO, bf16": (f"{of_steps} --method mazo", FULL),
-        "MaZO, bf16": (f"{of_steps} --method mazo", FULL),
         "ElasticZO, bf16": (f"{of_steps} --method elasticzo", FULL),
         "ElasticZO int8, sparse (ours)": (f"{of_steps} --method elasticzo --weights int8", FULL),
         "MeZO-SVRG, bf16": (f"{zo} --steps {svrg} --eval-every {-(-svrg // 8)} --method mezo-svrg --anchor-rate 1",

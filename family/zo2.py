@@ -1,7 +1,7 @@
 """ZO2: models larger than the GPU, whose blocks are in host memory (Wang et al., "ZO2: Scalable Zeroth-Order
 Fine-Tuning for Extremely Large Language Models with Limited GPU Memory", arXiv 2503.12668, github.com/liangyuwang/zo2).
 
-Of the blocks two are on the GPU: one computes while the next is copied there and the last one back, each on a stream
+Of the blocks three are on the GPU: one computes while the next is copied there and the last one back, each on a stream
 of its own.  The step t - 1 lands in a block when it arrives for the forward of step t, so that a step takes each block
 across once each way, instead of twice.  Embedding, final norm and head stay on the GPU.
 
@@ -59,7 +59,7 @@ class Lane:
             return self.stream.record_event()
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """Room for one block on the device."""
 
@@ -71,7 +71,7 @@ class Slot:
 
 
 class Offloaded:
-    """The blocks of a model in host memory, and the two that are on the device.  It stands in for lm.apply.
+    """The blocks of a model in host memory, and the three that are on the device.  It stands in for lm.apply.
 
     While a block's forward runs, lm.weights has the stores on the device in place of those at home.
     """
@@ -94,7 +94,7 @@ class Offloaded:
         lm.weights = {name: everything[name] for name in lm.weights}
         self.block_of = {name: block for block, stores in enumerate(self.home) for name in stores}
         self.slots = [Slot([moved(store, lambda x: torch.empty_like(x, device=device)) for store in
-                            self.home[0].values()]) for _ in range(2)]  # fmt: skip
+                            self.home[0].values()]) for _ in range(3)]  # fmt: skip
         self.current, self.up, self.down = self.slots[0], Lane(device), Lane(device)
         self.left: dict[int, torch.cuda.Event | None] = {}  # by block: its home has been written
         self.pending: dict[int, list[str]] = {}  # by block: the names in which the last step has yet to land
@@ -118,23 +118,25 @@ class Offloaded:
             torch.cuda.current_stream(self.device).wait_event(slot.arrived)
         here = dict(zip(home, slot.stores, strict=True))
         self.lm.weights.update(here)
-        if block in self.pending:
+        names = self.pending.pop(block, [])
+        if names:
             zo, factors, key = self.last
-            self.landed += zo.add_directions_({name: here[name] for name in self.pending.pop(block)}, factors, key)
-            slot.left = self.left[block] = self.down.copy(home, here, [self.now()])
+            self.landed += zo.add_directions_({name: here[name] for name in names}, factors, key)
         self.bring((block + 1) % len(self.home))
         try:
             yield
         finally:  # also where memory is out
             slot.used = self.now()
+            if names:  # not before: a sparse probe moves weights where they are stored, and back
+                slot.left = self.left[block] = self.down.copy(home, here, [slot.used])
             self.lm.weights.update(home)
 
     def bring(self, block: int) -> Slot:
-        """The slot that holds a block; if none does, the one that is not current, where it will have arrived."""
+        """The slot that holds a block; if none does, the one that was used longest ago, to which it is on its way."""
         for slot in self.slots:
             if slot.block == block:
                 return slot
-        slot = self.slots[self.current is self.slots[0]]
+        slot = self.slots[(self.slots.index(self.current) + 1) % len(self.slots)]
         there = dict(zip(self.home[block], slot.stores, strict=True))
         slot.block, after = block, [slot.used, slot.left, self.left.get(block)]
         slot.arrived = self.up.copy(there, self.home[block], after)

@@ -192,7 +192,8 @@ def test_the_loss_of_guessing_goes_by_the_options_or_the_vocabulary():
     for loss, objective, want in (("options", "loss", math.log(3)), ("answer", "loss", math.log(97)),
                                   ("options", "reward", math.inf)):  # fmt: skip
         lm, task = SimpleNamespace(config=SimpleNamespace(vocab_size=97)), SimpleNamespace(loss=loss)
-        problem = SimpleNamespace(dev=[Encoded([[1, 5]], [[7], [8], [9]], 1, 0)], task=task, lm=lm)
+        part = SimpleNamespace(dev=[Encoded([[1, 5]], [[7], [8], [9]], 1, 0)], task=task)
+        problem = SimpleNamespace(parts=[part], lm=lm)
         assert train.guess_of(SimpleNamespace(objective=objective), problem) == want
 
 

@@ -213,7 +213,7 @@ EVERY = [  # method, format and flags of which the update or what is kept knows;
         "--method mezo", "--method subzero --weights int4 --subspace-steps 2", "--weights int4 --residual 4 --oracle",
         "--method lezo --weights int4", "--method lezo --bandit --direction-bits 4 --weights int8",
         "--method mazo --lr 3e-3 --weights bf16", "--method mazo --direction-bits 4 --weights int4 --lr 3e-3",
-        "--weights fp8", "--direction-bits sparse",
+        "--method zo2 --weights int4 --queries 2", "--weights fp8", "--direction-bits sparse",
         "--weights int4 --cell 64 --queries 3 --estimator random", "--estimator q-rge1 --probe codes --queries 2",
         "--method loretta-adp --weights int8",
         "--estimator random --activations int8 --seed 1", "--method loretta-rep --weights int4",
@@ -326,7 +326,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(run):
 
 
 @pytest.mark.parametrize("method", ["quzo --weights int8", *(pytest.param(flags, marks=full) for flags in (
-    "mezo", "loretta-rep", "adazeta", "fo", "fo-ste --weights int4",
+    "mezo", "elasticzo", "zo2 --weights int8", "loretta-rep", "adazeta", "fo", "fo-ste --weights int4",
 ))])  # fmt: skip
 def test_lr_zero_leaves_every_bit(run, method):
     done = run(f"--method {method} --lr 0 --steps 2")
@@ -614,6 +614,10 @@ GIVEN = {  # flags, beside --model roberta-base: what they come to
     "--device cuda --method lezo --weights int8 --activations int8": dict(compute="int8", graphs=False),
     "--device cuda --method mezo-svrg --weights fp8 --activations fp8": dict(compute="bf16", graphs=False),
     "--device cuda --method mazo --weights int8": dict(direction_bits="full", mask_share=0.5, graphs=False),
+    "--device cuda --method elasticzo --weights int8 --activations int8": dict(compute="bf16", graphs=False, cell=256),
+    "--device cuda --method zo2 --weights int8 --activations int8": dict(compute="int8", graphs=False, cell=256),
+    "--method zo2": dict(weights="bf16", direction_bits="full", calibrate=0, queries=1, lr_schedule="constant"),
+    "--method elasticzo --weights int4": dict(direction_bits="sparse", calibrate=1024, tail_blocks=1, tail_rate=3.0),
     "--device cuda --method adazeta": dict(compute="bf16", compile=False, graphs=True),
     "--device cuda --method adazeta --queries 4": dict(compute="bf16", compile=True, graphs=True),
 }  # fmt: skip
@@ -789,6 +793,7 @@ MEANT = {  # a flag: the methods, with their default optimizer, beside which it 
     "--weight-decay 0.1": {"fo", "fo-ste"}, "--master bf16": {"fo-ste"},
     "--subspace-rank 4": {"subzero"}, "--subspace-steps 9": {"subzero"},
     "--share 0.5": {"lezo"}, "--no-rest": {"lezo"}, "--bandit": {"lezo"},
+    "--tail-blocks 2": {"elasticzo"}, "--tail-rate 2": {"elasticzo"},
     "--anchor-steps 3": {"mezo-svrg"}, "--anchor-rate 2": {"mezo-svrg"}, "--mask-share 0.5": {"mazo"},
 }  # fmt: skip
 
