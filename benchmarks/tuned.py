@@ -123,10 +123,12 @@ def contenders(runs: Runs, arm: str, seed: int) -> list[str]:
 def outward(losses: dict[str, float]) -> str | None:
     """The next rate beyond the best choice's, if that is the largest or the smallest with its other flags: as far
     beyond as that is from its neighbour, or twice as large.  An arm with one choice is not tuned."""
+    if len(losses) == 1:
+        return None
     best = min(losses, key=losses.get)
     _, lr, *others = best.split()
     lr, lrs = float(lr), sorted(float(choice.split()[1]) for choice in losses if choice.split()[2:] == others)
-    if len(losses) == 1 or lrs[0] < lr < lrs[-1]:
+    if lrs[0] < lr < lrs[-1]:
         return None
     at = lrs.index(lr)
     ratio = 2 if len(lrs) == 1 else lr / lrs[at - 1 if at else 1]

@@ -23,7 +23,7 @@ from torch import Tensor
 import tensor_train
 import train
 from data.scoring import BatchLoss, Encoded
-from family.elasticzo import Tail, land, tail_of
+from family.elasticzo import Tail, land, tail_of, watching
 from model import LanguageModel, create, load
 from quant import FORMATS, Float, Store, encode
 from random_bits import Key, Purpose, bits32, tensor_id
@@ -324,7 +324,8 @@ def exact(store: Store) -> Tensor:
 
 
 def test_a_landing_has_a_tensors_own_bits():
-    """Those of its name and of the step, as the body's: by hand, and with another key another way."""
+    """Those of its name and of the step, as the body's: by hand, and with another key another way.  Two tensors with
+    the same numbers and gradients land apart."""
     store, delta = encode(torch.randn(8, 40, generator=torch.Generator().manual_seed(1)), "int8"), torch.full((8, 40),
                                                                                                             1e-3)
     key, want = Key(7, 9, tensor=tensor_id("w")), deepcopy(store)
@@ -334,6 +335,21 @@ def test_a_landing_has_a_tensors_own_bits():
     land(store, delta, key)
     land(other, delta, key._replace(step=10))
     assert same_tensors(store, want) and not same_tensors(other, want)
+    tail = Tail({name: deepcopy(store) for name in "vw"}, frozenset("vw"))
+    tail.copies = {name: torch.zeros(8, 40, requires_grad=True) for name in "vw"}
+    for copy in tail.copies.values():
+        copy.grad = torch.ones(8, 40)
+    tail.observe(KEY, torch.zeros(1), 1e-3)
+    assert not same_tensors(tail.weights["v"], tail.weights["w"])
+
+
+def test_a_run_watches_as_many_probes_as_it_has():
+    """Adam would not show another number: it hardly depends on a gradient's scale."""
+    lm = tiny()
+    zo, loss_of = elastic(SparseZO(0.02, 2, cell=16), lm), lambda examples, queries: batch_loss(lm)
+    wanted = watched_gradient(lm, zo)
+    probe_losses(lm.weights, watching(loss_of, zo.moves)([], 2), KEY, zo)
+    assert all(torch.equal(copy.grad.view_as(wanted[name]), wanted[name]) for name, copy in zo.moves.copies.items())
 
 
 @pytest.mark.parametrize("weights, residual", [("int8", 0), pytest.param("int4", 4, marks=pytest.mark.full)])
