@@ -364,7 +364,8 @@ def start(c: Config, held: ExitStack) -> tuple[Config, Problem | MultiTask, Reco
         raise ValueError("several processes share zeroth order's steps; those of AdamW, several tasks and "
                          f"{', '.join(ALONE)} are not shared: start one process")  # fmt: skip
     problem, files = prepare(c)
-    masks = mask_file(c, problem, estimator(c, problem.lm)) if c.method == "mazo" and past is None else b""
+    zo = estimator(c, problem.lm) if c.optimizer == "zo" else None  # refuses what this model has not, before a folder
+    masks = mask_file(c, problem, zo) if c.method == "mazo" and past is None else b""
     begun = run_config(dataclasses.asdict(c), weights_sha256(problem.lm.weights), files, files_of_base(c), masks)
     decided = {name: begun[name] for name in ("code_sha256", "base_weights_sha256", "data_sha256", "other_sha256")}
     ranks.check_same("what they begin with", json.dumps(decided))

@@ -84,17 +84,18 @@ class Offloaded:
         if lm.adapters is not None or not alike:
             raise ValueError("only a model's own blocks can be offloaded, all of the same tensors")
         self.lm, self.device, self.run = lm, device, lm.apply
-        self.home: list[Stores] = [{name: moved(lm.weights[name], at_home(device)) for name in sorted(of)}
-                                   for of in names]  # fmt: skip
-        in_blocks = {name for of in names for name in of}
-        rest = {name: moved(store, lambda x: x.to(device)) for name, store in lm.weights.items()
-                if name not in in_blocks}  # fmt: skip
-        # in the order that it had, in which weights are hashed and saved
-        everything = rest | {name: store for stores in self.home for name, store in stores.items()}
-        lm.weights = {name: everything[name] for name in lm.weights}
+        order = list(lm.weights)  # in which weights are hashed and saved
+        self.home: list[Stores] = [{name: moved(lm.weights.pop(name), at_home(device)) for name in sorted(of)}
+                                   for of in names]  # fmt: skip (popped, or the host would hold all of them twice)
+        stores = {name: moved(store, lambda x: x.to(device)) for name, store in lm.weights.items()}
+        for home in self.home:
+            stores |= home
+        lm.weights = {name: stores[name] for name in order}
         self.block_of = {name: block for block, stores in enumerate(self.home) for name in stores}
         self.slots = [Slot([moved(store, lambda x: torch.empty_like(x, device=device)) for store in
                             self.home[0].values()]) for _ in range(3)]  # fmt: skip
+        for slot in self.slots:
+            slot.used = self.now()  # its memory may still be in use by what the GPU was given before
         self.current, self.up, self.down = self.slots[0], Lane(device), Lane(device)
         self.left: dict[int, torch.cuda.Event | None] = {}  # by block: its home has been written
         self.pending: dict[int, list[str]] = {}  # by block: the names in which the last step has yet to land
@@ -116,14 +117,13 @@ class Offloaded:
         self.current = slot
         if slot.arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(slot.arrived)
-        here = dict(zip(home, slot.stores, strict=True))
-        self.lm.weights.update(here)
-        names = self.pending.pop(block, [])
-        if names:
-            zo, factors, key = self.last
-            self.landed += zo.add_directions_({name: here[name] for name in names}, factors, key)
-        self.bring((block + 1) % len(self.home))
+        here, names = dict(zip(home, slot.stores, strict=True)), self.pending.pop(block, [])
         try:
+            self.lm.weights.update(here)
+            if names:
+                zo, factors, key = self.last
+                self.landed += zo.add_directions_({name: here[name] for name in names}, factors, key)
+            self.bring((block + 1) % len(self.home))
             yield
         finally:  # also where memory is out
             slot.used = self.now()
@@ -162,6 +162,14 @@ class Offloaded:
             with self.present(block):
                 pass
 
+    def free(self) -> None:
+        """Let go of all memory, when no copy is on its way."""
+        for lane in (self.up, self.down):
+            if lane.stream is not None:
+                lane.stream.synchronize()
+        self.home.clear()
+        self.slots.clear()
+
     def settle(self) -> None:
         """All steps have landed and are at home: before weights are saved, hashed or compared."""
         self.land()
@@ -176,6 +184,8 @@ class Deferred:
         self.zo, self.offloaded = zo, offloaded
 
     def __getattr__(self, name: str):
+        if name == "zo":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self.zo, name)
 
     def add_directions_(self, weights: Stores, factors: Tensor, key: Key) -> Tensor:

@@ -405,6 +405,8 @@ def check_family(c: Config) -> None:
     if c.method == "subzero" and (c.direction_bits != "full" or c.probe == "codes"):
         given = "--probe codes" if c.direction_bits == "full" else f"--direction-bits {c.direction_bits}"
         raise ValueError(f"--method subzero has directions of its own: leave out {given}")
+    if c.method == "elasticzo" and c.rounding == "nearest":
+        raise ValueError("--method elasticzo lands its tail by stochastic rounding: leave out --rounding nearest")
     if c.method == "elasticzo" and c.objective != "loss":
         raise ValueError(f"--method elasticzo takes a gradient, and --objective {c.objective} has none: leave it out")
     if c.method == "mazo" and (c.direction_bits == "sparse" or c.probe == "codes"):

@@ -19,7 +19,8 @@ import torch
 
 from data.archives import local_folder
 from data.tasks import get_task
-from model import expected_shapes, llama_parts, roberta_parts
+from family.elasticzo import TAIL_BYTES, tail_names
+from model import MODELS, expected_shapes, llama_parts, roberta_parts
 from quant import tensor_specs
 from runtime.config import Config, each_task, expects_triton, probes_per_forward, spec_of
 from runtime.model_configs import LlamaConfig, config_of
@@ -41,7 +42,8 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
     spec = spec_of(c, raw["model_type"])
     trainable, fixed = ({"weights": total}, 0) if spec is None else adapters(config, raw["model_type"], spec, shapes)
     N = min(c.micro_batch_size, c.batch_size // len(each_task(c))) * tokens
-    parts = stored(shapes, c) | ({} if spec is None else {"adapters": 4 * (trainable["adapters"] + fixed)})
+    parts = offloaded(shapes, config, c) if c.method == "zo2" else stored(shapes, c)
+    parts |= {} if spec is None else {"adapters": 4 * (trainable["adapters"] + fixed)}
     if c.optimizer == "adamw":
         trained = masters(shapes, c) if spec is None else 4 * sum(trainable.values())
         a_token = saved_for_backward(config, c, raw["model_type"], spec)
@@ -53,11 +55,17 @@ def predict(c: Config, raw: dict, tokens: int) -> dict:
         P = min(probes_per_forward(c) or probes, probes)
         block = perturbed_block(config, c)
         scratch = block * P // 2 if spec is None else block // 2 + P * 4 * sum(trainable.values())
-        in_place = c.method == "quzo" and c.direction_bits == "sparse" and P == 2
+        in_place = c.method in ("quzo", "zo2") and c.direction_bits == "sparse" and P == 2
         if in_place and c.device.startswith("cuda") and expects_triton():
             scratch = one_matrix(config, c)
         if c.method == "mezo-svrg" and c.anchor_steps > 1:
             parts |= {"anchor": sum(parts.values())}  # a copy of what is stored
+        if c.method == "elasticzo":
+            names = tail_names(shapes, MODELS[type(config)], config.num_hidden_layers, c.tail_blocks)
+            in_tail = sum(math.prod(shapes[name]) for name in names)
+            kept = N * P * c.tail_blocks * saved_for_backward(config, c, raw["model_type"], None)
+            products = in_tail * BYTES[c.compute] if c.compute != "fp32" else 0  # the copies that are multiplied
+            parts |= {"tail": TAIL_BYTES * in_tail, "tail's activations": kept + products}
         if c.method == "mazo":
             parts |= {"masks": masked(shapes, config.tie_word_embeddings)}  # a byte a weight
         parts |= {"scratch": scratch, "activations": N * P * widest_activations(config, c)}
@@ -104,6 +112,14 @@ def stored(shapes: dict[str, torch.Size], c: Config) -> dict[str, int]:
         floats = sum(math.prod(shape) * (8 if len(shape) == 2 else 4) for shape in shapes.values())
         return parts | {"weights": floats, "residuals": 0}
     return parts | {"weights": masters(shapes, c)} if c.method == "fo-ste" else parts
+
+
+def offloaded(shapes: dict[str, torch.Size], config, c: Config) -> dict[str, int]:
+    """Bytes of the stored weights where three blocks are on the device.  (All of them are in host memory: stored's.)"""
+    in_blocks = {name: shape for name, shape in shapes.items() if name.startswith(MODELS[type(config)].layers)}
+    rest = stored({name: shape for name, shape in shapes.items() if name not in in_blocks}, c)
+    three = {part: 3 * size // config.num_hidden_layers for part, size in stored(in_blocks, c).items()}
+    return {part: rest[part] + three[part] for part in rest}
 
 
 def masters(shapes: dict[str, torch.Size], c: Config) -> int:

@@ -279,6 +279,8 @@ def restore_best(c: Config, lm: LanguageModel, directory: Path) -> LanguageModel
     """A run's weights of the lowest dev loss, in place of the model's own."""
     if lm.adapters is None:
         lm.weights = {}  # before the best weights are read into their place
+        if lm.offloaded is not None:
+            lm.offloaded.free()
         return load_weights(c, directory)
     tensor_train.load(lm, directory)
     return lm

@@ -504,7 +504,7 @@ def test_offloaded_blocks_have_the_bits_of_resident_ones(case, monkeypatch):
     Offloaded(away, torch.device("cuda"))
     block = sum(t.nbytes for store in away.offloaded.home[0].values() for t in store.tensors().values())
     rest = sum(t.nbytes for n, s in away.weights.items() if not n.startswith(away.layers) for t in s.tensors().values())
-    assert torch.cuda.memory_allocated() - before < 2 * block + rest + 2**22  # which is less than a third one
+    assert torch.cuda.memory_allocated() - before < 3 * block + rest + 2**22  # which is less than a fourth one
     estimators = {lm: ready(lm, products, zo) for lm in (resident, away)}
     for repeat in range(8):
         if repeat == 2:
