@@ -12,7 +12,9 @@ from helpers import shortened
 import train
 
 ROOT = Path(train.__file__).parent
-TEXT = (ROOT / "README.md").read_text() + (ROOT / "RESULTS.md").read_text().split("\n## The embedded model")[0]
+RESULTS = (ROOT / "RESULTS.md").read_text()
+REAL = RESULTS.split("\n## The embedded model")[0] + RESULTS.split("\n## The family")[1].split("\n## ")[0]
+TEXT = (ROOT / "README.md").read_text() + REAL
 COMMANDS = list(dict.fromkeys(re.findall(r"^python train\.py --model DIR (.*)$", TEXT, re.MULTILINE)))
 FEW = "--steps 3 --eval-every 3 --num-eval 4 --batch-size 2 --device cpu"
 
