@@ -364,13 +364,12 @@ def start(c: Config, held: ExitStack) -> tuple[Config, Problem | MultiTask, Reco
         raise ValueError("several processes share zeroth order's steps; those of AdamW, several tasks and "
                          f"{', '.join(ALONE)} are not shared: start one process")  # fmt: skip
     problem, files = prepare(c)
+    limit_threads(problem.lm)
     zo = estimator(c, problem.lm) if c.optimizer == "zo" else None  # refuses what this model has not, before a folder
     masks = mask_file(c, problem, zo) if c.method == "mazo" and past is None else b""
     begun = run_config(dataclasses.asdict(c), weights_sha256(problem.lm.weights), files, files_of_base(c), masks)
     decided = {name: begun[name] for name in ("code_sha256", "base_weights_sha256", "data_sha256", "other_sha256")}
     ranks.check_same("what they begin with", json.dumps(decided))
-    if parameters(problem.lm.weights) < SMALL:
-        torch.set_num_threads(1)
     if past is not None:
         check_same(Path(c.out), past.config, decided)
         tell(other_versions(past.config, begun))
@@ -380,6 +379,12 @@ def start(c: Config, held: ExitStack) -> tuple[Config, Problem | MultiTask, Reco
     else:
         past = RecordedRun(begun, [], [])
     return c, problem, past if c.optimizer == "zo" else past.up_to(last_state(Path(c.out), past)), ranks
+
+
+def limit_threads(lm: LanguageModel) -> None:
+    """One for a small model; in a replay too, as sums over parts of other sizes would be others in the last bits."""
+    if parameters(lm.weights) < SMALL:
+        torch.set_num_threads(1)
 
 
 def run(c: Config) -> dict:
@@ -614,6 +619,7 @@ def replay(c: Config) -> dict:
     asks_data = c.calibrate or verify or c.method == "elasticzo"
     problem, files = prepare(c) if asks_data else (None, None)
     lm = problem.lm if problem else load_base(c, resolve(c.model), [])
+    limit_threads(lm)
     check_same(out, past.config, {"base_weights_sha256": weights_sha256(lm.weights)})
     masks = read_masks(c, lm, past.config)
     zo, steps, found = estimator(c, lm, masks), len(past.trajectory), {}

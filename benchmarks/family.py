@@ -1,4 +1,4 @@
-"""The family at equal forwards: SST-2 and TREC, every method of all weights that train.py has, AdamW and LoRA above.
+"""The family at equal forwards: SST-2 and TREC, its methods beside MeZO and QuZO, and AdamW and LoRA as upper bounds.
 
     python -m benchmarks.family --model DIR --data-dir DIR --jobs 12 --compile --tune-seeds 0 --seeds 11 12 13
 
@@ -14,7 +14,7 @@ from benchmarks.tuned import Arms, main, rates
 
 BATCH, FO = 32, "--batch-size 8 --eval-every 75"
 FULL = rates("1e-5", "2e-5", "4e-5", "8e-5")
-ANCHORS = rates("1e-5", "2e-5", "4e-5")  # of the steps between, an anchor's are as long
+ANCHORS = rates("1e-5", "2e-5", "4e-5")  # of both kinds of step: --anchor-rate 1
 
 
 def arms_of(task: str, forwards: int) -> Arms:

@@ -45,8 +45,7 @@ def step_times(problem: Problem, flags: list[str], tokens: int, repeats: int, ra
     shared = ranks.loss_of(loss_of, problem.terms)
     for at in range(WARM_UP + repeats):
         loss_fn = ready.pop() if ready else shared(batch, c.queries)
-        if c.device != "cpu":  # as in train.py
-            loss_fn.meanwhile = lambda: ready.append(shared(batch, c.queries))
+        loss_fn.meanwhile = lambda: ready.append(shared(batch, c.queries))  # as in train.py
         zo_step(lm.weights, loss_fn, Key(c.seed, at), zo, LR)
         clock.append(time.perf_counter())
     clock = clock[WARM_UP - 1 :]

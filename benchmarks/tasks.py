@@ -1,4 +1,4 @@
-"""All tasks on a real checkpoint: MeZO's for causal models, LM-BFF's for masked ones, each at 4,000 forwards.
+"""Tasks on a real checkpoint: MeZO's for causal models but ReCoRD, LM-BFF's for masked ones, each at 4,000 forwards.
 
     python -m benchmarks.tasks --model DIR --data-dir DIR --jobs 8 --compile --tune-seeds 4 --seeds 4 5
     python -m benchmarks.tasks --model DIR --data-dir DIR --arms "drop: AdaZeta" "squad: MeZO, bf16"

@@ -237,7 +237,8 @@ def load_splits(
     num_dev = num_dev or task.num_dev
     drawn = _draw(read_rows(named["train"], task), data_seed or 0, (num_train or 1000) + num_dev)
     if len(drawn) <= num_dev:
-        raise ValueError(f"{named['train']} holds {len(drawn)} examples: {num_dev} for dev leave none to train with")
+        raise ValueError(f"{named['train']} holds {len(drawn)} examples: {num_dev} for dev leave none to train with, "
+                         "unless --num-dev is smaller")  # fmt: skip
     tests = {split: _draw(read_rows(path, task), data_seed or 0, num_eval) for split, path in _tests(named)}
     return Splits(drawn[:-num_dev], drawn[-num_dev:], tests, list(named.values()))
 

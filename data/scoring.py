@@ -332,9 +332,9 @@ class BatchLoss:
 
 @dataclass
 class MeanLoss:
-    """The loss_fn of several tasks, as BatchLoss: the mean of theirs."""
+    """The loss_fn of several tasks, as BatchLoss: the mean of theirs.  Of MetricLoss it can only be called."""
 
-    losses: list[BatchLoss]
+    losses: list[BatchLoss | MetricLoss]
 
     def __call__(self, view) -> Tensor:
         return sum(loss(view) for loss in self.losses) / len(self.losses)

@@ -127,15 +127,18 @@ class TailView:
 
 def tail_of(lm: LanguageModel, blocks: int, rate: float) -> Tail:
     """The last blocks and what comes after them.  Raises ValueError for more blocks than there are, and adapters."""
-    layers = lm.config.num_hidden_layers
-    if lm.adapters is not None or not 0 <= blocks <= layers:
-        raise ValueError(f"ElasticZO's tail is of a model's own weights and 0 to {layers} blocks, got {blocks}"
-                         + (f" beside {lm.adapters.spec}" if lm.adapters is not None else ""))  # fmt: skip
-    return Tail(lm.weights, tail_names(lm.weights, type(lm), layers, blocks), rate)
+    if lm.adapters is not None:
+        raise ValueError(f"ElasticZO's tail is of a model's own weights, and only {lm.adapters.spec} are trained")
+    return Tail(lm.weights, tail_names(lm.weights, type(lm), lm.config.num_hidden_layers, blocks), rate)
 
 
 def tail_names(names: Iterable[str], kind: type[LanguageModel], layers: int, blocks: int) -> frozenset[str]:
-    """Of a model's: what is in the last blocks or after them.  Tables, and RoBERTa's norm of them, are before."""
+    """Of a model's: what is in the last blocks or after them.  Tables, and RoBERTa's norm of them, are before.
+
+    Raises ValueError for more blocks than there are.
+    """
+    if not 0 <= blocks <= layers:
+        raise ValueError(f"ElasticZO's tail (--tail-blocks) has 0 to {layers} blocks of this model, got {blocks}")
     last = tuple(f"{kind.layers}{layer}." for layer in range(layers - blocks, layers))
     before = (kind.layers, kind.embedding, "roberta.embeddings.")
     return frozenset(name for name in names if name.startswith(last) or not name.startswith(before))

@@ -25,8 +25,8 @@ rules for p and R were read in a public trainer of that name; LeZO has no code. 
 - Of AdaLeZO, gamma is 0.2, not 0.01, and no weight is clipped: so the mean stays right, and c_l / (k gamma / L) bounds
   them.  A block that was never drawn counts as the best, or the first ones drawn would keep all but gamma.
 
-Which blocks move is a function of (seed, step), in AdaLeZO also of all projected gradients before: a replay that
-calls Bandit.observe after each step has the same ones.
+Which blocks move is a function of (seed, step), in AdaLeZO also of all projected gradients before: a replay has the
+same ones, because zo_optim.update, which redoes a step, lets the bandit observe it.
 
 Shape key: L blocks, k draws, Q queries.  Imports model, quant, random_bits and zo_optim.
 """
@@ -148,8 +148,8 @@ class Bandit:
         return drawn_blocks(key.seed, key.step, self.draws, self.chances)
 
     def observe(self, key: Key, projected_grads: Tensor, lr: float) -> None:
-        """To be called once after each step, by a run and by whatever redoes it: projected_grads [Q] float64, finite;
-        lr does not matter.
+        """zo_optim.update calls this once after each step, of a run and of its replay: projected_grads [Q] float64,
+        finite; lr does not matter.
 
         In Python's numbers, whose sums do not depend on a machine's vector width.  Libraries may differ in the last bit
         of math.exp, which moves one draw in some 10^15.

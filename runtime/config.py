@@ -284,7 +284,7 @@ def check_tasks(c: Config) -> None:
             if getattr(c, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} means nothing beside {beside}")
     if len({task.name for task in tasks}) < len(tasks):
-        raise ValueError(f"--task {c.task} names a task twice")
+        raise ValueError(f"--task {c.task} names a task twice (a .json file's task has its name)")
     if c.batch_size % len(tasks):
         raise ValueError(f"--batch-size {c.batch_size} cannot be shared equally by {len(tasks)} tasks: take "
                          f"{-(-c.batch_size // len(tasks)) * len(tasks)}")  # fmt: skip
@@ -402,6 +402,8 @@ def check_estimator(c: Config) -> None:
 
 def check_family(c: Config) -> None:
     """Raises ValueError for flags that a method of family/ has its own of."""
+    if c.method in ("subzero", "mazo", "elasticzo") and c.compute in ("fp8", "int8"):
+        raise ValueError(f"--method {c.method} multiplies floats, not codes: leave out --compute {c.compute}")
     if c.method == "subzero" and (c.direction_bits != "full" or c.probe == "codes"):
         given = "--probe codes" if c.direction_bits == "full" else f"--direction-bits {c.direction_bits}"
         raise ValueError(f"--method subzero has directions of its own: leave out {given}")

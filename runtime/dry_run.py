@@ -6,8 +6,8 @@ and every block's activations, which the backward pass trades for gradients bloc
 counts.  The counts below follow the code line by line, and leave out what is small beside them; benchmarks/memory.py
 measures them.
 
-Shape key: B sequences in a forward, T tokens, D hidden, F feed-forward width, V vocabulary.  Imports data, model,
-quant, tensor_train, zo_optim, and of runtime config, model_configs and problem.
+Shape key: B sequences in a forward, T tokens, D hidden, F feed-forward width, V vocabulary.  Imports data,
+family.elasticzo, model, quant, tensor_train, zo_optim, and of runtime config, model_configs and problem.
 """
 
 from __future__ import annotations

@@ -232,10 +232,10 @@ TINY_DEFAULTS = {
     "loretta-rep": dict(weights="fp32", steps=300, lr=1e-2, eval_every=25, batch_size=32),
     "lora": dict(weights="fp32", steps=150, lr=3e-3, eval_every=25, batch_size=32),
 }
-# On codes of a real model a step in every weight drowns in its rounding (docs/directions.md): ours is the default,
-# but for the embedded model's int8, whose directions are the paper's.  A step moves an int4 code by lr |g| / eps codes,
-# which a small eps makes 1 or more, so that little is rounded; rounded activations would drown so small a probe.  One
-# weight's move before the largest activations changes the loss a hundred times as much as another's: hence the clip.
+# On codes of a real model a step in every weight drowns in its rounding (docs/directions.md): ours is the default, but
+# for QuZO on the embedded model's int8, whose directions are the paper's.  A step moves an int4 code by lr |g| / eps
+# codes, which a small eps makes 1 or more, so that little is rounded; rounded activations would drown so small a probe.
+# One weight's move before the largest activations changes the loss a hundred times what another's does: hence the clip.
 SPARSE_DEFAULTS = {
     "sparse": dict(eps=1e-3, cell=1024, clip=3.0), "sparse on int4": dict(eps=2.5e-4, cell=256, clip=3.0),
     "sparse with rounded activations": dict(eps=2e-3, cell=256, clip=3.0),

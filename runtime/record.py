@@ -163,11 +163,13 @@ def check_result(path: Path, run: RecordedRun, result: dict, derived: dict) -> N
 def check_same(path: Path, recorded: dict, found: dict) -> None:
     """Raises ValueError, by name, where a run began with something else than what is found here.
 
-    found: of config.json's entries, those to compare, texts or objects of texts.
+    found: of config.json's entries, those to compare, texts or objects of texts.  As many of these are compared in
+    their order: of files that are elsewhere now, folders that tell them apart may have other names.
     """
     for name, value in found.items():
         was = recorded[name]
         if isinstance(value, dict):
+            value = dict(zip(was, value.values(), strict=True)) if len(was) == len(value) else value
             differ = sorted(key for key in {*was, *value} if was.get(key) != value.get(key))
             if differ:
                 raise ValueError(f"{path} began with other contents of {', '.join(differ)} (its {name})")

@@ -135,11 +135,11 @@ def test_the_tail_is_the_last_blocks_and_what_comes_after_them(raw):
 
 def test_what_has_no_such_tail_is_refused():
     for blocks in (-1, 4):
-        with pytest.raises(ValueError, match=f"0 to 3 blocks, got {blocks}"):
+        with pytest.raises(ValueError, match=f"0 to 3 blocks of this model, got {blocks}"):
             tail_of(tiny(), blocks, 3.0)
     lm = tiny()
     tensor_train.attach(lm, tensor_train.Spec("rep", "qv", 8, 2), seed=0)
-    with pytest.raises(ValueError, match="own weights and 0 to 3 blocks, got 1 beside Spec"):
+    with pytest.raises(ValueError, match="a model's own weights, and only Spec"):
         tail_of(lm, 1, 3.0)
 
 
@@ -443,6 +443,16 @@ def test_a_run_is_redone_and_taken_up_to_the_same_bits(capsys, tmp_path, flags):
     assert replayed["weights_sha256"] == result["weights_sha256"] and len(replayed["verified_steps"]) == 4
 
 
+def test_a_replay_has_the_threads_of_its_run(capsys, tmp_path):
+    """Of a small model one: sums over parts of other sizes have other last bits, and so has the tail."""
+    assert run(capsys, *SHORT, *"--steps 1 --eval-every 1".split(), "--out", str(tmp_path / "run"))[0] == 0
+    torch.set_num_threads(2)
+    try:
+        assert run(capsys, "--replay", str(tmp_path / "run"))[0] == 0 and torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_a_replay_sees_other_data(capsys, tmp_path):
     """Its gradient would be another."""
     assert run(capsys, *SHORT, *"--steps 1 --eval-every 1".split(), "--out", str(tmp_path / "run"))[0] == 0
@@ -474,10 +484,11 @@ def test_the_default_command_learns(capsys, tmp_path, steps):
 
 REFUSED = {
     "--objective accuracy": "takes a gradient, and --objective accuracy has none", "--tail-blocks -1": "got -1",
-    "--tail-blocks 4": "0 to 3 blocks, got 4", "--placement mlp": "means nothing beside --method elasticzo",
+    "--tail-blocks 4": "0 to 3 blocks of this model", "--tail-blocks 9 --dry-run": "got 9",
+    "--placement mlp": "means nothing beside --method elasticzo",
     "--adapters somewhere": "means nothing beside --method elasticzo", "--tail-rate nan": "got nan",
     "--optimizer adamw": "means --optimizer zo", "--graphs": "not for the methods of family/",
-    "--weights int8 --activations int8 --compute int8": "multiplies codes by codes",
+    "--weights int8 --activations int8 --compute int8": "multiplies floats, not codes: leave out --compute int8",
     "--weights bf16 --rounding nearest": "lands its tail by stochastic rounding: leave out --rounding nearest",
 }  # fmt: skip
 

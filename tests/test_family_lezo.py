@@ -349,15 +349,14 @@ def test_a_replay_that_observes_has_the_same_blocks(kind):
     for step in range(6):
         hit.append(zo.moves.counts(Key(0, step)))
         grads.append(zo_step(lm.weights, batch_loss(lm), Key(0, step), zo, 1e-3).projected_grads)
-        zo.moves.observe(Key(0, step), grads[-1], 0.1)
     for observes in (True, False):
         fresh = tiny(weights="int8")
         again = adalezo(KINDS[kind](0.01, 2), fresh, 0.5, rest=False)
+        if not observes:
+            again.moves.observe = lambda key, projected_grads, lr: None
         for step, g in enumerate(grads):
             assert not observes or again.moves.counts(Key(0, step)) == hit[step]
             update(fresh.weights, g, Key(0, step), again, 1e-3)
-            if observes:
-                again.moves.observe(Key(0, step), g, 0.1)
         assert same(lm.weights, fresh.weights) == observes
 
 

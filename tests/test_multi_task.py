@@ -193,6 +193,25 @@ def test_each_task_has_its_own_data(capsys, tasks, tmp_path):
     assert list(hashed(files[:1])) == ["train.tsv"]
 
 
+def test_files_of_one_name_may_be_moved(capsys, tmp_path):
+    """Of two tasks whose folders alone tell their files apart: they are found in other ones, and an edit is named."""
+    for old in ("a", "b"):
+        (tmp_path / old).mkdir()
+        for name in ("train", "dev", "test"):
+            (tmp_path / old / f"{name}.tsv").write_text((TINY / f"{name}.tsv").read_text())
+        (tmp_path / old / f"{old}.json").write_text(json.dumps(REVERSED))
+    tasks, out = ",".join(str(tmp_path / name / f"{name}.json") for name in ("a", "b")), tmp_path / "run"
+    assert said(capsys, *SHORT.split(), "--steps", 1, "--task", tasks, "--out", out)[0] == 0
+    (tmp_path / "a").rename(tmp_path / "c")
+    moved = tasks.replace(f"{tmp_path}/a/", f"{tmp_path}/c/")
+    code, (replayed,), _ = said(capsys, "--replay", out, "--verify", 1, "--task", moved)
+    assert code == 0 and replayed["equal"]
+    with open(tmp_path / "c" / "test.tsv", "a") as file:
+        file.write("so dull\t0\n")
+    code, _, err = said(capsys, "--replay", out, "--verify", 1, "--task", moved)
+    assert code == 2 and "began with other contents of a/test.tsv (its data_sha256)" in err
+
+
 def test_what_is_asked_of_several_tasks(capsys, tasks):
     code, lines, _ = said(capsys, "--task", tasks, "--show", 2)
     assert code == 0 and [line["options"][0] for line in lines] == [" terrible"] * 2 + [" great"] * 2
@@ -227,7 +246,7 @@ def test_what_several_tasks_cannot_do_is_one_line(capsys, tasks, monkeypatch, wh
     monkeypatch.setattr(train.ExitStack, "world", 2, raising=False)
     monkeypatch.setattr(train.ExitStack, "__enter__", lambda self: self)
     code, _, err = said(capsys, "--task", tasks, "--device", "cpu")
-    assert code == 2 and "several tasks are not shared: start one process" in err
+    assert code == 2 and "several tasks and mezo-svrg, mazo, elasticzo, zo2 are not shared" in err
 
 
 @pytest.mark.full
