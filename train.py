@@ -497,8 +497,9 @@ def method_text(c: Config) -> str:
     gaussian = "Gaussian directions" if c.method != "subzero" else "directions in random subspaces"
     directions = {None: "", "full": f", {gaussian}", "sparse": ", sparse directions (ours)"}
     rounded = f", {c.direction_bits}-bit directions (the paper's)"
-    masked = "" if c.mask_share is None else f", {100 * c.mask_share:g} % of each row"
-    return f"{c.method} on {c.weights} weights{directions.get(c.direction_bits, rounded)}{masked}"
+    which = "" if c.mask_share is None else f", {100 * c.mask_share:g} % of each row"
+    which += ", blocks by a bandit" if c.bandit else ""
+    return f"{c.method} on {c.weights} weights{directions.get(c.direction_bits, rounded)}{which}"
 
 
 def ending(c: Config, progress: Progress) -> list[str]:

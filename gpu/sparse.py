@@ -210,7 +210,7 @@ def _tables(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Te
     """What _step_kernel knows of its tensors, [n, FIELDS] int64, and each program's tensor, int32.
 
     rows: addresses of numbers, scales and residual; cells; R, C, C padded to eights; groups a row, columns a group; the
-    tensor's id.  A recorded step reads them where they are.
+    tensor's id.  A recorded step reads them where they are: one that was forgotten would be other memory by then.
     """
     programs = [triton.cdiv(row[3], BLOCK) for row in rows]
     firsts = accumulate(programs, initial=0)

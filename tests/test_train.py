@@ -236,6 +236,7 @@ def test_a_run_is_what_its_record_says(run, flags):
     directions = DIRECTIONS[flags["direction_bits"]]
     directions = ", directions in random subspaces" if flags["method"] == "subzero" else directions
     directions += ", 50 % of each row" if flags["method"] == "mazo" else ""
+    directions += ", blocks by a bandit" if flags["bandit"] else ""
     assert f"{flags['method']} on {flags['weights']} weights{directions}, cpu" in done.log
     assert [row["lr"] for row in done.rows("loss")] == pytest.approx([rate(flags, step) for step in range(4)])
     recorded = read_trajectory(done.folder / "trajectory")
