@@ -75,6 +75,7 @@ def masks_of(folder: Path) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------- the masks of a run
 
 
+@pytest.mark.full
 def test_masks_are_those_of_all_tasks_measured_before_the_first_step(both, wholes):
     """Put together by hand: each task's own texts and losses, the first of its order, at the base weights."""
     folder, _ = wholes(f"--task {both}")
@@ -172,6 +173,7 @@ def test_other_masks_are_refused(capsys, tmp_path, wholes):
     assert_equal_folders(cut, folder)
 
 
+@pytest.mark.full
 def test_masks_that_were_made_up_are_found_out(capsys, tmp_path, monkeypatch):
     """Masks that no measure gave, in a record that is otherwise true."""
     measured = train.mask_file
@@ -188,6 +190,7 @@ def test_masks_that_were_made_up_are_found_out(capsys, tmp_path, monkeypatch):
     assert code == 1 and not replayed["equal"] and replayed["masks_difference"] == 1.0
 
 
+@pytest.mark.full
 def test_an_interrupted_run_is_finished_to_the_same_bits(capsys, tmp_path, both, wholes, monkeypatch):
     """Without measuring again."""
 
@@ -220,6 +223,7 @@ def test_a_run_says_what_it_is(capsys, tmp_path):
     assert result["method"] == "mazo" and result["directions"] == "full"
 
 
+@pytest.mark.full
 def test_lr_zero_leaves_every_bit(capsys, tmp_path):
     for weights in ("bf16", "int4"):
         flags = [*SHORT.split(), "--lr", "0", "--steps", "2", "--weights", weights, "--out", str(tmp_path / weights)]

@@ -194,7 +194,8 @@ def eighths(x: Tensor) -> Tensor:
     return straight_through(x, (8 * x).round() / 8)
 
 
-@pytest.mark.parametrize("rounding, names", [(None, [OF_LAST, OF_FIRST]), (eighths, [OF_LAST])])
+@pytest.mark.parametrize("rounding, names", [(None, [OF_LAST, OF_FIRST]),
+                                             pytest.param(eighths, [OF_LAST], marks=pytest.mark.full)])  # fmt: skip
 def test_node_perturbation_estimates_the_gradient(rounding, names):
     """The mean of 800 draws, element by element, within 5 deviations.
 

@@ -155,7 +155,9 @@ def test_a_step_is_that_of_the_mean(tasks, wholes):
     assert row["tokens"] == sum(e.width for e in batch(problem, 0, 0, 8))
 
 
-@pytest.mark.parametrize("flags", ["", "--method lora", "--objective accuracy --probes-per-forward 1"])
+@pytest.mark.parametrize("flags", [
+    "", "--method lora", pytest.param("--objective accuracy --probes-per-forward 1", marks=pytest.mark.full),
+])
 def test_a_run_is_replayed_verified_and_asked(capsys, wholes, flags):
     folder, result = wholes(flags)
     if "lora" not in flags:
