@@ -26,11 +26,14 @@ ZO = "--weights fp32 --lr-schedule constant --eps 1e-3"
 SCHEDULES = {"paper's schedule": (0.85, 0.45, 20), "released schedule": (0.85, 0.622, 15)}
 
 
-def steps_of(task: str, alpha: float, beta: float, max_queries: int, queries: int = QUERIES) -> int:
-    """How many steps AdaZeta needs to spend the budget of queries; the last step is whole."""
+def adazeta_steps(
+    examples: int, batch_size: int, queries: int = QUERIES, schedule: tuple = SCHEDULES["paper's schedule"]
+) -> int:
+    """How many steps AdaZeta needs to spend the budget of queries; the last step is whole.  schedule: alpha, beta and
+    the most queries."""
     step, asked = 0, 0
     while asked < queries:
-        asked += adazeta_queries(epoch_of(step, EXAMPLES[task], BATCH), alpha, beta, max_queries)
+        asked += adazeta_queries(epoch_of(step, examples, batch_size), *schedule)
         step += 1
     return step
 
@@ -59,7 +62,7 @@ def arms_of(task: str) -> Arms:
         "AdaZeta, four queries": (zo("adazeta", 4), PROBED),
     }
     for name, (alpha, beta, max_queries) in SCHEDULES.items():
-        steps = steps_of(task, alpha, beta, max_queries)
+        steps = adazeta_steps(EXAMPLES[task], BATCH, schedule=(alpha, beta, max_queries))
         schedule = f"--alpha {alpha} --beta {beta} --max-queries {max_queries} --steps {steps}"
         schedule += f" --eval-every {steps // 10}"
         arms[f"AdaZeta, {name}"] = (f"{ZO} --method adazeta {schedule}", PROBED)

@@ -19,9 +19,8 @@ from collections.abc import Callable
 
 import torch
 
-from data.scoring import BatchLoss, Encoded, evaluate
+from data.scoring import Encoded, evaluate
 from data.tasks import TASKS
-from family.elasticzo import Tail
 from model import create
 from random_bits import Key
 from runtime.config import Config, parse
@@ -29,8 +28,9 @@ from runtime.dry_run import predict
 from runtime.first_order import adamw_step, make_trainable, optimizer
 from runtime.hub import raw_config
 from runtime.problem import DTYPES, Problem, set_up_forwards
+from runtime.ranks import Ranks
 from tensor_train import trained
-from train import estimator, installed, reserved_memory
+from train import estimator, installed, losses_of, reserved_memory
 from zo_optim import Step, zo_step
 
 CASES = {  # name: flags
@@ -74,27 +74,25 @@ def examples(c: Config, tokens: int, vocabulary: int) -> list[Encoded]:
     return [Encoded([row], [[5], [6]], len(row) - 1, i % 2) for i, row in enumerate(rows)]
 
 
-def step_function(c: Config, problem: Problem) -> Callable[[int, list[Encoded], float], Step | float]:
-    """One step of train.py's loop, of a fixed number of queries: (number, examples, learning rate) -> what it found."""
-    lm, weights = problem.lm, trained(problem.lm)
+def step_function(
+    c: Config, problem: Problem, ranks: Ranks | None = None
+) -> Callable[[int, list[Encoded], float], Step | float]:
+    """One step of train.py's loop, of a fixed number of queries: (number, examples, learning rate) -> what it found.
+
+    It is given the same examples each time, so that those of the next step are known.
+    """
+    lm, weights, zo = problem.lm, trained(problem.lm), None
     if c.optimizer == "adamw":
         adamw = optimizer(weights, c.lr, c.weight_decay or 0.0)
     else:
         zo = installed(estimator(c, lm), c, lm, c.graphs)
-
-    ready = []
+    loss_of, ready = losses_of(c, problem, zo, ranks or Ranks()), []
 
     def step(at: int, examples: list[Encoded], lr: float) -> Step | float:
-        def loss() -> BatchLoss:
-            return BatchLoss.of(lm, examples, problem.pad, c.micro_batch_size, problem.multiple)
-
-        loss_fn = ready.pop() if ready else loss()
-        if c.optimizer == "adamw":
+        loss_fn = ready.pop() if ready else loss_of(examples, c.queries)
+        if zo is None:
             return adamw_step(adamw, loss_fn.parts(lm.stored_view()), lr)
-        if c.device != "cpu":  # as train.Batches, of the same examples
-            loss_fn.meanwhile = lambda: ready.append(loss())
-        if isinstance(zo.moves, Tail):
-            loss_fn = zo.moves.watch(loss_fn, 2 * c.queries)
+        loss_fn.meanwhile = lambda: ready.append(loss_of(examples, c.queries))  # as train.py
         return zo_step(weights, loss_fn, Key(c.seed, at), zo, lr)
 
     return step

@@ -12,44 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
+from functools import partial
 
 import torch
 
-from benchmarks.memory import build, examples
-from benchmarks.speed import WARM_UP
-from data.scoring import BatchLoss
-from random_bits import Key
+from benchmarks.memory import build, examples, step_function
+from benchmarks.speed import LR, timed
 from runtime.checkpoints import weights_sha256
 from runtime.config import parse
 from runtime.hub import raw_config
-from runtime.problem import Problem
-from runtime.ranks import Ranks, is_first, joined
-from train import estimator, installed
-from zo_optim import zo_step
-
-LR = 1e-6
-
-
-def step_times(problem: Problem, flags: list[str], tokens: int, repeats: int, ranks: Ranks) -> list[float]:
-    """Milliseconds of each step, after some that warm up."""
-    c, lm = parse(flags), problem.lm
-    batch = examples(c, tokens, lm.config.vocab_size)
-    zo, clock, ready = installed(estimator(c, lm), c, lm, c.graphs), [], []
-
-    def loss_of(rows: list) -> BatchLoss:
-        return BatchLoss.of(lm, rows, problem.pad, c.micro_batch_size, problem.multiple)
-
-    shared = ranks.loss_of(loss_of, problem.terms)
-    for at in range(WARM_UP + repeats):
-        loss_fn = ready.pop() if ready else shared(batch, c.queries)
-        loss_fn.meanwhile = lambda: ready.append(shared(batch, c.queries))  # as in train.py
-        zo_step(lm.weights, loss_fn, Key(c.seed, at), zo, LR)
-        clock.append(time.perf_counter())
-    clock = clock[WARM_UP - 1 :]
-    return [1e3 * (after - before) for before, after in zip(clock, clock[1:], strict=False)]
+from runtime.ranks import is_first, joined
 
 
 def main(argv: list[str]) -> None:
@@ -65,16 +38,18 @@ def main(argv: list[str]) -> None:
     with joined("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu") as ranks:
         for flags in args.flags:
             given = f"--model {args.model} --batch-size {args.batch_size} --lr {LR} --device {args.device} {flags}"
-            problem = build(parse(given.split()), raw_config(args.model))
-            ms = step_times(problem, given.split(), args.tokens, args.repeats, ranks)
+            c, raw = parse(given.split()), raw_config(args.model)
+            problem, batch = build(c, raw), examples(c, args.tokens, raw["vocab_size"])
+            take_step = partial(step_function(c, problem, ranks), examples=batch, lr=LR)
+            row = timed(take_step, args.repeats, c.device)
             if ranks.world > 1:
                 ranks.check_same("their weights", weights_sha256(problem.lm.weights))
-            rows.append({"flags": flags, "ranks": ranks.world, "sequences": args.batch_size, "tokens": args.tokens,
-                         "ms": statistics.median(ms), "fastest_ms": min(ms), "slowest_ms": max(ms)})  # fmt: skip
+            row |= {"flags": flags, "ranks": ranks.world, "sequences": args.batch_size, "tokens": args.tokens}
+            rows.append(row)
             if is_first():
                 print("{flags}: {ranks} ranks, {sequences} x {tokens}: {ms:.1f} ms "
-                      "({fastest_ms:.1f} to {slowest_ms:.1f})".format(**rows[-1]), flush=True)  # fmt: skip
-            del problem
+                      "({fastest_ms:.1f} to {slowest_ms:.1f})".format(**row), flush=True)  # fmt: skip
+            del problem, take_step
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     if is_first():

@@ -9,7 +9,7 @@ after which its dev loss only rises.
 
 from __future__ import annotations
 
-from benchmarks.adapters import steps_of
+from benchmarks.adapters import EXAMPLES, adazeta_steps
 from benchmarks.tuned import Arms, main, rates
 
 COMMON = "--task sst2 --k 512 --data-seed 42 --lr-schedule linear"
@@ -20,7 +20,7 @@ PAPER = "--direction-bits 4 --eps 1e-3"
 
 def arms_of(queries: int) -> Arms:
     zo = f"{COMMON} --batch-size 32 --steps {queries} --eval-every {queries // 8}"
-    schedule = steps_of("sst2", 0.85, 0.45, 20, queries)
+    schedule = adazeta_steps(EXAMPLES["sst2"], 32, queries)
     grown = f"{COMMON} --batch-size 32 --steps {schedule} --eval-every {schedule // 8}"
     arms = {
         "MeZO, fp32": (f"{zo} --method mezo --weights fp32", FULL),

@@ -9,23 +9,14 @@ and LoRA are what SST-2 liked best.  Tasks of masked models begin with k-shot; A
 
 from __future__ import annotations
 
+from benchmarks.adapters import QUERIES, adazeta_steps
 from benchmarks.tuned import Arms, main
-from zo_optim import adazeta_queries, epoch_of
 
 CAUSAL = {  # examples to train with, of at most 1,000: the official file's less those of dev
     "sst2": 1000, "rte": 1000, "cb": 150, "boolq": 1000, "wsc": 454, "wic": 1000, "multirc": 1000, "copa": 300,
     "squad": 1000, "drop": 1000,
 }  # fmt: skip
 MASKED = {"sst2": 1024, "sst5": 2560, "snli": 1536, "mnli": 1536, "rte": 1024, "trec": 2646}  # k = 512
-QUERIES = 2000
-
-
-def adazeta_steps(examples: int, batch_size: int) -> int:
-    asked, steps = 0, 0
-    while asked < QUERIES:
-        asked += adazeta_queries(epoch_of(steps, examples, batch_size), 0.85, 0.45, 20)
-        steps += 1
-    return steps
 
 
 def arms_of(name: str, flags: str, examples: int, batch_size: int, first_order: str, fo_rate: str) -> Arms:

@@ -201,7 +201,7 @@ def tensors(store: Store) -> list[Tensor]:
 def moved(store: Store, change: Callable[[Tensor], Tensor]) -> Store:
     """The same store of other tensors."""
     values = {f.name: getattr(store, f.name) for f in dataclasses.fields(store)}
-    return type(store)(**{name: change(x) if isinstance(x, Tensor) else x for name, x in values.items()})
+    return dataclasses.replace(store, **{name: change(x) for name, x in values.items() if isinstance(x, Tensor)})
 
 
 def at_home(device: torch.device) -> Callable[[Tensor], Tensor]:

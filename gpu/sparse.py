@@ -282,8 +282,7 @@ class FusedSparseZO(SparseZO):
             rows = alike.setdefault((kind, of_scales, float(store.max_fine) if bits else largest, bits), [])
             rows.append((value.data_ptr(), scale.data_ptr(), residual, -(-R * width // self.cell), R, C, width, *groups,
                          tensor_id(name)))  # fmt: skip
-        words = as_int32(key.step, 0, key.query, key.seed & LOW, key.seed >> 32 & LOW)
-        step, _, _, *seed = words
+        step, *seed = as_int32(key.step, key.seed & LOW, key.seed >> 32 & LOW)
         with _on(factors.device):
             for (kind, of_scales, largest, bits), rows in alike.items():
                 table, tensor_of = _tables(tuple(rows), factors.device)

@@ -84,7 +84,7 @@ def resolve_defaults(c: Config) -> Config:
     elif c.method != "adazeta" and optimizer == "zo":
         table["queries"] = 1
     table["task"] = c.task or ("tiny" if c.model == "tiny" else "sst2")
-    tasks = [get_task(name) for name in table["task"].split(",")]
+    tasks = tasks_of(dataclasses.replace(c, task=table["task"]))
     if c.k or not all("dev" in task.files for task in tasks):
         table |= FILE_DEFAULTS["k-shot files" if c.k else "full files"]
         if not c.k and len(tasks) == 1:  # of several each has its own

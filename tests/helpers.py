@@ -12,10 +12,12 @@ import torch
 import transformers
 from torch import Tensor
 
+import train
 from data.tasks import Row
 from random_bits import Key, Purpose
 from runtime import checkpoints
 from runtime import problem as setup
+from runtime.ranks import Ranks
 from runtime.record import canonical
 from zo_optim import ZO
 
@@ -136,6 +138,27 @@ def shortened(train: int = 256, dev: int = 32) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "load_splits", short)
         yield
+
+
+def last_line(capsys, *flags: str) -> tuple[int, dict]:
+    """train.main -> its exit code, and the JSON of its last line on standard output."""
+    code = train.main([*flags])
+    out = capsys.readouterr().out.splitlines()
+    return code, json.loads(out[-1]) if out else {}
+
+
+def assert_refused(capsys, out: Path, message: str, *flags: str) -> None:
+    """train.main ends with one line that holds the message, and writes nothing."""
+    assert train.main([*flags, "--out", str(out)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and message in said.err and len(said.err.splitlines()) == 1
+    assert not out.exists()
+
+
+@contextmanager
+def one_of_two(device: str) -> Iterator[Ranks]:
+    """runtime.ranks.joined, of two processes."""
+    yield Ranks(world=2)
 
 
 def repeated(path: Path) -> bytes | str | list:

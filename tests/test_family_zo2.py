@@ -7,13 +7,20 @@ tests/test_gpu.py has.  Oracle: the same model without offloading, by the same s
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_equal_folders, shortened, tiny_llama, tiny_roberta
+from helpers import (
+    assert_equal_folders,
+    assert_refused,
+    last_line,
+    one_of_two,
+    shortened,
+    tiny_llama,
+    tiny_roberta,
+)
 from oracles import same_tensors
 from torch import Tensor
 
@@ -25,7 +32,6 @@ from model import LanguageModel, create, load
 from quant import FORMATS, Float, Store, encode
 from random_bits import Key
 from runtime.checkpoints import weights_sha256
-from runtime.ranks import Ranks
 from zo_optim import ZO, SparseZO, update, zo_step
 
 CPU = torch.device("cpu")
@@ -287,12 +293,6 @@ def short_splits():
         yield
 
 
-def run(capsys, *flags: str) -> tuple[int, dict]:
-    code = train.main([*flags])
-    out = capsys.readouterr().out.splitlines()
-    return code, json.loads(out[-1]) if out else {}
-
-
 def losses(folder: Path) -> list[tuple]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(row.get("plus"), row.get("minus"), row.get("dev_loss")) for row in rows]
@@ -302,7 +302,7 @@ def losses(folder: Path) -> list[tuple]:
 def test_a_run_is_the_resident_one(capsys, tmp_path, flags, resident):
     """The same weights, gradients and losses; replayed, by the forwards of some steps too, but not where a settling is
     left out; and a folder that can be evaluated."""
-    found = {way: run(capsys, *SHORT, *way.split(), "--out", str(tmp_path / str(i)))
+    found = {way: last_line(capsys, *SHORT, *way.split(), "--out", str(tmp_path / str(i)))
              for i, way in enumerate((flags, resident))}  # fmt: skip
     (code, result), (_, other) = found.values()
     for name in ("weights_sha256", "best_step", "dev", "dev_loss", "tests", "trainable_parameters", "forwards"):
@@ -311,13 +311,13 @@ def test_a_run_is_the_resident_one(capsys, tmp_path, flags, resident):
     assert losses(tmp_path / "0") == losses(tmp_path / "1")
     grads = [[line.split()[:-1] for line in (tmp_path / str(i) / "trajectory").open()] for i in range(2)]
     assert grads[0] == grads[1]
-    code, replayed = run(capsys, "--replay", str(tmp_path / "0"), "--verify", "3")
+    code, replayed = last_line(capsys, "--replay", str(tmp_path / "0"), "--verify", "3")
     assert code == 0 and replayed["equal"] and replayed["largest_difference"] == 0
     with pytest.MonkeyPatch.context() as patch:  # blocks would be a step behind what is in none
         patch.setattr(Offloaded, "settle", lambda held: None)
-        code, replayed = run(capsys, "--replay", str(tmp_path / "0"))
+        code, replayed = last_line(capsys, "--replay", str(tmp_path / "0"))
     assert code == 1 and not replayed["equal"]
-    code, asked = run(capsys, "--evaluate", str(tmp_path / "0"), "--num-eval", "8", "--device", "cpu")
+    code, asked = last_line(capsys, "--evaluate", str(tmp_path / "0"), "--num-eval", "8", "--device", "cpu")
     assert code == 0 and asked["weights_sha256"] == result["weights_sha256"] and asked["tests"] == result["tests"]
 
 
@@ -331,12 +331,12 @@ def test_an_interrupted_run_is_finished_to_the_same_bits(capsys, tmp_path, stops
         signal = property(lambda self: next(self.asked, 2))
 
     flags, whole, cut = [*SHORT, *"--method zo2 --weights int4".split()], tmp_path / "whole", tmp_path / "cut"
-    assert run(capsys, *flags, "--out", str(whole))[0] == 0
+    assert last_line(capsys, *flags, "--out", str(whole))[0] == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Stop", Stop)
-        code, result = run(capsys, *flags, "--out", str(cut))
+        code, result = last_line(capsys, *flags, "--out", str(cut))
     assert code == 130 and result["steps"] == stops_after
-    assert run(capsys, "--resume", str(cut))[0] == 0
+    assert last_line(capsys, "--resume", str(cut))[0] == 0
     assert_equal_folders(cut, whole)
 
 
@@ -349,17 +349,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("flags", REFUSED)
 def test_bad_input_is_one_line_and_writes_nothing(capsys, tmp_path, flags):
-    assert train.main([*SHORT, "--method", "zo2", *flags.split(), "--out", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and REFUSED[flags] in said.err and len(said.err.splitlines()) == 1
-    assert not (tmp_path / "run").exists()
+    assert_refused(capsys, tmp_path / "run", REFUSED[flags], *SHORT, "--method", "zo2", *flags.split())
 
 
 def test_processes_do_not_share_its_steps(capsys, tmp_path, monkeypatch):
-    @contextmanager
-    def two(device: str):
-        yield Ranks(world=2)
-
-    monkeypatch.setattr(train, "joined", two)
-    assert train.main([*SHORT, "--method", "zo2", "--out", str(tmp_path / "run")]) == 2
-    assert "start one process" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    monkeypatch.setattr(train, "joined", one_of_two)
+    assert_refused(capsys, tmp_path / "run", "start one process", *SHORT, "--method", "zo2")
