@@ -165,15 +165,19 @@ class TensorTrain(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
         products = list(accumulate(self.factors, int.__mul__))
         self.split = products.index(inputs) + 1 if inputs in products[:-1] else None
+        self.rank = ranks[self.split] if self.split else None  # r, of Left and Right
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Left [P, I, r] and Right [P, r, O], where some factors multiply to I."""
+        cores = list(self.cores)
+        return chain(cores[: self.split])[:, 0], chain(cores[self.split :])[..., 0]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [P, N, I] -> [P, N, O]."""
-        cores = list(self.cores)
         if self.split is None:
-            y = product(x, to_dense(cores, self.inputs))
+            y = product(x, to_dense(list(self.cores), self.inputs))
         else:
-            left = chain(cores[: self.split])[:, 0]  # [P, I, r]
-            right = chain(cores[self.split :])[..., 0]  # [P, r, O]
+            left, right = self.sides()
             y = product(product(x, left), right)
         return y if self.bias is None else y + self.bias[:, None]
 
@@ -340,7 +344,7 @@ def attach(lm: LanguageModel, spec: Spec, seed: int) -> None:
         places[name] = Place(vector, sum(map(torch.numel, parts[vector])), value.shape)
         parts[vector].append(value.flatten())
 
-    modules = install(lm.block, targets, spec)
+    modules = install(lm.block, targets, spec, lm.bottleneck_class or Bottleneck)
     for i in range(lm.config.num_hidden_layers):
         for path, module in modules.items():
             prefix = f"{lm.layers}{i}.{path}.adapter."
@@ -375,7 +379,9 @@ def family_of(model_type: str) -> str:
     return "roberta" if model_type == "roberta" else "llama"
 
 
-def install(block: nn.Module, targets: dict[str, str], spec: Spec) -> dict[str, nn.Module]:
+def install(
+    block: nn.Module, targets: dict[str, str], spec: Spec, bottleneck: type[Bottleneck] = Bottleneck
+) -> dict[str, nn.Module]:
     """Give each target layer of a block its adapter, as a submodule that a hook runs: -> the adapters by path.
 
     Hooks, so that the model's own code knows of no adapters.
@@ -385,7 +391,7 @@ def install(block: nn.Module, targets: dict[str, str], spec: Spec) -> dict[str, 
         for path, where in targets.items():
             linear = block.get_submodule(path)
             O, I = linear.weight.shape  # noqa: E741
-            linear.adapter = Branch(I, O, spec) if where == "beside" else Bottleneck(I if where == "input" else O, spec)
+            linear.adapter = Branch(I, O, spec) if where == "beside" else bottleneck(I if where == "input" else O, spec)
             if where == "input":
                 linear.register_forward_pre_hook(lambda layer, args: (layer.adapter(args[0]),))
             elif where == "output":

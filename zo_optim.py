@@ -180,11 +180,22 @@ class ZO:
                     self.direction(key._replace(query=query), store.matrix_shape, index, rounding).mul_(factor)
                     for query, factor in enumerate(factors)
                 ))  # fmt: skip
-                bits = None
-                if store.rounds and not self.nearest:
-                    bits = bits32(key, Purpose.WEIGHT_ROUNDING, index, delta.shape[1])
-                counts += store.add_rounded_(rows, delta, bits)
+                counts += store.add_rounded_(rows, delta, None) if self.nearest else land_(store, rows, delta, key)
         return counts
+
+
+LANDING_TWINS: dict[str, Callable] = {}  # of land_ by device type, as random_bits.DEVICE_TWINS
+
+
+def land_(store: Store, rows: slice, delta: Tensor, key: Key) -> Tensor:
+    """w <- round(w + delta) in some rows, by the key's random bits.  delta [r, C] float32 -> counts."""
+    twin = LANDING_TWINS.get(store.device.type)
+    counts = None if twin is None else twin(store, rows, delta, key)
+    if counts is not None:
+        return counts
+    index = torch.arange(rows.start, rows.stop, device=store.device)
+    bits = bits32(key, Purpose.WEIGHT_ROUNDING, index, delta.shape[1]) if store.rounds else None
+    return store.add_rounded_(rows, delta, bits)
 
 
 class Hits(NamedTuple):

@@ -111,6 +111,7 @@ CASES = {
     "LeZO int8, a quarter, 4 bits": Case("--method lezo --weights int8 --direction-bits 4"),
     "LeZO int8, a quarter, sparse": Case("--method lezo --weights int8"),
     "LeZO int8, a quarter, sparse, no rest": Case("--method lezo --weights int8 --no-rest"),
+    "LeZO W8A8, a quarter, sparse": Case("--method lezo --weights int8 --activations int8"),
     "ElasticZO bf16": Case("--method elasticzo"),
     "ElasticZO int8, sparse": Case("--method elasticzo --weights int8"),
     "ZO2 bf16": Case("--method zo2"),

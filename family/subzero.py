@@ -78,7 +78,8 @@ class SubZero(ZO):
         if not self.is_low_rank(shape):
             return super().direction(key, shape, rows, rounding)
         left, right = self.factors(key, shape, rows)
-        return (left @ right.T).mul_(self.scale(shape)).float()
+        product = left @ right.T
+        return torch.mul(product, self.scale(shape), out=torch.empty_like(product, dtype=torch.float32))
 
     def is_low_rank(self, shape: tuple[int, int]) -> bool:
         return min(shape) > self.rank

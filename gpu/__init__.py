@@ -2,7 +2,8 @@
 
 kernels.py and sparse.py: one Triton kernel a tensor; in_place.py: both signs of a sparse probe by one copy of a matrix;
 graphs.py: a step's launches recorded once.  These give the bits of their definitions (tests/test_gpu.py), and the same
-products but for the order of their sums.  code_products.py multiplies codes by codes, to the accuracy of its sums.
+products but for the order of their sums.  code_products.py multiplies codes by codes, and adapters.py runs a bottleneck
+adapter in one kernel, both to the accuracy of their sums.
 Without Triton or a GPU, `install`, `probe_in_place` and `estimator` change nothing.
 """
 
@@ -12,6 +13,7 @@ import dataclasses
 import importlib.util
 
 import random_bits
+import zo_optim
 from model import LanguageModel
 from zo_optim import ZO, SparseZO
 
@@ -22,12 +24,15 @@ def has_triton() -> bool:
 
 
 def install(lm: LanguageModel) -> None:
-    """Draw random bits and dequantise codes by kernels, where the model is on a GPU."""
+    """Draw random bits, dequantise codes and run bottleneck adapters by kernels, where the model is on a GPU."""
     if lm.device.type == "cuda" and has_triton():
         from gpu import kernels
+        from gpu.adapters import FusedBottleneck
 
         random_bits.DEVICE_TWINS["cuda"] = kernels.philox_blocks
+        zo_optim.LANDING_TWINS["cuda"] = kernels.land_
         lm.stored_view_class = kernels.FusedStoredWeights
+        lm.bottleneck_class = FusedBottleneck
 
 
 def probe_in_place(lm: LanguageModel, zo: SparseZO) -> None:

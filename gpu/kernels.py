@@ -234,14 +234,14 @@ def _to_byte(x, BY_HAND: tl.constexpr):
 
 
 @triton.jit
-def _place(N, TAIL: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's groups [BLOCK], its elements [BLOCK, 8], and masks of both.
+def _place(N, TAIL: tl.constexpr, BLOCK: tl.constexpr, FIRST=0):
+    """This program's groups [BLOCK], its elements [BLOCK, 8], and masks of both.  FIRST: the first program's first.
 
     TAIL: what the last program may have too many of: "" nothing, "groups", or "elements" (of floats alone).
     """
     # what is not known to be contiguous comes to threads one by one, as [BLOCK, 8] does; int4's words would come in
     # twos otherwise, and move through shared memory to where they are needed
-    group = tl.max_contiguous(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), 1)
+    group = tl.max_contiguous(FIRST + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), 1)
     at = group.to(tl.int64)[:, None] * 8 + tl.arange(0, 8)[None, :]
     whole = tl.full([BLOCK], True, tl.int1) if TAIL == "" else group < N // 8
     return group, at, whole, at < N if TAIL == "elements" else whole[:, None]
@@ -379,22 +379,12 @@ def _count(counts, old, new, lost, live, KIND: tl.constexpr):
             tl.atomic_add(counts + 4, tl.sum(lost.to(tl.int64)), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=VARYING)
-def _update_kernel(
-    value, scale, residual, counts, knots, factors, N, PER_ROW, MAGIC, SHIFT, step, tensor, query, k0, k1,
-    QUERIES: tl.constexpr, KIND: tl.constexpr, MAX: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr,
-    ROUNDING: tl.constexpr, BY_HAND: tl.constexpr, TAIL: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _land(
+    value, residual, counts, old, unit, d, landing, group, at, whole, live, KIND: tl.constexpr, MAX: tl.constexpr,
+    RESIDUAL: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
-    group, at, whole, live = _place(N, TAIL, BLOCK)
-    step = _number(step)
-    old = _code(value, group, at, whole, live, KIND, BY_HAND)
-    unit = _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND, ONE_ROW)
-    landing = _bits32(group, step, tensor, query, WEIGHT_ROUNDING, k0, k1)
-    if RESIDUAL:
-        old = old * (1 << RESIDUAL) + _fields(residual, group, whole, RESIDUAL).to(tl.float32)
-    d = _direction(knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS) * tl.load(factors)
-    for q in range(1, QUERIES):
-        d += _direction(knots, group, step, tensor, query + q, k0, k1, ROUNDING, LEVELS) * tl.load(factors + q)
+    """Store.add_rounded_ of d, whose results are counted.  old: fine codes, or floats."""
     if KIND != "fp32" and KIND != "bf16":
         d = _divide(d, unit * (1.0 / (1 << RESIDUAL)))
     if KIND == "int8" or KIND == "int4":
@@ -411,6 +401,42 @@ def _update_kernel(
         _store_fields(residual, (new - code * (1 << RESIDUAL)).to(tl.int32), group, whole, RESIDUAL)
         new = code
     _store(value, new, group, at, whole, live, KIND, BY_HAND)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _update_kernel(
+    value, scale, residual, counts, knots, factors, N, PER_ROW, MAGIC, SHIFT, step, tensor, query, k0, k1,
+    QUERIES: tl.constexpr, KIND: tl.constexpr, MAX: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr,
+    ROUNDING: tl.constexpr, BY_HAND: tl.constexpr, TAIL: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    group, at, whole, live = _place(N, TAIL, BLOCK)
+    step = _number(step)
+    old = _code(value, group, at, whole, live, KIND, BY_HAND)
+    unit = _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND, ONE_ROW)
+    landing = _bits32(group, step, tensor, query, WEIGHT_ROUNDING, k0, k1)
+    if RESIDUAL:
+        old = old * (1 << RESIDUAL) + _fields(residual, group, whole, RESIDUAL).to(tl.float32)
+    d = _direction(knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS) * tl.load(factors)
+    for q in range(1, QUERIES):
+        d += _direction(knots, group, step, tensor, query + q, k0, k1, ROUNDING, LEVELS) * tl.load(factors + q)
+    _land(value, residual, counts, old, unit, d, landing, group, at, whole, live, KIND, MAX, RESIDUAL, BY_HAND)
+
+
+@triton.jit(do_not_specialize=[*VARYING, "FIRST", "N"])
+def _land_kernel(
+    value, scale, residual, counts, delta, FIRST, N, PER_ROW, MAGIC, SHIFT, step, tensor, query, k0, k1,
+    KIND: tl.constexpr, MAX: tl.constexpr, RESIDUAL: tl.constexpr, BY_HAND: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """From group FIRST on, up to element N; delta begins there."""
+    group, at, whole, live = _place(N, TAIL, BLOCK, FIRST)
+    old = _code(value, group, at, whole, live, KIND, BY_HAND)
+    unit = _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND, False)
+    landing = _bits32(group, _number(step), tensor, query, WEIGHT_ROUNDING, k0, k1)
+    if RESIDUAL:
+        old = old * (1 << RESIDUAL) + _fields(residual, group, whole, RESIDUAL).to(tl.float32)
+    d = tl.load(delta + (at - FIRST.to(tl.int64) * 8), mask=live, other=0)
+    _land(value, residual, counts, old, unit, d, landing, group, at, whole, live, KIND, MAX, RESIDUAL, BY_HAND)
 
 
 def fits(stored: Store) -> bool:
@@ -544,6 +570,25 @@ def step_(stored: Store, key: Key, factors: Tensor, zo: ZO, counts: Tensor) -> N
             ROUNDING=int(rounding), BY_HAND=_by_hand(value.device), TAIL=_tail(n, UPDATE_BLOCK),
             ONE_ROW=_one_row(stored, per_row, UPDATE_BLOCK), BLOCK=UPDATE_BLOCK, **EXACT,
         )  # fmt: skip
+
+
+def land_(stored: Store, rows: slice, delta: Tensor, key: Key) -> Tensor | None:
+    """zo_optim.land_ in one kernel, where one fits; else None."""
+    if not fits(stored):
+        return None
+    value, scale, n, per_row, words = _arguments(stored, key)
+    kind, largest = _kind(stored)
+    bits = stored.residual_bits if isinstance(stored, Integers) else 0
+    first, end = rows.start * per_row, min(rows.stop * stored.matrix_shape[1], n)
+    counts = torch.zeros(SHARDS, COUNTED, dtype=torch.int64, device=value.device)
+    with _on(value.device):
+        _land_kernel[_programs(end - 8 * first, UPDATE_BLOCK)](
+            value, scale, stored.residual.view(WORD_OF_8[bits]) if bits else value, counts, delta.contiguous(), first,
+            end, per_row, *_magic(per_row), *words, KIND=kind, RESIDUAL=bits,
+            MAX=float(stored.max_fine) if bits else largest, BY_HAND=_by_hand(value.device),
+            TAIL=_tail(end - 8 * first, UPDATE_BLOCK), BLOCK=UPDATE_BLOCK, **EXACT,
+        )  # fmt: skip
+    return counts.sum(0)
 
 
 # ---------------------------------------------------------------- the twins, as they are put in from outside

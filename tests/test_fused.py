@@ -18,14 +18,17 @@ import torch
 from helpers import tiny_llama, tiny_roberta
 from oracles import gaussian, same_bits, same_tensors
 from torch import Tensor
+from torch.func import functional_call
 
 import gpu
 import random_bits
+import zo_optim
 from gpu.code_products import enable_code_products, multiply
 from model import create
 from quant import E4M3, Float, Fp8, Integers, Store, StoredWeights, encode, quantise_tokens
 from random_bits import Key, Purpose, philox_blocks, tensor_id
 from runtime.checkpoints import weights_sha256
+from tensor_train import Bottleneck, Spec
 from zo_optim import ZO, PerturbedWeights, SparseZO, normal_table, update, zo_step
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -37,6 +40,7 @@ if INTERPRETED:
     import triton.language as tl
 
     from gpu import kernels, sparse
+    from gpu.adapters import FusedBottleneck
     from gpu.in_place import enable_probes_in_place
 
     KNOTS = kernels.normal_knots(torch.device("cpu"))
@@ -382,3 +386,39 @@ def test_both_signs_by_one_copy_of_a_matrix(raw, weights, dtype, activations):
         assert weights_sha256(placed.weights) == before
         one = PerturbedWeights(placed.weights, Key(5, 8), fused(zo), [(0, -1)], 1)  # one sign alone is read as before
         assert (placed(tokens, view=one) - want[1:]).square().mean().sqrt() <= bound
+
+
+@inside
+@pytest.mark.parametrize("weights, residual", FORMATS)
+@pytest.mark.parametrize("shape", [(3, 264), (66, 136), (1003,)])
+def test_what_is_given_lands_by_a_kernel(weights, residual, shape):
+    """In two pieces of rows, the second of which begins anywhere."""
+    if len(shape) == 1 and weights not in ("fp32", "bf16"):
+        pytest.skip("vectors are floats")
+    (got, want), key = stores(shape, weights, residual), Key(SEED, 2**31 + 3, tensor=tensor_id("w"))
+    R, C = got["w"].matrix_shape
+    delta = 0.02 * gaussian(R, C, seed=1)
+    delta[-1:, :3] = torch.tensor([0.0, 9.0, -9.0])[: min(3, C)]  # beyond the grid's ends
+    for rows in (slice(0, R // 3), slice(R // 3, R)) if R > 1 else (slice(0, 1),):
+        counts = kernels.land_(got["w"], rows, delta[rows].clone(), key)
+        assert counts.tolist() == zo_optim.land_(want["w"], rows, delta[rows].clone(), key).tolist()
+    assert same_tensors(got["w"], want["w"])
+
+
+@inside
+@pytest.mark.parametrize("width, bottleneck, rank, tokens", [(136, 8, 5, 37), (64, 64, 3, 32), (24, 20, 18, 3)])
+def test_a_bottleneck_adapter_in_one_kernel(width, bottleneck, rank, tokens):
+    """Of three copies; sizes with and without tails."""
+    spec = Spec("adp", "mlp", bottleneck, rank)
+    with torch.device("meta"):
+        plain, fused = Bottleneck(width, spec), FusedBottleneck(width, spec)
+    weights = {name: 0.5 * gaussian(3, *p.shape, seed=i) for i, (name, p) in enumerate(plain.named_parameters())}
+    h = gaussian(3, 2, tokens, width)
+    with torch.no_grad():
+        want, got = (functional_call(module, weights, (h,)) for module in (plain, fused))
+        coarse = functional_call(fused, weights, (h.bfloat16(),))
+    assert got.shape == want.shape == (3, 2, tokens, width)
+    assert (got - want).abs().max() <= 1e-5 * (want - h).abs().max() and (want - h).abs().min(-1).values.max() > 0.1
+    assert coarse.dtype == torch.bfloat16 and (coarse - want).abs().max() <= 2**-6 * want.abs().max()
+    want = functional_call(fused, weights, (h,))  # gradients have no kernel
+    assert same_bits(want, functional_call(plain, weights, (h,)))

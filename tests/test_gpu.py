@@ -13,12 +13,14 @@ from functools import partial
 import pytest
 import torch
 from helpers import direction, tiny_llama, tiny_roberta
-from oracles import same_bits
+from oracles import gaussian, same_bits
 from torch import Tensor
+from torch.func import functional_call
 
 import gpu
 import random_bits
 import train
+import zo_optim
 from data.scoring import BatchLoss, Encoded
 from family.elasticzo import tail_of
 from family.zo2 import Deferred, Lane, Offloaded
@@ -29,10 +31,12 @@ from quant import COUNTED, Store, StoredWeights, encode, from_tensors, quantise_
 from random_bits import Key, Purpose, bits16, bits32, philox_blocks, tensor_id
 from runtime.checkpoints import BUFFERS, save_stored, staged, weights_sha256
 from runtime.first_order import make_trainable
+from tensor_train import Bottleneck, Spec, TensorTrain, to_dense
 from zo_optim import ZO, PerturbedWeights, SparseZO, adazeta_queries, epoch_of, probe_losses, update, zo_step
 
 if torch.cuda.is_available():
     from gpu import kernels, sparse
+    from gpu.adapters import FusedBottleneck
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -59,9 +63,14 @@ every_way = pytest.mark.parametrize("zo", WAYS.values(), ids=WAYS)
 @pytest.fixture(autouse=True)
 def no_twin():
     """Bits are drawn by numpy where a test does not ask for the twin; gpu.install would leave it there."""
-    random_bits.DEVICE_TWINS.clear()
+    clear_twins()
     yield
+    clear_twins()
+
+
+def clear_twins() -> None:
     random_bits.DEVICE_TWINS.clear()
+    zo_optim.LANDING_TWINS.clear()
 
 
 @contextmanager
@@ -69,10 +78,11 @@ def on(path: str, zo: ZO):
     """-> the estimator of a path; bits are drawn as it does meanwhile."""
     if path in ("twin", "fused"):
         random_bits.DEVICE_TWINS["cuda"] = kernels.philox_blocks
+        zo_optim.LANDING_TWINS["cuda"] = kernels.land_
     try:
         yield gpu.estimator(zo, "cuda") if path == "fused" else zo
     finally:
-        random_bits.DEVICE_TWINS.clear()
+        clear_twins()
 
 
 def matrix(shape: tuple[int, ...] = (65, 136)) -> Tensor:
@@ -575,3 +585,31 @@ def test_runs_of_the_family_are_replayed(flags, tmp_path, capsys):
         assert train.main(resident) == 0
         assert json.loads(capsys.readouterr().out)["weights_sha256"] == found["weights_sha256"]
     assert train.main(["--replay", str(tmp_path / "run"), "--verify", "6"]) == 0
+
+
+@pytest.mark.parametrize("width, bottleneck, rank, tokens", [(4096, 64, 5, 1000), (768, 64, 16, 96), (136, 8, 3, 37)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_bottleneck_adapter_in_one_kernel(width, bottleneck, rank, tokens, compiled):
+    """As near to the exact product as the definition in float32; of bf16, to a rounding of the result."""
+    spec = Spec("adp", "mlp", bottleneck, rank)
+    with torch.device("meta"):
+        plain, fused = Bottleneck(width, spec), FusedBottleneck(width, spec)
+    weights = {name: 0.5 * gaussian(3, *p.shape, seed=i) for i, (name, p) in enumerate(plain.named_parameters())}
+    h = gaussian(3, 2, tokens, width).bfloat16()
+    x = h.flatten(1, 2).double()
+    low = torch.relu(x @ dense(plain.down, weights, "down") + weights["down.bias"][:, None])
+    exact = (x + low @ dense(plain.up, weights, "up") + weights["up.bias"][:, None]).view(h.shape)
+    weights, h = {name: w.cuda() for name, w in weights.items()}, h.cuda()
+    if compiled:
+        fused.compile(dynamic=True)
+    with torch.no_grad():
+        want, got = (functional_call(module, weights, (h.float(),)).cpu() for module in (plain, fused))
+        coarse = functional_call(fused, weights, (h,)).cpu()
+    scale = (exact - h.cpu()).abs().max()
+    assert (got - exact).abs().max() <= 4 * (want - exact).abs().max() + 2**-22 * scale
+    assert coarse.dtype == torch.bfloat16 and ((coarse - exact).abs() <= 2**-8 * exact.abs() + 2**-18 * scale).all()
+
+
+def dense(layer: TensorTrain, weights: dict[str, Tensor], part: str) -> Tensor:
+    cores = [weights[f"{part}.cores.{i}"].double() for i in range(len(layer.factors))]
+    return to_dense(cores, layer.inputs)
