@@ -12,7 +12,8 @@ import pytest
 
 import train
 from runtime.config import parse, spelled
-from runtime.sweep import chosen, combinations, table
+from runtime.flags import Config, command_line
+from runtime.sweep import chosen, combinations, command_of, table
 
 SHORT = "--steps 2 --eval-every 2 --num-eval 8 --batch-size 4 --device cpu"
 
@@ -37,6 +38,17 @@ def test_a_command_is_spelled_as_it_was_given():
     words = "--method lora --optimizer zo --norms --no-graphs --lr 1e-05 --seed 3 --max-length 77".split()
     given = dataclasses.replace(parse([*words, "--sweep", "seed=0"]), sweep=None)
     assert sorted(spelled(given)) == sorted(words)
+
+
+def test_every_on_off_flag_can_be_swept():
+    """Parsed by the command line's own parser, which takes no value for such a flag."""
+    names = [f.name for f in dataclasses.fields(Config) if f.type in ("bool", "bool | None")]
+    assert {"bandit", "rest", "norms", "oracle", "compile", "graphs"} <= set(names)
+    for name in names:
+        for flags in combinations([f"{name}=true,false", "lr=1e-5"]):
+            words = command_of(flags)
+            wanted = {name: flags[name.replace("_", "-")] == "true", "lr": 1e-5}
+            assert vars(command_line().parse_args(words)) == wanted
 
 
 def made_up(**losses: list[float]) -> list[dict]:
@@ -86,6 +98,17 @@ def test_a_sweep_runs_chooses_and_is_taken_up_again(tmp_path, capsys):
 
 
 @pytest.mark.full
+def test_an_on_off_flag_is_swept(tmp_path, capsys):
+    out = tmp_path / "sweep"
+    code, lines, _ = call(capsys, f"{SHORT} --method lezo --sweep bandit=true,false --out {out}")
+    rows = json.loads(lines[-1])["runs"]
+    assert code == 0 and [row["flags"]["bandit"] for row in rows] == ["true", "false"]
+    for row in rows:
+        flags = json.loads((Path(row["out"]) / "config.json").read_text())["flags"]
+        assert flags["bandit"] is (row["flags"]["bandit"] == "true") and flags["method"] == "lezo"
+
+
+@pytest.mark.full
 def test_a_run_that_fails_does_not_end_the_others(tmp_path, capsys):
     (tmp_path / "rows.csv").write_text("text,mood\n" + "fine,good\ndull,bad\n" * 8)
     task = {"prompt": "{text} it was", "options": {"bad": " terrible", "good": " great"}, "label": "mood",
@@ -104,6 +127,10 @@ def test_a_run_that_fails_does_not_end_the_others(tmp_path, capsys):
     "--sweep lr=1e-3,-1": "--lr must be in",
     "--sweep wights=int4": "unrecognized arguments: --wights int4",
     "--sweep lr=1e-3 --lr 1": "--lr is given beside --sweep lr=",
+    "--sweep bandit=true,yes --method lezo": "--sweep bandit= is over an on/off flag: write true or false, got 'yes'",
+    "--sweep rest=true,1 --method lezo": "write true or false, got '1'",
+    "--sweep bandit=true,false": "--bandit means nothing",
+    "--sweep rest=true,false --method lezo --no-rest": "--no-rest is given beside --sweep rest=",
     "--sweep out=a,b": "--sweep is over flags of a new run",
     "--sweep show=1,2": "--sweep is over flags of a new run",
     "--sweep lr=1e-3 --evaluate x": "--sweep is over flags of a new run",
