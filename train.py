@@ -74,7 +74,7 @@ from runtime.problem import (
     sizes,
 )
 from runtime.ranks import Ranks, is_first, joined
-from runtime.record import RecordedRun, check_result, check_same, read_result, read_run
+from runtime.record import RecordedRun, check_result, check_same, read_result, read_run, recorded_loss
 from runtime.run_folder import (
     DevRow,
     NoFolder,
@@ -537,10 +537,9 @@ def progress_of(past: RecordedRun | None, c: Config, lm: LanguageModel, guess: f
             if "dev" in row:
                 progress.note_if_best(Quality(row["dev"], math.inf if row["dev_loss"] is None else row["dev_loss"]))
             else:
-                of_step = next(grads)
-                loss = math.nan if row["loss"] is None else row["loss"]
+                of_step = torch.tensor(next(grads), dtype=torch.float64)
                 forwards = row.get("forwards", 2 * len(of_step) or 1)
-                progress.count_step(torch.tensor(of_step, dtype=torch.float64), forwards, loss)
+                progress.count_step(of_step, forwards, recorded_loss(row["loss"]))
     return progress
 
 
@@ -563,8 +562,7 @@ def catch_up(
         if step < steps:
             of_step = torch.tensor(grads[step], dtype=torch.float64)
             if isinstance(zo, SVRG):  # of whose anchor later losses are, but no update
-                losses = [rows[step][name][1] for name in ("plus", "minus")]
-                losses = [math.nan if loss is None else loss for loss in losses]
+                losses = [recorded_loss(rows[step][name][1]) for name in ("plus", "minus")]
                 zo.remember(weights, Key(c.seed, step), torch.tensor(losses, dtype=torch.float64))
             if isinstance(zo.moves, Tail):
                 probe_losses(weights, loss_at(c, problem, zo, step), Key(c.seed, step), zo)
@@ -676,8 +674,7 @@ def verify_step(c: Config, problem: Problem | MultiTask, zo: ZO, row: dict, step
     zo = zo if zo.queries == row["queries"] else replace(zo, queries=row["queries"])
     loss_fn = loss_at(c, problem, zo, step)
     plus, minus = probe_losses(trained(problem.lm), loss_fn, Key(c.seed, step), installed(zo, c, problem.lm))
-    then = [[math.nan if loss is None else loss for loss in row[name]] for name in ("plus", "minus")]
-    then = torch.tensor(then, dtype=torch.float64)
+    then = torch.tensor([list(map(recorded_loss, row[name])) for name in ("plus", "minus")], dtype=torch.float64)
     difference = torch.stack((plus - then[0], minus - then[1])).abs()
     both = ~torch.stack((plus, minus)).isfinite() & ~then.isfinite()  # what is not finite is so again
     difference = difference.where(~both, 0.0).nan_to_num(nan=math.inf)

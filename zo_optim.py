@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, reduce
 from statistics import NormalDist, median
 from typing import NamedTuple
@@ -185,6 +185,11 @@ class ZO:
                     bits = bits32(key, Purpose.WEIGHT_ROUNDING, index, delta.shape[1])
                 counts += store.add_rounded_(rows, delta, bits)
         return counts
+
+
+def as_kind(kind: type[ZO], zo: ZO, **more) -> ZO:
+    """The same estimator as one of a subclass.  more: fields that only that has, or that it has another value of."""
+    return kind(**{f.name: getattr(zo, f.name) for f in fields(zo)} | more)
 
 
 class Hits(NamedTuple):

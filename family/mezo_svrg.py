@@ -42,14 +42,14 @@ Shape key: none.  Imports quant, random_bits and zo_optim.
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from quant import Store
 from random_bits import Key, Purpose
-from zo_optim import ZO, LossFn
+from zo_optim import ZO, LossFn, as_kind
 
 
 @dataclass(eq=False)
@@ -142,5 +142,4 @@ def svrg(zo: ZO, every: int = 2, anchor_rate: float = 1000.0) -> SVRG:
     """
     if type(zo) is not ZO or zo.queries != 1:
         raise ValueError(f"SVRG is for dense directions of one query, ZO(queries=1), got {zo}")
-    given = {f.name: getattr(zo, f.name) for f in fields(zo)}
-    return SVRG(**given | {"queries": 2}, every=every, anchor_rate=anchor_rate)
+    return as_kind(SVRG, zo, queries=2, every=every, anchor_rate=anchor_rate)

@@ -55,6 +55,7 @@ from runtime.record import (
     canonical,
     chain_of,
     digest_of_result,
+    recorded_loss,
     sealed,
     small_files,
     whole_lines,
@@ -163,11 +164,10 @@ class RunFolder:
 
 def series(rows: list[dict]) -> tuple[list[tuple[int, float]], list[DevRow]]:
     """What a curve shows of a record: (step, loss) of each step, and the evaluations."""
-    def number(value: float | None) -> float:
-        return math.nan if value is None else value
-
-    devs = [DevRow(row["step"], row["forwards"], row["dev"], number(row["dev_loss"])) for row in rows if "dev" in row]
-    return [(row["step"], number(row["loss"])) for row in rows if "projected_grad" in row], devs
+    losses = [(row["step"], recorded_loss(row["loss"])) for row in rows if "projected_grad" in row]
+    devs = [DevRow(row["step"], row["forwards"], row["dev"], recorded_loss(row["dev_loss"]))
+            for row in rows if "dev" in row]  # fmt: skip
+    return losses, devs
 
 
 def state_path(path: Path, step: int) -> Path:
