@@ -73,27 +73,16 @@ class Slot:
 class Offloaded:
     """The blocks of a model in host memory, and the three that are on the device.  It stands in for lm.apply.
 
-    While a block's forward runs, lm.weights has the stores on the device in place of those at home.
+    While a block's forward runs, lm.weights has the stores on the device in place of those at home.  `offload` makes
+    one.
     """
 
-    def __init__(self, lm: LanguageModel, device: torch.device):
-        """Raises ValueError for adapters, which are one tensor of all blocks, and for blocks that are not alike."""
-        names = [[name for name in lm.weights if name.startswith(f"{lm.layers}{block}.")]
-                 for block in range(lm.config.num_hidden_layers)]  # fmt: skip
-        alike = len({tuple(name.partition(f"{i}.")[2] for name in sorted(of)) for i, of in enumerate(names)}) == 1
-        if lm.adapters is not None or not alike:
-            raise ValueError("only a model's own blocks can be offloaded, all of the same tensors")
-        self.lm, self.device, self.run = lm, device, lm.apply
-        order = list(lm.weights)  # in which weights are hashed and saved
-        self.home: list[Stores] = [{name: moved(lm.weights.pop(name), at_home(device)) for name in sorted(of)}
-                                   for of in names]  # fmt: skip (popped, or the host would hold all of them twice)
-        stores = {name: moved(store, lambda x: x.to(device)) for name, store in lm.weights.items()}
-        for home in self.home:
-            stores |= home
-        lm.weights = {name: stores[name] for name in order}
-        self.block_of = {name: block for block, stores in enumerate(self.home) for name in stores}
+    def __init__(self, lm: LanguageModel, device: torch.device, home: list[Stores]):
+        """home: each block's stores in host memory, which lm.weights has too."""
+        self.lm, self.device, self.run, self.home = lm, device, lm.apply, home
+        self.block_of = {name: block for block, stores in enumerate(home) for name in stores}
         self.slots = [Slot([moved(store, lambda x: torch.empty_like(x, device=device)) for store in
-                            self.home[0].values()]) for _ in range(3)]  # fmt: skip
+                            home[0].values()]) for _ in range(3)]  # fmt: skip
         for slot in self.slots:
             slot.used = self.now()  # its memory may still be in use by what the GPU was given before
         self.current, self.up, self.down = self.slots[0], Lane(device), Lane(device)
@@ -101,7 +90,6 @@ class Offloaded:
         self.pending: dict[int, list[str]] = {}  # by block: the names in which the last step has yet to land
         self.last: tuple[ZO, Tensor, Key] | None = None  # that step
         self.landed = torch.zeros(COUNTED, dtype=torch.int64, device=device)
-        lm.device, lm.apply, lm.offloaded = device, self.apply, self
 
     def apply(self, part: nn.Module, prefix: str, view: View, x: Tensor, *context) -> Tensor | tuple[Tensor, Tensor]:
         """LanguageModel.apply, of a block once it is there."""
@@ -175,6 +163,28 @@ class Offloaded:
         self.land()
         if self.down.stream is not None:
             self.down.stream.synchronize()
+
+
+def offload(lm: LanguageModel, device: torch.device) -> Offloaded:
+    """Put a model's blocks into host memory and the rest of it on the device, in place -> lm.offloaded.
+
+    Raises ValueError for adapters, which are one tensor of all blocks, and for blocks that are not alike.
+    """
+    names = [[name for name in lm.weights if name.startswith(f"{lm.layers}{block}.")]
+             for block in range(lm.config.num_hidden_layers)]  # fmt: skip
+    alike = len({tuple(name.partition(f"{i}.")[2] for name in sorted(of)) for i, of in enumerate(names)}) == 1
+    if lm.adapters is not None or not alike:
+        raise ValueError("only a model's own blocks can be offloaded, all of the same tensors")
+    order = list(lm.weights)  # in which weights are hashed and saved
+    home = [{name: moved(lm.weights.pop(name), at_home(device)) for name in sorted(of)}
+            for of in names]  # fmt: skip (popped, or the host would hold all of them twice)
+    stores = {name: moved(store, lambda x: x.to(device)) for name, store in lm.weights.items()}
+    for of_block in home:
+        stores |= of_block
+    lm.weights = {name: stores[name] for name in order}
+    lm.offloaded = Offloaded(lm, device, home)
+    lm.device, lm.apply = device, lm.offloaded.apply
+    return lm.offloaded
 
 
 class Deferred:

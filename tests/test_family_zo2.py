@@ -27,7 +27,7 @@ from torch import Tensor
 import tensor_train
 import train
 from data.scoring import BatchLoss, Encoded
-from family.zo2 import Deferred, Offloaded, moved, tensors
+from family.zo2 import Deferred, Offloaded, moved, offload, tensors
 from model import LanguageModel, create, load
 from quant import FORMATS, Float, Store, encode
 from random_bits import Key
@@ -53,7 +53,7 @@ def tiny(raw: dict = LLAMA, weights: str = "fp32", residual: int = 0, oracle: bo
 
 def offloaded(*args, **options) -> LanguageModel:
     lm = tiny(*args, **options)
-    Offloaded(lm, CPU)
+    offload(lm, CPU)
     return lm
 
 
@@ -159,7 +159,7 @@ def test_lr_0_leaves_every_bit(kind, weights, residual):
         return lm
 
     lm = make()
-    Offloaded(lm, CPU)
+    offload(lm, CPU)
     for step in range(2):
         done = take_step(lm, KINDS[kind](0.01), step, lr=0.0)
         assert done.projected_grads.all() and not done.counts.any() and not lm.offloaded.pending
@@ -269,11 +269,11 @@ def test_what_cannot_be_offloaded_is_refused():
     lm = tiny()
     tensor_train.attach(lm, tensor_train.Spec("rep", "qv", 8, 2), seed=0)
     with pytest.raises(ValueError, match="only a model's own blocks can be offloaded"):
-        Offloaded(lm, CPU)
+        offload(lm, CPU)
     lm = tiny()
     del lm.weights["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(ValueError, match="all of the same tensors"):
-        Offloaded(lm, CPU)
+        offload(lm, CPU)
 
 
 # ---------------------------------------------------------------- whole runs
