@@ -5,7 +5,8 @@ metrics.jsonl  one line a step, and one a dev evaluation, of which the first is 
 trajectory     one line a step: the projected gradient of each query, in digits that read back exactly, and a digest of
                the whole record so far.  With config.json and the base checkpoint it redoes every update
                (zo_optim.update) without a forward
-metrics.csv    metrics.jsonl as a table, up to the last evaluation, but for what it holds of each query
+metrics.csv    metrics.jsonl as a table, up to the last evaluation, but for what it holds of each query.  A killed run's
+               may end in half a row, until --resume makes it anew
 tensorboard/   the same as events, with --log tensorboard
 masks.safetensors  of MaZO: which weights move, a bit each; config.json has its hash
 model/         the best-dev weights so far as they are stored, with config.json and tokenizer; model.load reads it
@@ -58,7 +59,6 @@ from runtime.record import (
     recorded_loss,
     sealed,
     small_files,
-    whole_lines,
 )
 from zo_optim import Step
 
@@ -96,6 +96,8 @@ class RunFolder:
         self.state_sha256 = {row["step"]: row["state_sha256"] for row in rows if "state_sha256" in row}
         for name, lines in (("trajectory", run.trajectory), ("metrics.jsonl", run.metrics)):
             write_whole(path / name, "".join(line + "\n" for line in lines))
+        write_whole(path / "metrics.csv", table_of(run.metrics))
+        self.in_table = (path / "metrics.jsonl").stat().st_size  # what of it metrics.csv has
         self.metrics = open(path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (by line, for the whole run)
         self.trajectory = open(path / "trajectory", "a", buffering=1)  # noqa: SIM115
         done = len(run.trajectory)
@@ -155,9 +157,12 @@ class RunFolder:
         return result
 
     def draw(self, best_step: int) -> None:
-        """The record as a table and as a picture."""
-        lines = whole_lines(self.path / "metrics.jsonl")
-        write_whole(self.path / "metrics.csv", table_of(lines))
+        """The record as a table, to which only what is new is added, and as a picture."""
+        with (self.path / "metrics.jsonl").open(encoding="utf-8") as file:
+            file.seek(self.in_table)
+            lines, self.in_table = file.read().splitlines(), file.tell()
+        with (self.path / "metrics.csv").open("a", encoding="utf-8") as file:
+            file.write(table_of(lines, header=False))
         picture = curve_svg(self.losses, self.devs, self.title, self.zero_shot, best_step, self.metric)
         write_whole(self.path / "curve.svg", picture)
 
@@ -238,11 +243,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
     os.replace(partial, path)
 
 
-def table_of(lines: list[str]) -> str:
-    """metrics.csv, from the lines of metrics.jsonl."""
+def table_of(lines: list[str], header: bool = True) -> str:
+    """metrics.csv, from the lines of metrics.jsonl; without its header, what further lines add to it."""
     held = io.StringIO()
     table = csv.DictWriter(held, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
+    if header:
+        table.writeheader()
     table.writerows(map(json.loads, lines))
     return held.getvalue()
 

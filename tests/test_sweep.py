@@ -3,17 +3,23 @@
 import csv
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
+from runtime import run_folder
 from runtime.config import parse, spelled
 from runtime.flags import Config, command_line
+from runtime.record import RecordedRun, whole_lines
+from runtime.run_folder import table_of
 from runtime.sweep import chosen, combinations, command_of, table
+from zo_optim import Step
 
 SHORT = "--steps 2 --eval-every 2 --num-eval 8 --batch-size 4 --device cpu"
 
@@ -165,6 +171,34 @@ def test_the_table_holds_what_metrics_jsonl_holds(tmp_path, capsys):
     for of_table, row in zip(found, rows, strict=True):
         given = {name: value for name, value in row.items() if not isinstance(value, list) and name != "digest"}
         assert {name: float(value) for name, value in of_table.items() if value} == given
+
+
+def test_each_line_enters_the_table_once_and_a_killed_runs_half_row_does_not_stay(tmp_path, monkeypatch):
+    """A table that is made anew at every evaluation takes a time that grows with the square of their number."""
+    entered = []
+    monkeypatch.setattr(run_folder, "table_of", lambda lines, **more: entered.extend(lines) or table_of(lines, **more))
+    zero = torch.zeros(1, dtype=torch.float64)
+
+    def go_on(folder: run_folder.RunFolder, steps: range) -> None:
+        with run_folder.StepRecorder(folder, size=1) as recorder:
+            for step in steps:
+                done = Step(zero + step, zero, zero, torch.zeros(5, dtype=torch.int64))
+                recorder.write((step, 0.5 * step, done, {"lr": 0.1, "tokens": 3}))
+                if step % 2 == 0:
+                    recorder.write()
+                    folder.dev(run_folder.DevRow(step, 2 * step, 0.5, math.nan), 0, 10**9, {})
+                    assert csv_file.read_text() == table_of(whole_lines(metrics))
+
+    metrics, csv_file, begun = tmp_path / "metrics.jsonl", tmp_path / "metrics.csv", {"flags": {}, "sha256": ""}
+    go_on(run_folder.RunFolder(tmp_path, "a run", RecordedRun(begun, [], [])), range(1, 8))
+    lines = whole_lines(metrics)
+    assert len(lines) == 7 + 3 and entered == lines[:9]  # the last step waits for an evaluation
+    with csv_file.open("a") as file:
+        file.write("7,0.")
+    again = run_folder.RunFolder(tmp_path, "a run", RecordedRun(begun, whole_lines(tmp_path / "trajectory"), lines))
+    assert csv_file.read_text() == table_of(lines) and entered[9:] == lines
+    go_on(again, range(8, 11))
+    assert entered[9:] == whole_lines(metrics) and len(entered) == 9 + 15
 
 
 def test_events_are_written_where_they_are_asked_for(tmp_path, monkeypatch, capsys):
