@@ -12,7 +12,8 @@ masks.safetensors  of MaZO: which weights move, a bit each; config.json has its 
 model/         the best-dev weights so far as they are stored, with config.json and tokenizer; model.load reads it
 state-STEP.safetensors  of AdamW, until the run ends: weights and moments at the last evaluation, for --resume
 predictions.jsonl  what the weights of the lowest dev loss answer to each test example
-curve.svg      loss, dev loss and dev metric over steps
+curve.svg      loss, dev loss and dev metric over steps; beyond 100 evaluations it may lack the last hundredth of
+               them, until the run ends
 result.json    the last line of standard output; `diverged` says why a run stopped early, or is null.  A run that has
                none, or one with `interrupted`, was not finished
 
@@ -98,6 +99,7 @@ class RunFolder:
             write_whole(path / name, "".join(line + "\n" for line in lines))
         write_whole(path / "metrics.csv", table_of(run.metrics))
         self.in_table = (path / "metrics.jsonl").stat().st_size  # what of it metrics.csv has
+        self.drawn = 0  # evaluations in curve.svg
         self.metrics = open(path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (by line, for the whole run)
         self.trajectory = open(path / "trajectory", "a", buffering=1)  # noqa: SIM115
         done = len(run.trajectory)
@@ -143,10 +145,13 @@ class RunFolder:
             self.remove_states(but=dev.step)
         if self.events is not None:
             add_events(self.events, row)
-        self.draw(best_step)
+        self.tabulate()
+        if len(self.devs) > 1.01 * self.drawn:  # a drawing's time grows with their number
+            self.draw(best_step)
 
     def result(self, result: dict) -> dict:
         """Write it down, the last file of a run -> it with its digest."""
+        self.tabulate()
         self.draw(result["best_step"])
         result |= {"files_sha256": small_files(self.path)}
         result |= {"digest": digest_of_result(self.chain, result)}
@@ -156,13 +161,17 @@ class RunFolder:
         write_whole(self.path / "result.json", json.dumps(result, indent=2) + "\n")
         return result
 
-    def draw(self, best_step: int) -> None:
-        """The record as a table, to which only what is new is added, and as a picture."""
+    def tabulate(self) -> None:
+        """Add what is new in the record to its table."""
         with (self.path / "metrics.jsonl").open(encoding="utf-8") as file:
             file.seek(self.in_table)
             lines, self.in_table = file.read().splitlines(), file.tell()
         with (self.path / "metrics.csv").open("a", encoding="utf-8") as file:
             file.write(table_of(lines, header=False))
+
+    def draw(self, best_step: int) -> None:
+        """The record as a picture."""
+        self.drawn = len(self.devs)
         picture = curve_svg(self.losses, self.devs, self.title, self.zero_shot, best_step, self.metric)
         write_whole(self.path / "curve.svg", picture)
 

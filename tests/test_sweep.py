@@ -201,6 +201,21 @@ def test_each_line_enters_the_table_once_and_a_killed_runs_half_row_does_not_sta
     assert entered[9:] == whole_lines(metrics) and len(entered) == 9 + 15
 
 
+def test_the_curve_of_many_evaluations_is_drawn_at_fewer(tmp_path, monkeypatch):
+    """At each of the first hundred, then at one more in a hundred, and at the end, or a long run's time would grow with
+    the square of their number."""
+    drawn = []
+    monkeypatch.setattr(run_folder, "curve_svg", lambda losses, devs, *rest: drawn.append(len(devs)) or "")
+    folder = run_folder.RunFolder(tmp_path, "a run", RecordedRun({"flags": {}, "sha256": ""}, [], []))
+    for step in range(1, 1011):
+        folder.dev(run_folder.DevRow(step, 2 * step, 0.5, 0.5), 1, 10**9, {})
+    assert drawn[:100] == list(range(1, 101)) and len(drawn) < 400
+    assert all(1 <= then - before <= 0.01 * before + 1 for before, then in zip(drawn, drawn[1:], strict=False))
+    assert drawn[-1] < 1010
+    folder.result({"best_step": 1})
+    assert drawn[-1] == 1010
+
+
 def test_events_are_written_where_they_are_asked_for(tmp_path, monkeypatch, capsys):
     """With a stand-in for the package, which is no requirement."""
     events = []
