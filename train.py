@@ -526,11 +526,7 @@ def progress_of(past: RecordedRun | None, c: Config, lm: LanguageModel, guess: f
         kind = ADAPTERS.get(c.method, "weights")
         dense = kind == "weights" and c.weights in INTEGERS and not c.residual and c.direction_bits != "sparse"
         progress.measured = min(MEASURED, -(-c.steps // 8))
-        weights = trained(lm)
-        blocks = parameters({name: weights[name] for name in weights if name.startswith(lm.layers)})
-        rest = 0 if c.rest is False else parameters(weights) - blocks
-        moved = (blocks * (c.share or 1) + rest) * (c.mask_share or 1)  # by a step
-        progress.rate_by = partial(measured_rate, d=moved, kind=kind, dense_on_codes=dense)
+        progress.rate_by = partial(measured_rate, d=elements_moved(c, lm), kind=kind, dense_on_codes=dense)
     if past is not None:
         grads = iter(past.projected_grads)
         for row in past.rows:  # in the order in which train counted
@@ -541,6 +537,15 @@ def progress_of(past: RecordedRun | None, c: Config, lm: LanguageModel, guess: f
                 forwards = row.get("forwards", 2 * len(of_step) or 1)
                 progress.count_step(of_step, forwards, recorded_loss(row["loss"]))
     return progress
+
+
+def elements_moved(c: Config, lm: LanguageModel) -> float:
+    """How many elements a step's directions move, which no direction does to ElasticZO's tail."""
+    tail = tail_of(lm, c.tail_blocks, c.tail_rate).names if c.method == "elasticzo" else ()
+    weights = {name: stored for name, stored in trained(lm).items() if name not in tail}
+    blocks = parameters({name: weights[name] for name in weights if name.startswith(lm.layers)})
+    rest = 0 if c.rest is False else parameters(weights) - blocks
+    return (blocks * (c.share or 1) + rest) * (c.mask_share or 1)
 
 
 def catch_up(

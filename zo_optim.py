@@ -380,7 +380,7 @@ def measured_rate(first_grads: list[float], d: float, kind: str, dense_on_codes:
     To first order a step along u changes its batch's loss by lr g^2, whatever the model, the method, eps and d are:
     that is to be 0.03 nats, but at most what MOST says.
     first_grads: at the first weights.  Half of normal numbers are within 0.6745 standard deviations: so g^2 is taken
-    from the median, which a few outliers (fp8's) do not move.  d: elements that a step moves, of that kind.
+    from the median, which a few outliers (fp8's) do not move.  d: elements that directions move, of that kind.
     dense_on_codes: steps in every weight are rounded onto codes, whose noise grows with the rate: a quarter of it.
     """
     mean_square = (median(map(abs, first_grads)) / NormalDist().inv_cdf(0.75)) ** 2
