@@ -74,7 +74,7 @@ from runtime.problem import (
     sizes,
 )
 from runtime.ranks import Ranks, is_first, joined
-from runtime.record import RecordedRun, check_result, check_same, read_result, read_run
+from runtime.record import RecordedRun, check_result, check_same, read_result, read_run, recorded_loss
 from runtime.run_folder import (
     DevRow,
     NoFolder,
@@ -526,22 +526,26 @@ def progress_of(past: RecordedRun | None, c: Config, lm: LanguageModel, guess: f
         kind = ADAPTERS.get(c.method, "weights")
         dense = kind == "weights" and c.weights in INTEGERS and not c.residual and c.direction_bits != "sparse"
         progress.measured = min(MEASURED, -(-c.steps // 8))
-        weights = trained(lm)
-        blocks = parameters({name: weights[name] for name in weights if name.startswith(lm.layers)})
-        rest = 0 if c.rest is False else parameters(weights) - blocks
-        moved = (blocks * (c.share or 1) + rest) * (c.mask_share or 1)  # by a step
-        progress.rate_by = partial(measured_rate, d=moved, kind=kind, dense_on_codes=dense)
+        progress.rate_by = partial(measured_rate, d=elements_moved(c, lm), kind=kind, dense_on_codes=dense)
     if past is not None:
         grads = iter(past.projected_grads)
         for row in past.rows:  # in the order in which train counted
             if "dev" in row:
                 progress.note_if_best(Quality(row["dev"], math.inf if row["dev_loss"] is None else row["dev_loss"]))
             else:
-                of_step = next(grads)
-                loss = math.nan if row["loss"] is None else row["loss"]
+                of_step = torch.tensor(next(grads), dtype=torch.float64)
                 forwards = row.get("forwards", 2 * len(of_step) or 1)
-                progress.count_step(torch.tensor(of_step, dtype=torch.float64), forwards, loss)
+                progress.count_step(of_step, forwards, recorded_loss(row["loss"]))
     return progress
+
+
+def elements_moved(c: Config, lm: LanguageModel) -> float:
+    """How many elements a step's directions move, which no direction does to ElasticZO's tail."""
+    tail = tail_of(lm, c.tail_blocks, c.tail_rate).names if c.method == "elasticzo" else ()
+    weights = {name: stored for name, stored in trained(lm).items() if name not in tail}
+    blocks = parameters({name: weights[name] for name in weights if name.startswith(lm.layers)})
+    rest = 0 if c.rest is False else parameters(weights) - blocks
+    return (blocks * (c.share or 1) + rest) * (c.mask_share or 1)
 
 
 def catch_up(
@@ -563,8 +567,7 @@ def catch_up(
         if step < steps:
             of_step = torch.tensor(grads[step], dtype=torch.float64)
             if isinstance(zo, SVRG):  # of whose anchor later losses are, but no update
-                losses = [rows[step][name][1] for name in ("plus", "minus")]
-                losses = [math.nan if loss is None else loss for loss in losses]
+                losses = [recorded_loss(rows[step][name][1]) for name in ("plus", "minus")]
                 zo.remember(weights, Key(c.seed, step), torch.tensor(losses, dtype=torch.float64))
             if isinstance(zo.moves, Tail):
                 probe_losses(weights, loss_at(c, problem, zo, step), Key(c.seed, step), zo)
@@ -676,8 +679,7 @@ def verify_step(c: Config, problem: Problem | MultiTask, zo: ZO, row: dict, step
     zo = zo if zo.queries == row["queries"] else replace(zo, queries=row["queries"])
     loss_fn = loss_at(c, problem, zo, step)
     plus, minus = probe_losses(trained(problem.lm), loss_fn, Key(c.seed, step), installed(zo, c, problem.lm))
-    then = [[math.nan if loss is None else loss for loss in row[name]] for name in ("plus", "minus")]
-    then = torch.tensor(then, dtype=torch.float64)
+    then = torch.tensor([list(map(recorded_loss, row[name])) for name in ("plus", "minus")], dtype=torch.float64)
     difference = torch.stack((plus - then[0], minus - then[1])).abs()
     both = ~torch.stack((plus, minus)).isfinite() & ~then.isfinite()  # what is not finite is so again
     difference = difference.where(~both, 0.0).nan_to_num(nan=math.inf)

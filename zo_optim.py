@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, reduce
 from statistics import NormalDist, median
 from typing import NamedTuple
@@ -196,6 +196,11 @@ def land_(store: Store, rows: slice, delta: Tensor, key: Key) -> Tensor:
     index = torch.arange(rows.start, rows.stop, device=store.device)
     bits = bits32(key, Purpose.WEIGHT_ROUNDING, index, delta.shape[1]) if store.rounds else None
     return store.add_rounded_(rows, delta, bits)
+
+
+def as_kind(kind: type[ZO], zo: ZO, **more) -> ZO:
+    """The same estimator as one of a subclass.  more: fields that only that has, or that it has another value of."""
+    return kind(**{f.name: getattr(zo, f.name) for f in fields(zo)} | more)
 
 
 class Hits(NamedTuple):
@@ -386,7 +391,7 @@ def measured_rate(first_grads: list[float], d: float, kind: str, dense_on_codes:
     To first order a step along u changes its batch's loss by lr g^2, whatever the model, the method, eps and d are:
     that is to be 0.03 nats, but at most what MOST says.
     first_grads: at the first weights.  Half of normal numbers are within 0.6745 standard deviations: so g^2 is taken
-    from the median, which a few outliers (fp8's) do not move.  d: elements that a step moves, of that kind.
+    from the median, which a few outliers (fp8's) do not move.  d: elements that directions move, of that kind.
     dense_on_codes: steps in every weight are rounded onto codes, whose noise grows with the rate: a quarter of it.
     """
     mean_square = (median(map(abs, first_grads)) / NormalDist().inv_cdf(0.75)) ** 2

@@ -16,12 +16,11 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from runtime.json_files import one_line, read_object, shown
+from runtime.json_files import check_no_pointer, one_line, read_object, shown
 
 MOST_BYTES = 2**27  # of a tokenizer's file; the largest that is known to us has 35 MB
 MOST_PIECES = 2**24
 MOST_GROWTH = 64  # how many times longer a tokenizer may make a text; those that we know keep its length
-LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"  # how git leaves a large file without git-lfs
 
 
 class Tokenizer:
@@ -46,8 +45,7 @@ class Tokenizer:
             raise ValueError(
                 f"{directory} has neither tokenizer.json nor tokenizer.model nor vocab.json and merges.txt"
             )
-        if path.open("rb").read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` there")
+        check_no_pointer(path)
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"{path} has {path.stat().st_size / 2**20:,.0f} MB; at most {MOST_BYTES >> 20} are read")
         self.path, settings = path, _settings(path.parent)

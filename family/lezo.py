@@ -36,7 +36,7 @@ from __future__ import annotations
 import math
 from bisect import bisect
 from collections import Counter
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
 from statistics import fmean
@@ -47,7 +47,7 @@ from torch import Tensor
 from model import LanguageModel
 from quant import COUNTED, Store
 from random_bits import Key, Purpose, philox_blocks, tensor_id
-from zo_optim import ZO, SparseZO
+from zo_optim import ZO, SparseZO, as_kind
 
 # ---------------------------------------------------------------- LeZO
 
@@ -201,5 +201,4 @@ def adalezo(zo: ZO, lm: LanguageModel, share: float = 0.25, rest: bool = True) -
     kind = {ZO: AdaLeZO, SparseZO: SparseAdaLeZO}.get(type(zo))
     if kind is None:
         raise ValueError(f"AdaLeZO weights the steps of ZO and SparseZO, got {zo}")
-    given = {f.name: getattr(zo, f.name) for f in fields(zo)}
-    return kind(**given | {"moves": Bandit(lm.layers, blocks_of(lm), share, rest)})
+    return as_kind(kind, zo, moves=Bandit(lm.layers, blocks_of(lm), share, rest))

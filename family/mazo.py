@@ -28,7 +28,7 @@ zo_optim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ from calibration import DAMPING, second_moments
 from model import LanguageModel
 from quant import Store, pack_bits, unpack_bits
 from random_bits import Key, Purpose, tensor_id
-from zo_optim import ZO, LossFn, probe_losses
+from zo_optim import ZO, LossFn, as_kind, probe_losses
 
 # ---------------------------------------------------------------- the estimator
 
@@ -67,8 +67,7 @@ def mazo(zo: ZO, masks: dict[str, Tensor]) -> MaZO:
     """
     if type(zo) is not ZO:
         raise ValueError(f"MaZO masks dense directions, got {zo}")
-    given = {f.name: getattr(zo, f.name) for f in fields(zo)}
-    return MaZO(**given, masks={tensor_id(name): mask for name, mask in masks.items()})
+    return as_kind(MaZO, zo, masks={tensor_id(name): mask for name, mask in masks.items()})
 
 
 # ---------------------------------------------------------------- the masks

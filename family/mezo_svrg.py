@@ -31,7 +31,8 @@ Ours:
 - One direction for both minibatch estimates, and an anchor that stays where it was.
 - A is a copy of the stores: as many bytes as all weights that are trained are stored in (fp32 4 an element, bf16 2,
   int8 and fp8 1, int4 9/16; of adapters next to nothing), and none where q = 1.  G is not kept but drawn again.
-- lr2 is the run's rate, lr1 = anchor_rate times that, and both follow the run's schedule.
+- lr2 is the run's rate, lr1 = anchor_rate times that, and both follow the run's schedule.  It is not measured where it
+  is not given, as that of other methods is: g_w - g_A, which is 0 at an anchor, says nothing of the slope's size.
 - Directions may be rounded to a few bits, as in QuZO: u1 is probed and u2 stepped along, at an anchor too.
 - Sparse directions are refused, because they depend on the weights: those at w would not be those at A, so that nothing
   would cancel, and z_full could not be drawn again once w has moved.  So are estimators with blocks or subspaces.
@@ -42,14 +43,14 @@ Shape key: none.  Imports quant, random_bits and zo_optim.
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from quant import Store
 from random_bits import Key, Purpose
-from zo_optim import ZO, LossFn
+from zo_optim import ZO, LossFn, as_kind
 
 
 @dataclass(eq=False)
@@ -142,5 +143,4 @@ def svrg(zo: ZO, every: int = 2, anchor_rate: float = 1000.0) -> SVRG:
     """
     if type(zo) is not ZO or zo.queries != 1:
         raise ValueError(f"SVRG is for dense directions of one query, ZO(queries=1), got {zo}")
-    given = {f.name: getattr(zo, f.name) for f in fields(zo)}
-    return SVRG(**given | {"queries": 2}, every=every, anchor_rate=anchor_rate)
+    return as_kind(SVRG, zo, queries=2, every=every, anchor_rate=anchor_rate)

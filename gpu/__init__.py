@@ -9,13 +9,12 @@ Without Triton or a GPU, `install`, `probe_in_place` and `estimator` change noth
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 
 import random_bits
 import zo_optim
 from model import LanguageModel
-from zo_optim import ZO, SparseZO
+from zo_optim import ZO, SparseZO, as_kind
 
 
 def has_triton() -> bool:
@@ -52,6 +51,5 @@ def estimator(zo: ZO, device: str, graphs: bool = False) -> ZO:
     from gpu.sparse import FusedSparseZO, GraphedSparseZO
 
     fused, graphed = (FusedSparseZO, GraphedSparseZO) if isinstance(zo, SparseZO) else (FusedZO, GraphedZO)
-    fields = {f.name: getattr(zo, f.name) for f in dataclasses.fields(zo)}
     graphs = graphs and zo.moves is None  # what launches is then the same at every step
-    return graphed(**fields, graphed=CudaGraphed(device)) if graphs else fused(**fields)
+    return as_kind(graphed, zo, graphed=CudaGraphed(device)) if graphs else as_kind(fused, zo)

@@ -22,9 +22,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from quant import FLOATS, FORMATS, RESIDUALS, Store, check_format, encode, from_tensors, tensor_specs
-from runtime.json_files import read_object, shown
-
-LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"  # how git leaves a large file without git-lfs
+from runtime.json_files import check_no_pointer, read_object, shown
 
 
 def find_tensors(
@@ -82,10 +80,10 @@ def _names(path: Path) -> list[str]:
 
 def _open(path: Path):
     try:
+        if path.is_file():  # a pipe could be waited for without end
+            check_no_pointer(path)
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        if path.is_file() and path.open("rb").read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` there") from None
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
 
 

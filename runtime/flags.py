@@ -156,7 +156,8 @@ class Config:
     verify: int | None = flag("run", None, "with --replay: compute the losses of so many steps again, and the metrics "
                                            "on dev and test")  # fmt: skip
     sweep: list[str] | None = flag("run", None, "NAME=VALUE,VALUE ...: a run for each combination, lr=1e-5,2e-5 "
-                                   "seed=0,1,2; the best by dev loss, and a table")  # fmt: skip
+                                   "seed=0,1,2, of on/off flags true,false; the best by dev loss, and a table"
+                                   )  # fmt: skip
     jobs: int = flag("run", 1, "runs of a sweep at a time")
     log: str | None = flag("run", None, "write events for TensorBoard too, beside metrics.jsonl and metrics.csv",
                            ("tensorboard",))  # fmt: skip

@@ -1,6 +1,7 @@
 """JSON that others wrote, read within bounds, and its values as a message of one line quotes them.
 
 Whatever a file holds, ValueError is all that reading it can raise, but for OSError where the machine does not read it.
+`check_no_pointer` is for files that are no JSON too.
 Imports nothing of ours.
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 MOST_BYTES = 2**25  # of a file of settings; the largest index of a checkpoint that is known to us has 9 MB
 MOST_VALUES = 2**24  # in a text: `[[],[],...` takes 25 times its own size once it is parsed
 MOST_DEPTH = 64  # of lists and objects in one another: what comes after parsing may recurse too
@@ -68,6 +70,13 @@ def _is_deeper(value: Any, depth: int) -> bool:
             for held in (outer.values() if isinstance(outer, dict) else outer)
         ]  # fmt: skip
     return bool(level)
+
+
+def check_no_pointer(path: Path) -> None:
+    """Raises ValueError where git has left a pointer in the place of a large file, JSON or not, for want of git-lfs."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` there")
 
 
 def shown(value: Any, most: int = MOST_QUOTED) -> str:

@@ -25,7 +25,7 @@ from data.tasks import Task, get_task
 from data.tokenizer import Tokenizer
 from family import mazo
 from family.subzero import enable_low_rank_reads
-from family.zo2 import Offloaded
+from family.zo2 import offload
 from gpu.code_products import enable_code_products
 from model import LanguageModel, load
 from quant import quantise_tokens
@@ -261,7 +261,7 @@ def load_weights(c: Config, directory: Path, prompts: Sequence[list[int]] = ()) 
 
 def set_up_forwards(c: Config, lm: LanguageModel) -> None:
     if c.method == "zo2":
-        Offloaded(lm, torch.device(c.device))
+        offload(lm, torch.device(c.device))
     gpu.install(lm)
     if c.activations != "none":
         lm.round_inputs(partial(quantise_tokens, kind=c.activations))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +121,11 @@ def followed(run: RecordedRun) -> RecordedRun:
             raise ValueError(f"metrics.jsonl:{number} is not what the run wrote: its digest is another")
         kept.append(line)
     return run._replace(trajectory=run.trajectory[:steps], metrics=kept)
+
+
+def recorded_loss(value: float | None) -> float:
+    """A loss as metrics.jsonl has it, where one that was not finite is null, as JSON has no number for it."""
+    return math.nan if value is None else value
 
 
 def whole_lines(path: Path) -> list[str]:

@@ -5,13 +5,15 @@ metrics.jsonl  one line a step, and one a dev evaluation, of which the first is 
 trajectory     one line a step: the projected gradient of each query, in digits that read back exactly, and a digest of
                the whole record so far.  With config.json and the base checkpoint it redoes every update
                (zo_optim.update) without a forward
-metrics.csv    metrics.jsonl as a table, up to the last evaluation, but for what it holds of each query
+metrics.csv    metrics.jsonl as a table, up to the last evaluation, but for what it holds of each query.  A killed run's
+               may end in half a row, until --resume makes it anew
 tensorboard/   the same as events, with --log tensorboard
 masks.safetensors  of MaZO: which weights move, a bit each; config.json has its hash
 model/         the best-dev weights so far as they are stored, with config.json and tokenizer; model.load reads it
 state-STEP.safetensors  of AdamW, until the run ends: weights and moments at the last evaluation, for --resume
 predictions.jsonl  what the weights of the lowest dev loss answer to each test example
-curve.svg      loss, dev loss and dev metric over steps
+curve.svg      loss, dev loss and dev metric over steps; beyond 100 evaluations it may lack the last hundredth of
+               them, until the run ends
 result.json    the last line of standard output; `diverged` says why a run stopped early, or is null.  A run that has
                none, or one with `interrupted`, was not finished
 
@@ -55,9 +57,9 @@ from runtime.record import (
     canonical,
     chain_of,
     digest_of_result,
+    recorded_loss,
     sealed,
     small_files,
-    whole_lines,
 )
 from zo_optim import Step
 
@@ -95,6 +97,9 @@ class RunFolder:
         self.state_sha256 = {row["step"]: row["state_sha256"] for row in rows if "state_sha256" in row}
         for name, lines in (("trajectory", run.trajectory), ("metrics.jsonl", run.metrics)):
             write_whole(path / name, "".join(line + "\n" for line in lines))
+        write_whole(path / "metrics.csv", table_of(run.metrics))
+        self.in_table = (path / "metrics.jsonl").stat().st_size  # what of it metrics.csv has
+        self.drawn = 0  # evaluations in curve.svg
         self.metrics = open(path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (by line, for the whole run)
         self.trajectory = open(path / "trajectory", "a", buffering=1)  # noqa: SIM115
         done = len(run.trajectory)
@@ -140,10 +145,13 @@ class RunFolder:
             self.remove_states(but=dev.step)
         if self.events is not None:
             add_events(self.events, row)
-        self.draw(best_step)
+        self.tabulate()
+        if len(self.devs) > 1.01 * self.drawn:  # a drawing's time grows with their number
+            self.draw(best_step)
 
     def result(self, result: dict) -> dict:
         """Write it down, the last file of a run -> it with its digest."""
+        self.tabulate()
         self.draw(result["best_step"])
         result |= {"files_sha256": small_files(self.path)}
         result |= {"digest": digest_of_result(self.chain, result)}
@@ -153,21 +161,27 @@ class RunFolder:
         write_whole(self.path / "result.json", json.dumps(result, indent=2) + "\n")
         return result
 
+    def tabulate(self) -> None:
+        """Add what is new in the record to its table."""
+        with (self.path / "metrics.jsonl").open(encoding="utf-8") as file:
+            file.seek(self.in_table)
+            lines, self.in_table = file.read().splitlines(), file.tell()
+        with (self.path / "metrics.csv").open("a", encoding="utf-8") as file:
+            file.write(table_of(lines, header=False))
+
     def draw(self, best_step: int) -> None:
-        """The record as a table and as a picture."""
-        lines = whole_lines(self.path / "metrics.jsonl")
-        write_whole(self.path / "metrics.csv", table_of(lines))
+        """The record as a picture."""
+        self.drawn = len(self.devs)
         picture = curve_svg(self.losses, self.devs, self.title, self.zero_shot, best_step, self.metric)
         write_whole(self.path / "curve.svg", picture)
 
 
 def series(rows: list[dict]) -> tuple[list[tuple[int, float]], list[DevRow]]:
     """What a curve shows of a record: (step, loss) of each step, and the evaluations."""
-    def number(value: float | None) -> float:
-        return math.nan if value is None else value
-
-    devs = [DevRow(row["step"], row["forwards"], row["dev"], number(row["dev_loss"])) for row in rows if "dev" in row]
-    return [(row["step"], number(row["loss"])) for row in rows if "projected_grad" in row], devs
+    losses = [(row["step"], recorded_loss(row["loss"])) for row in rows if "projected_grad" in row]
+    devs = [DevRow(row["step"], row["forwards"], row["dev"], recorded_loss(row["dev_loss"]))
+            for row in rows if "dev" in row]  # fmt: skip
+    return losses, devs
 
 
 def state_path(path: Path, step: int) -> Path:
@@ -238,11 +252,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
     os.replace(partial, path)
 
 
-def table_of(lines: list[str]) -> str:
-    """metrics.csv, from the lines of metrics.jsonl."""
+def table_of(lines: list[str], header: bool = True) -> str:
+    """metrics.csv, from the lines of metrics.jsonl; without its header, what further lines add to it."""
     held = io.StringIO()
     table = csv.DictWriter(held, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
+    if header:
+        table.writeheader()
     table.writerows(map(json.loads, lines))
     return held.getvalue()
 

@@ -2,7 +2,8 @@
 
 Seeds are repeats: settings are compared by their mean dev loss over seeds, and test never chooses.  Each run is a
 process of its own, with a folder of its own in --out, and `--jobs` of them run at a time, spread over the GPUs there
-are.  The same command with the same --out takes an interrupted sweep up again.
+are.  On/off flags are swept as `bandit=true,false`.  The same command with the same --out takes an interrupted sweep up
+again.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from runtime.run_folder import write_whole
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 Flags = dict[str, str]  # name without dashes in front, as it is spelled: its value
+ON_OFF = {f.name.replace("_", "-") for f in dataclasses.fields(Config) if f.type.startswith("bool")}
 
 
 def combinations(given: list[str]) -> list[Flags]:
@@ -47,6 +49,23 @@ def combinations(given: list[str]) -> list[Flags]:
             raise ValueError(f"--sweep names {name} twice")
         swept[name] = listed
     return [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
+
+
+def command_of(flags: Flags) -> list[str]:
+    """One run's flags as words of its command.  An on/off flag takes no value there: true is --bandit, false is
+    --no-bandit.
+
+    Raises ValueError for another value of such a flag.
+    """
+    words = []
+    for name, value in flags.items():
+        if name not in ON_OFF:
+            words += [f"--{name}", value]
+        elif value in ("true", "false"):
+            words.append(f"--{name}" if value == "true" else f"--no-{name}")
+        else:
+            raise ValueError(f"--sweep {name}= is over an on/off flag: write true or false, got {value!r}")
+    return words
 
 
 class Slots:
@@ -88,8 +107,7 @@ def sweep(c: Config, tell: Callable[[str], None]) -> dict:
         done = recorded(folder)
         if done is None:
             begun = (folder / "config.json").is_file()
-            of_run = [part for name, value in flags.items() for part in (f"--{name}", value)]
-            command = ["--resume", str(folder)] if begun else [*argv, *of_run, "--out", str(folder)]
+            command = ["--resume", str(folder)] if begun else [*argv, *command_of(flags), "--out", str(folder)]
             with slots.one() as env:
                 ended = subprocess.run([sys.executable, TRAIN, *command], capture_output=True, text=True, env=env)
             done = recorded(folder)
@@ -107,10 +125,11 @@ def sweep(c: Config, tell: Callable[[str], None]) -> dict:
 
 def check(argv: list[str], flags: Flags, jobs: int) -> None:
     """Raises ValueError for a combination that train.py would not run."""
-    twice = [name for name in flags if f"--{name}" in argv]
-    if twice:
-        raise ValueError(f"--{twice[0]} is given beside --sweep {twice[0]}=")
-    one = parse([*argv, *(part for name, value in flags.items() for part in (f"--{name}", value))])
+    for name in flags:
+        given = [word for word in (f"--{name}", f"--no-{name}") if word in argv]
+        if given:
+            raise ValueError(f"{given[0]} is given beside --sweep {name}=")
+    one = parse([*argv, *command_of(flags)])
     if one.sweep or one.asks or one.resume or one.replay or one.dry_run or "out" in flags:
         raise ValueError("--sweep is over flags of a new run")
     validate(dataclasses.replace(one, jobs=jobs))

@@ -27,7 +27,7 @@ from torch import Tensor
 import tensor_train
 import train
 from data.scoring import BatchLoss, Encoded
-from family.zo2 import Deferred, Offloaded, moved, tensors
+from family.zo2 import Deferred, Offloaded, moved, offload, tensors
 from model import LanguageModel, create, load
 from quant import FORMATS, Float, Store, encode
 from random_bits import Key
@@ -53,7 +53,7 @@ def tiny(raw: dict = LLAMA, weights: str = "fp32", residual: int = 0, oracle: bo
 
 def offloaded(*args, **options) -> LanguageModel:
     lm = tiny(*args, **options)
-    Offloaded(lm, CPU)
+    offload(lm, CPU)
     return lm
 
 
@@ -91,8 +91,8 @@ CASES = [  # model, blocks, directions, format, residual bits, queries, examples
 
 @pytest.mark.parametrize("model, blocks, kind, weights, residual, queries, micro", CASES)
 def test_offloaded_steps_are_the_resident_ones(model, blocks, kind, weights, residual, queries, micro):
-    """All losses of each step, and of an evaluation after the second; all stored bits at the end; and all that landed
-    was counted, of blocks one step later."""
+    """All losses of each step, and of an evaluation after the second; all stored bits at the end; and all that was
+    written was counted, of blocks one step later."""
     raw, zo = RAW[model] | {"num_hidden_layers": blocks}, KINDS[kind](0.01, queries)
     resident, away = tiny(raw, weights, residual), offloaded(raw, weights, residual)
     counts = [torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)]
@@ -105,10 +105,10 @@ def test_offloaded_steps_are_the_resident_ones(model, blocks, kind, weights, res
             with torch.no_grad():
                 evaluated = [batch_loss(lm)(lm.stored_view()) for lm in (resident, away)]
             assert torch.equal(*evaluated)
-    assert done[0].projected_grads.all() and not torch.equal(*counts)  # the blocks' last step has yet to land
+    assert done[0].projected_grads.all() and not torch.equal(*counts)  # the blocks' last step is pending
     away.offloaded.settle()
     assert same(resident.weights, away.weights) and not same(resident.weights, tiny(raw, weights, residual).weights)
-    assert torch.equal(counts[0], counts[1] + away.offloaded.landed)
+    assert torch.equal(counts[0], counts[1] + away.offloaded.counts)
 
 
 @pytest.mark.parametrize("weights, residual", [("int8", 0), pytest.param("int4", 4, marks=pytest.mark.full)])
@@ -159,7 +159,7 @@ def test_lr_0_leaves_every_bit(kind, weights, residual):
         return lm
 
     lm = make()
-    Offloaded(lm, CPU)
+    offload(lm, CPU)
     for step in range(2):
         done = take_step(lm, KINDS[kind](0.01), step, lr=0.0)
         assert done.projected_grads.all() and not done.counts.any() and not lm.offloaded.pending
@@ -216,7 +216,7 @@ def test_three_blocks_are_on_the_device_and_the_rest_at_home(raw, weights, resid
 
 
 def test_a_block_crosses_once_each_way_a_step(monkeypatch):
-    """Up in each forward; down only where a step has landed, in the first of them."""
+    """Up in each forward; down only where a step was taken, in the first of them."""
     lm, crossed = offloaded(LLAMA | {"num_hidden_layers": 5}), []
     for name in ("up", "down"):
         lane = getattr(lm.offloaded, name)
@@ -226,9 +226,9 @@ def test_a_block_crosses_once_each_way_a_step(monkeypatch):
         assert (crossed.count("up"), crossed.count("down")) == (6 if step == 0 else 5, 0 if step == 0 else 5), step
         crossed.clear()
     with torch.no_grad():
-        for landed in (5, 0):
+        for taken in (5, 0):
             batch_loss(lm)(lm.stored_view())
-            assert (crossed.count("up"), crossed.count("down")) == (5, landed)
+            assert (crossed.count("up"), crossed.count("down")) == (5, taken)
             crossed.clear()
 
 
@@ -269,11 +269,11 @@ def test_what_cannot_be_offloaded_is_refused():
     lm = tiny()
     tensor_train.attach(lm, tensor_train.Spec("rep", "qv", 8, 2), seed=0)
     with pytest.raises(ValueError, match="only a model's own blocks can be offloaded"):
-        Offloaded(lm, CPU)
+        offload(lm, CPU)
     lm = tiny()
     del lm.weights["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(ValueError, match="all of the same tensors"):
-        Offloaded(lm, CPU)
+        offload(lm, CPU)
 
 
 # ---------------------------------------------------------------- whole runs
@@ -323,7 +323,7 @@ def test_a_run_is_the_resident_one(capsys, tmp_path, flags, resident):
 
 @pytest.mark.parametrize("stops_after", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_an_interrupted_run_is_finished_to_the_same_bits(capsys, tmp_path, stops_after):
-    """Counts of what landed are among them, although its steps land without forwards before it goes on; at an
+    """Counts of what was written are among them, although its steps are taken without forwards before it goes on; at an
     evaluation and between two."""
 
     class Stop:

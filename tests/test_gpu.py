@@ -23,7 +23,7 @@ import train
 import zo_optim
 from data.scoring import BatchLoss, Encoded
 from family.elasticzo import tail_of
-from family.zo2 import Deferred, Lane, Offloaded
+from family.zo2 import Deferred, Lane, offload
 from gpu import graphs
 from gpu.code_products import enable_code_products, multiply_e4m3, multiply_int8
 from model import LanguageModel, create, load
@@ -511,7 +511,7 @@ def test_offloaded_blocks_have_the_bits_of_resident_ones(case, monkeypatch):
     away = create(tiny_llama(**WIDE), device="cpu", dtype=torch.bfloat16, weights=weights)
     resident, start = on_gpu(away), weights_sha256(away.weights)
     before = torch.cuda.memory_allocated()
-    Offloaded(away, torch.device("cuda"))
+    offload(away, torch.device("cuda"))
     block = sum(t.nbytes for store in away.offloaded.home[0].values() for t in store.tensors().values())
     rest = sum(t.nbytes for n, s in away.weights.items() if not n.startswith(away.layers) for t in s.tensors().values())
     assert torch.cuda.memory_allocated() - before < 3 * block + rest + 2**22  # which is less than a fourth one

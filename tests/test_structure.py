@@ -38,6 +38,7 @@ def files(*endings: str) -> list[Path]:
 MODULES = {module_name(path, ROOT).removeprefix("tests."): path for path in files(".py")}  # tests/ is on the path
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 GRAPH = {name: imported(path, set(MODULES)) - {name} for name, path in MODULES.items()}
+EMPTY = {name for name, path in MODULES.items() if path.name == "__init__.py" and not GRAPH[name]}
 FACE = {name for name, path in MODULES.items() if path.parent == ROOT}
 TESTS = {name for name, path in MODULES.items() if path.relative_to(ROOT).parts[0] == "tests"}
 SCRIPTS = {name for name, path in MODULES.items() if path.parent.name in ("benchmarks", "docs", "figures")}
@@ -93,6 +94,35 @@ def test_arrows_go_one_way():
             assert not of_gpu or name in TESTS | SCRIPTS, name
         assert "train" not in used or name in TESTS or room == "benchmarks", name
         assert name in TESTS | SCRIPTS or not used & (TESTS | SCRIPTS), name
+
+
+def named(text: str) -> list[str]:
+    """A list of docs/rooms.md: a.b, .c -> ["a.b", "a.c"]."""
+    names = []
+    for name in text.split(", "):
+        names.append(names[-1].partition(".")[0] + name if name.startswith(".") else name)
+    return names
+
+
+def modules_of(name: str) -> set[str]:
+    """Of a room or a module, as docs/rooms.md names it, but for packages that import nothing."""
+    within = {other for other in MODULES if f"{other}.".startswith(f"{name}.") and other not in EMPTY}
+    return {"the face": FACE - {"train"}, "nothing": set()}.get(name, within)
+
+
+def test_the_table_of_rooms_is_the_graph():
+    """Each module is in one row, whose modules import no more than it says, and all that it says."""
+    table = re.search(r"```\n(.*?)```", DOCUMENTS[ROOT / "docs" / "rooms.md"], re.DOTALL)[1]
+    rows = [map(named, re.split(" {2,}", re.sub(r" \(.*\)", "", line))) for line in table.splitlines()]
+    rows, found = [tuple(row) for row in rows], []
+    for names, allowed in rows:
+        elsewhere = [name for others, _ in rows for name in others if name.startswith(tuple(f"{n}." for n in names))]
+        modules = set().union(*map(modules_of, names)).difference(*map(modules_of, elsewhere))
+        used = set().union(*(GRAPH[module] for module in modules))
+        assert used <= set().union(*map(modules_of, allowed)), names
+        assert not [name for name in allowed if name != "nothing" and not modules_of(name) & used], names
+        found += modules
+    assert sorted(found) == sorted(FACE.union(*map(modules_of, ("data", "family", "gpu", "runtime"))))
 
 
 def test_test_files_share_helpers_and_oracles_alone():

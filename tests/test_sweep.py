@@ -3,16 +3,23 @@
 import csv
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
+from runtime import run_folder
 from runtime.config import parse, spelled
-from runtime.sweep import chosen, combinations, table
+from runtime.flags import Config, command_line
+from runtime.record import RecordedRun, whole_lines
+from runtime.run_folder import table_of
+from runtime.sweep import chosen, combinations, command_of, table
+from zo_optim import Step
 
 SHORT = "--steps 2 --eval-every 2 --num-eval 8 --batch-size 4 --device cpu"
 
@@ -37,6 +44,17 @@ def test_a_command_is_spelled_as_it_was_given():
     words = "--method lora --optimizer zo --norms --no-graphs --lr 1e-05 --seed 3 --max-length 77".split()
     given = dataclasses.replace(parse([*words, "--sweep", "seed=0"]), sweep=None)
     assert sorted(spelled(given)) == sorted(words)
+
+
+def test_every_on_off_flag_can_be_swept():
+    """Parsed by the command line's own parser, which takes no value for such a flag."""
+    names = [f.name for f in dataclasses.fields(Config) if f.type in ("bool", "bool | None")]
+    assert {"bandit", "rest", "norms", "oracle", "compile", "graphs"} <= set(names)
+    for name in names:
+        for flags in combinations([f"{name}=true,false", "lr=1e-5"]):
+            words = command_of(flags)
+            wanted = {name: flags[name.replace("_", "-")] == "true", "lr": 1e-5}
+            assert vars(command_line().parse_args(words)) == wanted
 
 
 def made_up(**losses: list[float]) -> list[dict]:
@@ -86,6 +104,17 @@ def test_a_sweep_runs_chooses_and_is_taken_up_again(tmp_path, capsys):
 
 
 @pytest.mark.full
+def test_an_on_off_flag_is_swept(tmp_path, capsys):
+    out = tmp_path / "sweep"
+    code, lines, _ = call(capsys, f"{SHORT} --method lezo --sweep bandit=true,false --out {out}")
+    rows = json.loads(lines[-1])["runs"]
+    assert code == 0 and [row["flags"]["bandit"] for row in rows] == ["true", "false"]
+    for row in rows:
+        flags = json.loads((Path(row["out"]) / "config.json").read_text())["flags"]
+        assert flags["bandit"] is (row["flags"]["bandit"] == "true") and flags["method"] == "lezo"
+
+
+@pytest.mark.full
 def test_a_run_that_fails_does_not_end_the_others(tmp_path, capsys):
     (tmp_path / "rows.csv").write_text("text,mood\n" + "fine,good\ndull,bad\n" * 8)
     task = {"prompt": "{text} it was", "options": {"bad": " terrible", "good": " great"}, "label": "mood",
@@ -104,6 +133,10 @@ def test_a_run_that_fails_does_not_end_the_others(tmp_path, capsys):
     "--sweep lr=1e-3,-1": "--lr must be in",
     "--sweep wights=int4": "unrecognized arguments: --wights int4",
     "--sweep lr=1e-3 --lr 1": "--lr is given beside --sweep lr=",
+    "--sweep bandit=true,yes --method lezo": "--sweep bandit= is over an on/off flag: write true or false, got 'yes'",
+    "--sweep rest=true,1 --method lezo": "write true or false, got '1'",
+    "--sweep bandit=true,false": "--bandit means nothing",
+    "--sweep rest=true,false --method lezo --no-rest": "--no-rest is given beside --sweep rest=",
     "--sweep out=a,b": "--sweep is over flags of a new run",
     "--sweep show=1,2": "--sweep is over flags of a new run",
     "--sweep lr=1e-3 --evaluate x": "--sweep is over flags of a new run",
@@ -138,6 +171,49 @@ def test_the_table_holds_what_metrics_jsonl_holds(tmp_path, capsys):
     for of_table, row in zip(found, rows, strict=True):
         given = {name: value for name, value in row.items() if not isinstance(value, list) and name != "digest"}
         assert {name: float(value) for name, value in of_table.items() if value} == given
+
+
+def test_each_line_enters_the_table_once_and_a_killed_runs_half_row_does_not_stay(tmp_path, monkeypatch):
+    """A table that is made anew at every evaluation takes a time that grows with the square of their number."""
+    entered = []
+    monkeypatch.setattr(run_folder, "table_of", lambda lines, **more: entered.extend(lines) or table_of(lines, **more))
+    zero = torch.zeros(1, dtype=torch.float64)
+
+    def go_on(folder: run_folder.RunFolder, steps: range) -> None:
+        with run_folder.StepRecorder(folder, size=1) as recorder:
+            for step in steps:
+                done = Step(zero + step, zero, zero, torch.zeros(5, dtype=torch.int64))
+                recorder.write((step, 0.5 * step, done, {"lr": 0.1, "tokens": 3}))
+                if step % 2 == 0:
+                    recorder.write()
+                    folder.dev(run_folder.DevRow(step, 2 * step, 0.5, math.nan), 0, 10**9, {})
+                    assert csv_file.read_text() == table_of(whole_lines(metrics))
+
+    metrics, csv_file, begun = tmp_path / "metrics.jsonl", tmp_path / "metrics.csv", {"flags": {}, "sha256": ""}
+    go_on(run_folder.RunFolder(tmp_path, "a run", RecordedRun(begun, [], [])), range(1, 8))
+    lines = whole_lines(metrics)
+    assert len(lines) == 7 + 3 and entered == lines[:9]  # the last step waits for an evaluation
+    with csv_file.open("a") as file:
+        file.write("7,0.")
+    again = run_folder.RunFolder(tmp_path, "a run", RecordedRun(begun, whole_lines(tmp_path / "trajectory"), lines))
+    assert csv_file.read_text() == table_of(lines) and entered[9:] == lines
+    go_on(again, range(8, 11))
+    assert entered[9:] == whole_lines(metrics) and len(entered) == 9 + 15
+
+
+def test_the_curve_of_many_evaluations_is_drawn_at_fewer(tmp_path, monkeypatch):
+    """At each of the first hundred, then at one more in a hundred, and at the end, or a long run's time would grow with
+    the square of their number."""
+    drawn = []
+    monkeypatch.setattr(run_folder, "curve_svg", lambda losses, devs, *rest: drawn.append(len(devs)) or "")
+    folder = run_folder.RunFolder(tmp_path, "a run", RecordedRun({"flags": {}, "sha256": ""}, [], []))
+    for step in range(1, 1011):
+        folder.dev(run_folder.DevRow(step, 2 * step, 0.5, 0.5), 1, 10**9, {})
+    assert drawn[:100] == list(range(1, 101)) and len(drawn) < 400
+    assert all(1 <= then - before <= 0.01 * before + 1 for before, then in zip(drawn, drawn[1:], strict=False))
+    assert drawn[-1] < 1010
+    folder.result({"best_step": 1})
+    assert drawn[-1] == 1010
 
 
 def test_events_are_written_where_they_are_asked_for(tmp_path, monkeypatch, capsys):

@@ -281,6 +281,21 @@ def test_a_rate_that_was_not_given_is_measured(run):
     assert of_weights([*normal[:-2], 1000.0, -1000.0], 10**6) == pytest.approx(of_weights(normal, 10**6), rel=0.1)
 
 
+@pytest.mark.parametrize("flags", [
+    "mezo", "elasticzo --tail-blocks 0", "elasticzo --tail-blocks 2", "elasticzo --tail-blocks 3",
+    f"lezo --share {1 / 3}", f"lezo --share {2 / 3} --no-rest",
+])  # fmt: skip
+def test_a_measured_rate_goes_by_the_elements_that_directions_move(flags):
+    """Counted where a step asks for each tensor whether it is to be moved."""
+    c = parse(f"--model {TINY / 'model'} --task tiny --device cpu --weights fp32 --method {flags}".split())
+    lm = load(TINY / "model")
+    moves = train.estimator(c, lm).moves or (lambda name, key: True)
+    moved = sum(stored.value.numel() for name, stored in lm.weights.items() if moves(name, Key(0, 5)))
+    progress = train.progress_of(None, c, lm)
+    assert progress.rate_by.keywords["d"] == pytest.approx(moved, rel=1e-9)
+    assert progress.rate_by([0.0] * 32) == pytest.approx(min(3e-5, 7000 / moved))
+
+
 NORMS = {"model.norm.weight", *(f"model.layers.{i}.{n}_layernorm.weight" for i in range(3)
                                 for n in ("input", "post_attention"))}  # fmt: skip
 
