@@ -91,6 +91,9 @@ def update(weights: dict[str, Store], projected_grads: Tensor, key: Key, zo: ZO,
 
 # ---------------------------------------------------------------- the estimator: how weights are probed and stepped
 
+# w <- round(w + delta) in some rows, (store, rows, delta, key) -> counts or None, by device type; gpu.install puts one
+LANDING_TWINS: dict[str, Callable[[Store, slice, Tensor, Key], Tensor | None]] = {}  # here for cuda
+
 
 @dataclass(frozen=True)
 class ZO:
@@ -111,12 +114,16 @@ class ZO:
     moves: Callable[[str, Key], bool] | None = None  # which tensors a step probes and moves (family/lezo.py); None: all
     unit = 1.0  # the length of a drawn direction that stands for u (not a field)
     stored_view = StoredWeights  # how a tensor is read that a step leaves alone (not a field)
+    recordable = False  # whether a subclass launches the same at every step, with key.step in memory (not a field)
 
     def __post_init__(self):
         """Raises ValueError for what no estimator is."""
         fits = self.bits in (None, *range(2, 9)) and self.eps > 0 and self.queries > 0
         if not fits or self.estimator not in ("q-rge2", "q-rge1", "random") or self.probe not in ("float", "codes"):
             raise ValueError(f"no usable estimator: {self}")
+
+    def prepare(self, weights: dict[str, Store], key: Key) -> None:
+        """Make, on the host, what recorded launches of a step are to find in memory: here nothing."""
 
     def losses(self, weights: dict[str, Store], loss_fn: LossFn, key: Key, queries: range) -> Tensor:
         """L(w + eps u1) and L(w - eps u1) of each of these queries in turn: [2Q] float32 on the weights' device."""
@@ -171,6 +178,7 @@ class ZO:
     def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
         """w <- round(w + sum of factor_q * direction_q): all that ever writes.  factors [Q] float32 -> counts."""
         counts = torch.zeros(COUNTED, dtype=torch.int64, device=factors.device)
+        twin = LANDING_TWINS.get(factors.device.type)
         rounding = Purpose.PROBE_ROUNDING if self.estimator == "q-rge1" else Purpose.UPDATE_ROUNDING  # u1, or u2
         for name, store in weights.items():
             key = key._replace(tensor=tensor_id(name))
@@ -180,27 +188,18 @@ class ZO:
                     self.direction(key._replace(query=query), store.matrix_shape, index, rounding).mul_(factor)
                     for query, factor in enumerate(factors)
                 ))  # fmt: skip
-                counts += store.add_rounded_(rows, delta, None) if self.nearest else land_(store, rows, delta, key)
+                landed = None if twin is None or self.nearest else twin(store, rows, delta, key)
+                if landed is None:
+                    noisy = store.rounds and not self.nearest
+                    bits = bits32(key, Purpose.WEIGHT_ROUNDING, index, delta.shape[1]) if noisy else None
+                    landed = store.add_rounded_(rows, delta, bits)
+                counts += landed
         return counts
-
-
-LANDING_TWINS: dict[str, Callable] = {}  # of land_ by device type, as random_bits.DEVICE_TWINS
-
-
-def land_(store: Store, rows: slice, delta: Tensor, key: Key) -> Tensor:
-    """w <- round(w + delta) in some rows, by the key's random bits.  delta [r, C] float32 -> counts."""
-    twin = LANDING_TWINS.get(store.device.type)
-    counts = None if twin is None else twin(store, rows, delta, key)
-    if counts is not None:
-        return counts
-    index = torch.arange(rows.start, rows.stop, device=store.device)
-    bits = bits32(key, Purpose.WEIGHT_ROUNDING, index, delta.shape[1]) if store.rounds else None
-    return store.add_rounded_(rows, delta, bits)
 
 
 def as_kind(kind: type[ZO], zo: ZO, **more) -> ZO:
     """The same estimator as one of a subclass.  more: fields that only that has, or that it has another value of."""
-    return kind(**{f.name: getattr(zo, f.name) for f in fields(zo)} | more)
+    return kind(**{f.name: getattr(zo, f.name) for f in fields(zo) if f.init} | more)
 
 
 class Hits(NamedTuple):

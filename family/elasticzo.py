@@ -31,8 +31,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import LanguageModel
 from quant import Store, row_chunks
-from random_bits import Key, tensor_id
-from zo_optim import LossFn, PerturbedWeights, land_
+from random_bits import Key, Purpose, bits32, tensor_id
+from zo_optim import LossFn, PerturbedWeights
 
 BETA1, BETA2, TINIEST = 0.9, 0.999, 1e-8  # Adam's
 TAIL_BYTES = 16  # a weight of the tail: copy, gradient and two moments, float32 each
@@ -105,7 +105,9 @@ def land(store: Store, delta: Tensor, key: Key) -> None:
     """w <- round(w + delta), stochastically; delta of the store's shape or its matrix's, float32."""
     delta = delta.view(store.matrix_shape)
     for rows in row_chunks(store.matrix_shape, store.device):
-        land_(store, rows, delta[rows], key)
+        index = torch.arange(rows.start, rows.stop, device=store.device)
+        bits = bits32(key, Purpose.WEIGHT_ROUNDING, index, delta.shape[1]) if store.rounds else None
+        store.add_rounded_(rows, delta[rows], bits)
 
 
 class TailView:

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import LanguageModel, Linear, View
+from quant import Store
 from random_bits import Key, Purpose, tensor_id
 from zo_optim import ZO, PerturbedWeights
 
@@ -59,7 +60,8 @@ class SubZero(ZO):
 
     rank: int = 24  # r: the released code's README
     every: int = 1000  # F: steps that U and V stay for
-    bases: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # what `subspace` returned
+    bases: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # (seed, window), U, V by tensor
+    recordable = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -72,8 +74,7 @@ class SubZero(ZO):
     def direction(self, key: Key, shape: tuple[int, int], rows: Tensor, rounding: Purpose) -> Tensor:
         """Chosen rows of D: shape (R, C), rows [n] int64 -> [n, C] float32 on their device.
 
-        key.step is an int.  `rounding` names nothing here: the direction that is probed is the one that is stepped
-        along.
+        `rounding` names nothing here: the direction that is probed is the one that is stepped along.
         """
         if not self.is_low_rank(shape):
             return super().direction(key, shape, rows, rounding)
@@ -97,17 +98,26 @@ class SubZero(ZO):
     def subspace(self, key: Key, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
         """U [R, r] and V [C, r] float32, functions of (key.seed, key.step // every, key.tensor).
 
-        Bases of another window are forgotten; of this one none are, because a step reads each several times and goes
-        through all matrices before it comes back to one.
+        Those of the present window are kept, and the next one's take their memory, where recorded launches look for
+        them.  With key.step in memory they are those that `prepare` left.
         """
+        at = key.tensor, shape, device
+        kept, *bases = self.bases.get(at, (None,))
+        if isinstance(key.step, Tensor):
+            return tuple(bases)
         window = key._replace(step=key.step // self.every, query=0)
-        at = window, shape, device
-        if at not in self.bases:
-            if any(kept[:2] != window[:2] for kept, *_ in self.bases):  # another seed or step
-                self.bases.clear()
-            sides = zip((OF_U, OF_V), shape, strict=True)
-            self.bases[at] = tuple(self.basis(window._replace(query=side), n).to(device) for side, n in sides)
-        return self.bases[at]
+        if kept != window[:2]:
+            new = [self.basis(window._replace(query=side), n).to(device)
+                   for side, n in zip((OF_U, OF_V), shape, strict=True)]  # fmt: skip
+            bases = [old.copy_(basis) for old, basis in zip(bases, new, strict=True)] if bases else new
+            self.bases[at] = window[:2], *bases
+        return tuple(bases)
+
+    def prepare(self, weights: dict[str, Store], key: Key) -> None:
+        """Make what recorded launches of this step read: bases come from the CPU."""
+        for name, store in weights.items():
+            if self.is_low_rank(store.matrix_shape):
+                self.subspace(key._replace(tensor=tensor_id(name)), store.matrix_shape, store.device)
 
     def basis(self, key: Key, n: int) -> Tensor:
         """The orthonormal factor of randn(n, r), [n, r] float32 on the CPU, rounded to multiples of 1 / BASIS_GRID.

@@ -44,12 +44,14 @@ def probe_in_place(lm: LanguageModel, zo: SparseZO) -> None:
 
 def estimator(zo: ZO, device: str, graphs: bool = False) -> ZO:
     """The same estimator by kernels, and with `graphs` by recorded launches too, where the weights are on a GPU."""
-    if not device.startswith("cuda") or not has_triton() or type(zo) not in (ZO, SparseZO):
-        return zo  # another direction than those two has no kernel
+    if not device.startswith("cuda") or not has_triton():
+        return zo
     from gpu.graphs import CudaGraphed
-    from gpu.kernels import FusedZO, GraphedZO
+    from gpu.kernels import FusedZO, GraphedZO, recorded
     from gpu.sparse import FusedSparseZO, GraphedSparseZO
 
-    fused, graphed = (FusedSparseZO, GraphedSparseZO) if isinstance(zo, SparseZO) else (FusedZO, GraphedZO)
     graphs = graphs and zo.moves is None  # what launches is then the same at every step
+    if type(zo) not in (ZO, SparseZO):  # another direction than those two has no kernel
+        return recorded(zo, device) if graphs and zo.recordable else zo
+    fused, graphed = (FusedSparseZO, GraphedSparseZO) if isinstance(zo, SparseZO) else (FusedZO, GraphedZO)
     return as_kind(graphed, zo, graphed=CudaGraphed(device)) if graphs else as_kind(fused, zo)

@@ -26,7 +26,7 @@ from torch import Tensor
 from gpu.graphs import CudaGraphed
 from quant import COUNTED, E4M3, FARTHEST, FP8_SPACING, GROUP_SIZE, Float, Fp8, Integers, Store, StoredWeights
 from random_bits import LOW, M0, M1, W0, W1, Key, Purpose, tensor_id
-from zo_optim import ZO, LossFn, quantile_knots
+from zo_optim import ZO, LossFn, as_kind, quantile_knots
 
 PAIR_BLOCK, UPDATE_BLOCK = 256, 512  # groups a program, two and four to a thread: as measured (NOTES.md)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -573,7 +573,10 @@ def step_(stored: Store, key: Key, factors: Tensor, zo: ZO, counts: Tensor) -> N
 
 
 def land_(stored: Store, rows: slice, delta: Tensor, key: Key) -> Tensor | None:
-    """zo_optim.land_ in one kernel, where one fits; else None."""
+    """Store.add_rounded_ of delta [r, C] float32 in some rows, by the key's random bits, in one kernel: -> counts.
+
+    None where no kernel fits.
+    """
     if not fits(stored):
         return None
     value, scale, n, per_row, words = _arguments(stored, key)
@@ -645,6 +648,7 @@ class Graphed(ZO):
 
     def losses(self, weights: dict[str, Store], loss_fn: LossFn, key: Key, queries: range) -> Tensor:
         launched = super().losses
+        self.prepare(weights, key)
 
         def run(step: Tensor, inputs: list[Tensor | None]) -> Tensor:
             return launched(weights, loss_fn.with_tensors(inputs), key._replace(step=step), queries)
@@ -653,6 +657,7 @@ class Graphed(ZO):
 
     def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
         launched = super().add_directions_
+        self.prepare(weights, key)  # a replay has no losses before
 
         def run(step: Tensor, inputs: list[Tensor | None]) -> Tensor:
             return launched(weights, inputs[0], key._replace(step=step))
@@ -675,3 +680,14 @@ def philox_blocks(key: Key, purpose: Purpose, rows: Tensor, columns: int) -> Ten
         with _on(blocks.device):
             _philox_kernel[(triton.cdiv(len(blocks), 512),)](blocks, words, len(blocks), *as_int32(*counter), BLOCK=512)
     return words.view(len(rows), per_row, 4)
+
+
+@cache
+def recorded_kind(kind: type[ZO]) -> type[ZO]:
+    """A subclass of both."""
+    return dataclass(frozen=True)(type(f"Graphed{kind.__name__}", (Graphed, kind), {}))
+
+
+def recorded(zo: ZO, device: str | torch.device) -> ZO:
+    """The same estimator by recorded launches, whose kernels are torch's but for draws and landing."""
+    return as_kind(recorded_kind(type(zo)), zo, graphed=CudaGraphed(device))

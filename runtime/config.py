@@ -27,6 +27,7 @@ from runtime.flags import (
     FILE_DEFAULTS,
     FIRST_ORDER,
     OPTIMIZERS,
+    RECORDED,
     SPARSE_DEFAULTS,
     TINY_DEFAULTS,
     Config,
@@ -103,9 +104,14 @@ def resolve_defaults(c: Config) -> Config:
         c,
         compute=default_compute(c) if c.compute == "auto" else c.compute,
         compile=zo and not grows(c) if c.compile is None else c.compile,
-        graphs=zo and c.method not in FAMILY if c.graphs is None else c.graphs,
+        graphs=zo and is_recorded(c) if c.graphs is None else c.graphs,
         micro_batch_size=c.batch_size if c.micro_batch_size is None else c.micro_batch_size,
     )
+
+
+def is_recorded(c: Config) -> bool:
+    """Whether a method's steps launch the same each time."""
+    return c.method not in FAMILY or c.method in RECORDED
 
 
 ON_CODES = ("lezo", "elasticzo", "zo2")  # methods that are MeZO on floats and QuZO on codes
@@ -376,8 +382,9 @@ def check_products(c: Config) -> None:
                          )  # fmt: skip
     if (c.graphs or c.compile) and c.device.startswith("cuda") and not expects_triton():
         raise ValueError("--graphs and --compile need Triton on cuda, and it is not installed")
-    if c.graphs and (c.optimizer != "zo" or not c.device.startswith("cuda") or c.method in FAMILY):
-        raise ValueError("--graphs are for zo on cuda, and not for the methods of family/")
+    if c.graphs and (c.optimizer != "zo" or not c.device.startswith("cuda") or not is_recorded(c)):
+        steps = " and ".join(RECORDED)
+        raise ValueError(f"--graphs are for zo on cuda, and of the methods of family/ for {steps} alone")
     if c.compile and grows(c):
         raise ValueError("--compile makes code for each number of probes, which grows here: give --queries")
 

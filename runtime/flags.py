@@ -20,6 +20,7 @@ RESIDUALS, ACTIVATIONS = (0, 1, 2, 4, 8), ("none", "int8", "fp8")
 ADAPTERS = {"loretta-adp": "adp", "adazeta": "adp", "loretta-rep": "rep", "lora": "lora"}  # method: kind
 FIRST_ORDER = ("fo", "fo-ste")  # of all weights; adapters are trained by either optimizer
 FAMILY = ("subzero", "lezo", "mezo-svrg", "mazo", "elasticzo", "zo2")  # of all weights, by zeroth order: family/
+RECORDED = ("subzero", "mazo")  # of these, those whose steps launch the same each time
 METHODS = ("quzo", "mezo", *FAMILY, *FIRST_ORDER, *ADAPTERS)
 DIRECTION_BITS = ("full", "sparse", *map(str, range(2, 9)))
 

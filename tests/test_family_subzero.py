@@ -102,7 +102,7 @@ def test_a_subspace_stays_for_its_steps():
         assert rank(first, dim=dim) == rank(*keys, dim=dim) == r
         for other in others:
             assert rank(first, other, dim=dim) == 2 * r
-    assert list(zo.bases) and len(zo.bases) == 1  # of the last key alone
+    assert sorted(tensor for tensor, *_ in zo.bases) == [77, 78]  # one window's of each
     for key in (first, *others):
         assert torch.equal(whole(SubZero(rank=3, every=10), key, R, C), drawn[key])
         assert torch.equal(whole(zo, key, R, C), drawn[key])
@@ -119,6 +119,19 @@ def test_bases_of_a_window_are_kept(monkeypatch):
             for query in range(2):
                 whole(zo, Key(0, step, query, tensor), 20, 6)
     assert done == [(20, 3), (6, 3)] * 15
+
+
+def test_a_window_takes_the_last_ones_memory():
+    """Where recorded launches look for it: with the step's number in memory, the bases are those that were prepared."""
+    weights = {name: encode(torch.randn(shape), "fp32") for name, shape in (("w", (20, 30)), ("b", (20,)))}
+    zo, at, addresses = SubZero(rank=3, every=10), Key(3, torch.tensor([0]), 0, tensor_id("w")), set()
+    for step in (9, 10, 40, 9):
+        zo.prepare(weights, Key(3, step))
+        bases = zo.subspace(at, (20, 30), CPU)
+        fresh = SubZero(rank=3, every=10).subspace(at._replace(step=step), (20, 30), CPU)
+        assert all(map(torch.equal, bases, fresh))
+        addresses.add(tuple(B.data_ptr() for B in bases))
+    assert len(addresses) == 1 and len(zo.bases) == 1
 
 
 def test_streams_do_not_meet():

@@ -23,13 +23,15 @@ from torch.func import functional_call
 import gpu
 import random_bits
 import zo_optim
+from family.mazo import mazo
+from family.subzero import SubZero
 from gpu.code_products import enable_code_products, multiply
 from model import create
 from quant import E4M3, Float, Fp8, Integers, Store, StoredWeights, encode, quantise_tokens
-from random_bits import Key, Purpose, philox_blocks, tensor_id
+from random_bits import Key, Purpose, bits32, philox_blocks, tensor_id
 from runtime.checkpoints import weights_sha256
 from tensor_train import Bottleneck, Spec
-from zo_optim import ZO, PerturbedWeights, SparseZO, normal_table, update, zo_step
+from zo_optim import ZO, PerturbedWeights, SparseZO, as_kind, normal_table, update, zo_step
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs these")
@@ -288,10 +290,15 @@ def test_the_same_words_hit():
 
 
 @inside
-def test_recorded_sparse_steps_are_given_their_own_tensors():
+@pytest.mark.parametrize("weights", ["int4", "bf16"])
+@pytest.mark.parametrize("zo", [
+    SparseZO(eps=5e-3, cell=8, queries=2), SubZero(eps=5e-3, queries=2, rank=3, every=2),
+    mazo(ZO(eps=5e-3, queries=2), {"w": gaussian(9, 136) > 0}),
+], ids=["sparse", "SubZero", "MaZO"])  # fmt: skip
+def test_recorded_steps_are_given_their_own_tensors(zo, weights, monkeypatch):
     """What is recorded is called with the step's number, batch and factors in memory, and under a key of its own."""
-    plain, quick = stores((9, 136), "int4")
-    batches, keys = [torch.tensor([2.0]), torch.tensor([-3.0])], []
+    (plain, quick), keys = stores((9, 136), weights), []
+    batches = [torch.tensor([x]) for x in (2.0, -3.0, 1.0)]
 
     class Loss:
         def __init__(self, factor: Tensor):
@@ -310,14 +317,17 @@ def test_recorded_sparse_steps_are_given_their_own_tensors():
         keys.append(key)
         return run(in_memory(step), [x.clone() for x in inputs])
 
-    zo = SparseZO(eps=5e-3, cell=8, queries=2)
-    recorded = sparse.GraphedSparseZO(**vars(zo), graphed=graphed)
+    kind = sparse.GraphedSparseZO if type(zo) is SparseZO else kernels.recorded_kind(type(zo))
+    recorded = as_kind(kind, zo, graphed=graphed)
     for step, batch in enumerate(batches):
-        want, got = (zo_step(weights, Loss(batch), Key(SEED, step), way, 1e-3)
-                     for weights, way in ((plain, zo), (quick, recorded)))  # fmt: skip
+        want = zo_step(plain, Loss(batch), Key(SEED, step), zo, 1e-3)
+        with monkeypatch.context() as twins:  # the plain draws take no number in memory
+            twins.setitem(random_bits.DEVICE_TWINS, "cpu", kernels.philox_blocks)
+            twins.setitem(zo_optim.LANDING_TWINS, "cpu", kernels.land_)
+            got = zo_step(quick, Loss(batch), Key(SEED, step), recorded, 1e-3)
         assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True)) and want.counts[0] > 0
         assert same_tensors(plain["w"], quick["w"])
-    assert len(set(keys)) == 2 and len(keys) == 4
+    assert len(set(keys)) == 2 and len(keys) == 6
 
 
 @inside
@@ -400,13 +410,17 @@ def test_what_is_given_lands_by_a_kernel(weights, residual, shape):
     delta = 0.02 * gaussian(R, C, seed=1)
     delta[-1:, :3] = torch.tensor([0.0, 9.0, -9.0])[: min(3, C)]  # beyond the grid's ends
     for rows in (slice(0, R // 3), slice(R // 3, R)) if R > 1 else (slice(0, 1),):
-        counts = kernels.land_(got["w"], rows, delta[rows].clone(), key)
-        assert counts.tolist() == zo_optim.land_(want["w"], rows, delta[rows].clone(), key).tolist()
+        counts, bits = kernels.land_(got["w"], rows, delta[rows].clone(), key), None
+        if want["w"].rounds:
+            bits = bits32(key, Purpose.WEIGHT_ROUNDING, torch.arange(rows.start, rows.stop), C)
+        assert counts.tolist() == want["w"].add_rounded_(rows, delta[rows].clone(), bits).tolist()
     assert same_tensors(got["w"], want["w"])
 
 
 @inside
-@pytest.mark.parametrize("width, bottleneck, rank, tokens", [(136, 8, 5, 37), (64, 64, 3, 32), (24, 20, 18, 3)])
+@pytest.mark.parametrize(
+    "width, bottleneck, rank, tokens", [(136, 8, 5, 37), (64, 64, 3, 32), (24, 20, 16, 3), (24, 20, 18, 3)]
+)
 def test_a_bottleneck_adapter_in_one_kernel(width, bottleneck, rank, tokens):
     """Of three copies; sizes with and without tails."""
     spec = Spec("adp", "mlp", bottleneck, rank)

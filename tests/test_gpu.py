@@ -23,6 +23,7 @@ import train
 import zo_optim
 from data.scoring import BatchLoss, Encoded
 from family.elasticzo import tail_of
+from family.subzero import SubZero
 from family.zo2 import Deferred, Lane, offload
 from gpu import graphs
 from gpu.code_products import enable_code_products, multiply_e4m3, multiply_int8
@@ -382,6 +383,8 @@ GRAPHED = ["--weights int8 --direction-bits 4 --no-compile", "--weights int8 --d
            "--weights int8 --rounding nearest --no-compile",
            "--method adazeta --alpha 1 --beta 1", "--method adazeta --queries 3 --no-compile",
            "--method adazeta --queries 3 --compile",
+           "--method subzero --subspace-rank 4 --subspace-steps 5 --no-compile",
+           "--method subzero --weights int8 --subspace-rank 4 --subspace-steps 5 --compile",
            "--method mezo --weights bf16 --probes-per-forward 1 --no-compile"]  # fmt: skip
 
 
@@ -399,6 +402,7 @@ def test_graphs_replay_the_same_steps(flags, tmp_path):
         assert problem.multiple == 8
         zo = gpu.estimator(train.estimator(c, lm), c.device, c.graphs)
         ways = (sparse.GraphedSparseZO, sparse.FusedSparseZO) if c.cell else (kernels.GraphedZO, kernels.FusedZO)
+        ways = (kernels.recorded_kind(SubZero), SubZero) if c.method == "subzero" else ways
         assert type(zo) is ways[name == "--no-graphs"]
         for repeat in range(4):
             for longest in (8, 16, 23):
@@ -573,7 +577,9 @@ def test_a_tails_steps_come_again_to_the_same_bits(dtype):
     assert len(hashes) == 1
 
 
-@pytest.mark.parametrize("flags", ["--method zo2 --weights bf16", "--method elasticzo --weights int8"])
+@pytest.mark.parametrize("flags", ["--method zo2 --weights bf16", "--method elasticzo --weights int8",
+                                   "--method mazo --weights bf16", "--method subzero --weights int8",
+                                   "--method mezo-svrg --weights bf16"])  # fmt: skip
 def test_runs_of_the_family_are_replayed(flags, tmp_path, capsys):
     """By train.py's own way, compiled; of offloaded blocks to the bits of resident ones."""
     short = "--device cuda --steps 6 --eval-every 2 --batch-size 16 --num-eval 32 --lr 1e-3".split()
