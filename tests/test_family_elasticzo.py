@@ -486,7 +486,7 @@ REFUSED = {
     "--tail-blocks 4": "0 to 3 blocks of this model", "--tail-blocks 9 --dry-run": "got 9",
     "--placement mlp": "means nothing beside --method elasticzo",
     "--adapters somewhere": "means nothing beside --method elasticzo", "--tail-rate nan": "got nan",
-    "--optimizer adamw": "means --optimizer zo", "--graphs": "not for the methods of family/",
+    "--optimizer adamw": "means --optimizer zo", "--graphs": "of the methods of family/ for subzero and mazo alone",
     "--weights int8 --activations int8 --compute int8": "multiplies floats, not codes: leave out --compute int8",
     "--weights bf16 --rounding nearest": "lands its tail by stochastic rounding: leave out --rounding nearest",
 }  # fmt: skip

@@ -234,7 +234,7 @@ REFUSED = {
     "--direction-bits sparse": "--method mazo masks dense directions of floats: leave out --direction-bits sparse",
     "--weights int8 --probe codes": "--method mazo masks dense directions of floats: leave out --probe codes",
     "--mask-share 0": "--mask-share must be in [0.001, 1], got 0.0", "--optimizer adamw": "means --optimizer zo",
-    "--graphs": "--graphs are for zo on cuda, and not for the methods of family/",
+    "--graphs": "--graphs are for zo on cuda, and of the methods of family/ for subzero and mazo alone",
 }  # fmt: skip
 
 

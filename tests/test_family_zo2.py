@@ -343,7 +343,8 @@ def test_an_interrupted_run_is_finished_to_the_same_bits(capsys, tmp_path, stops
 REFUSED = {
     "--adapters somewhere": "--adapters means nothing beside --method zo2", "--share 0.5": "--share means nothing",
     "--tail-blocks 1": "--tail-blocks means nothing beside --method zo2", "--optimizer adamw": "means --optimizer zo",
-    "--placement mlp": "--placement means nothing beside --method zo2", "--graphs": "not for the methods of family/",
+    "--placement mlp": "--placement means nothing beside --method zo2",
+    "--graphs": "of the methods of family/ for subzero and mazo alone",
 }  # fmt: skip
 
 
