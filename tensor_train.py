@@ -344,7 +344,7 @@ def attach(lm: LanguageModel, spec: Spec, seed: int) -> None:
         places[name] = Place(vector, sum(map(torch.numel, parts[vector])), value.shape)
         parts[vector].append(value.flatten())
 
-    modules = install(lm.block, targets, spec, lm.bottleneck_class or Bottleneck)
+    modules = install(lm.block, targets, spec, lm.bottleneck_class)
     for i in range(lm.config.num_hidden_layers):
         for path, module in modules.items():
             prefix = f"{lm.layers}{i}.{path}.adapter."
@@ -380,13 +380,13 @@ def family_of(model_type: str) -> str:
 
 
 def install(
-    block: nn.Module, targets: dict[str, str], spec: Spec, bottleneck: type[Bottleneck] = Bottleneck
+    block: nn.Module, targets: dict[str, str], spec: Spec, bottleneck: type[Bottleneck] | None = None
 ) -> dict[str, nn.Module]:
     """Give each target layer of a block its adapter, as a submodule that a hook runs: -> the adapters by path.
 
     Hooks, so that the model's own code knows of no adapters.
     """
-    modules = {}
+    modules, bottleneck = {}, bottleneck or Bottleneck
     with torch.device("meta"):
         for path, where in targets.items():
             linear = block.get_submodule(path)

@@ -55,7 +55,7 @@ from random_bits import Key, permutation
 from runtime.ask import ask
 from runtime.checkpoints import companion_files, save_stored, weights_sha256
 from runtime.config import Config, max_length, parse, probes_per_forward, recorded, tasks_of, validate
-from runtime.dry_run import longest_sequence, predict, table
+from runtime.dry_run import longest_sequence, masked, predict, table
 from runtime.first_order import adamw_step, optimizer
 from runtime.flags import ADAPTERS
 from runtime.hub import raw_config, resolve
@@ -540,12 +540,13 @@ def progress_of(past: RecordedRun | None, c: Config, lm: LanguageModel, guess: f
 
 
 def elements_moved(c: Config, lm: LanguageModel) -> float:
-    """How many elements a step's directions move, which no direction does to ElasticZO's tail."""
+    """How many elements a step's directions move: not ElasticZO's tail, nor what MaZO's masks leave out."""
     tail = tail_of(lm, c.tail_blocks, c.tail_rate).names if c.method == "elasticzo" else ()
     weights = {name: stored for name, stored in trained(lm).items() if name not in tail}
     blocks = parameters({name: weights[name] for name in weights if name.startswith(lm.layers)})
     rest = 0 if c.rest is False else parameters(weights) - blocks
-    return (blocks * (c.share or 1) + rest) * (c.mask_share or 1)
+    masks = masked({name: stored.shape for name, stored in weights.items()}, lm.decoder == lm.embedding)
+    return blocks * (c.share or 1) + rest - masks * (1 - (c.mask_share or 1))
 
 
 def catch_up(

@@ -91,8 +91,10 @@ def update(weights: dict[str, Store], projected_grads: Tensor, key: Key, zo: ZO,
 
 # ---------------------------------------------------------------- the estimator: how weights are probed and stepped
 
-# w <- round(w + delta) in some rows, (store, rows, delta, key) -> counts or None, by device type; gpu.install puts one
-LANDING_TWINS: dict[str, Callable[[Store, slice, Tensor, Key], Tensor | None]] = {}  # here for cuda
+# Kernels by device type, which return counts, or None where they do not fit; gpu.install puts them here for cuda.  One
+# lands in some rows of a tensor, the other a product of thin matrices in all of it (family/subzero.py)
+LANDING_TWINS: dict[str, Callable[[Store, slice, Tensor, Key], Tensor | None]] = {}
+PRODUCT_TWINS: dict[str, Callable[..., Tensor | None]] = {}
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class ZO:
     moves: Callable[[str, Key], bool] | None = None  # which tensors a step probes and moves (family/lezo.py); None: all
     unit = 1.0  # the length of a drawn direction that stands for u (not a field)
     stored_view = StoredWeights  # how a tensor is read that a step leaves alone (not a field)
-    recordable = False  # whether a subclass launches the same at every step, with key.step in memory (not a field)
+    graphable = False  # whether a subclass, as it is, launches the same at each step, key.step in memory (not a field)
 
     def __post_init__(self):
         """Raises ValueError for what no estimator is."""
@@ -122,7 +124,7 @@ class ZO:
         if not fits or self.estimator not in ("q-rge2", "q-rge1", "random") or self.probe not in ("float", "codes"):
             raise ValueError(f"no usable estimator: {self}")
 
-    def prepare(self, weights: dict[str, Store], key: Key) -> None:
+    def fill_buffers(self, weights: dict[str, Store], key: Key) -> None:
         """Make, on the host, what recorded launches of a step are to find in memory: here nothing."""
 
     def losses(self, weights: dict[str, Store], loss_fn: LossFn, key: Key, queries: range) -> Tensor:
@@ -188,12 +190,12 @@ class ZO:
                     self.direction(key._replace(query=query), store.matrix_shape, index, rounding).mul_(factor)
                     for query, factor in enumerate(factors)
                 ))  # fmt: skip
-                landed = None if twin is None or self.nearest else twin(store, rows, delta, key)
-                if landed is None:
+                counted = None if twin is None or self.nearest else twin(store, rows, delta, key)
+                if counted is None:
                     noisy = store.rounds and not self.nearest
                     bits = bits32(key, Purpose.WEIGHT_ROUNDING, index, delta.shape[1]) if noisy else None
-                    landed = store.add_rounded_(rows, delta, bits)
-                counts += landed
+                    counted = store.add_rounded_(rows, delta, bits)
+                counts += counted
         return counts
 
 

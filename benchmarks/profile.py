@@ -39,7 +39,7 @@ from zo_optim import ZO
 
 PHASES = {  # the first pattern that a name holds decides
     "reading the weights": r"^_(pair|probe|move|write)_kernel|^ZO\.perturbed",
-    "update": r"^_(update|step)_kernel|^ZO\.add_directions_",
+    "update": r"^_(update|step|land|land_product)_kernel|^ZO\.add_directions_",
     "attention": r"fmha|flash|attention",  # some are called cutlass too
     "products": r"gemm|gemv|nvjet|cutlass|xmma|triton_tem_fused|splitK|^aten::(mm|bmm|addmm|baddbmm)$",
     "copies": r"^Mem(cpy|set)",

@@ -53,7 +53,7 @@ class MaZO(ZO):
     """
 
     masks: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)  # by tensor_id: bool [R, C]
-    recordable = True
+    graphable = True
 
     def direction(self, key: Key, shape: tuple[int, int], rows: Tensor, rounding: Purpose) -> Tensor:
         """Chosen rows of M u: shape (R, C), rows [r] int64 -> [r, C] float32."""

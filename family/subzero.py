@@ -39,9 +39,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import LanguageModel, Linear, View
-from quant import Store
+from quant import COUNTED, Store
 from random_bits import Key, Purpose, tensor_id
-from zo_optim import ZO, PerturbedWeights
+from zo_optim import PRODUCT_TWINS, ZO, PerturbedWeights
 
 # ---------------------------------------------------------------- the definition
 
@@ -60,8 +60,8 @@ class SubZero(ZO):
 
     rank: int = 24  # r: the released code's README
     every: int = 1000  # F: steps that U and V stay for
-    bases: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # (seed, window), U, V by tensor
-    recordable = True
+    bases: dict = field(default_factory=dict, repr=False, compare=False)  # (seed, window), U, V; of copies too
+    graphable = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -80,7 +80,21 @@ class SubZero(ZO):
             return super().direction(key, shape, rows, rounding)
         left, right = self.factors(key, shape, rows)
         product = left @ right.T
-        return torch.mul(product, self.scale(shape), out=torch.empty_like(product, dtype=torch.float32))
+        return torch.mul(product, self.scale(shape), out=torch.empty_like(product, dtype=torch.float32))  # in one pass
+
+    def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
+        twin = PRODUCT_TWINS.get(factors.device.type)
+        counts = torch.zeros(COUNTED, dtype=torch.int64, device=factors.device)
+        for name, store in weights.items():
+            shape, counted = store.matrix_shape, None
+            if twin is not None and not self.nearest and self.is_low_rank(shape):
+                keys = [key._replace(tensor=tensor_id(name), query=query) for query in range(len(factors))]
+                rows = torch.arange(shape[0], device=store.device)
+                left = torch.stack([self.factors(key_of_query, shape, rows)[0] for key_of_query in keys])
+                right = self.subspace(keys[0], shape, store.device)[1]
+                counted = twin(store, left, right, self.scale(shape), factors, keys[0])
+            counts += super().add_directions_({name: store}, factors, key) if counted is None else counted
+        return counts
 
     def is_low_rank(self, shape: tuple[int, int]) -> bool:
         return min(shape) > self.rank
@@ -99,9 +113,9 @@ class SubZero(ZO):
         """U [R, r] and V [C, r] float32, functions of (key.seed, key.step // every, key.tensor).
 
         Those of the present window are kept, and the next one's take their memory, where recorded launches look for
-        them.  With key.step in memory they are those that `prepare` left.
+        them.  With key.step in memory they are those that `fill_buffers` left.
         """
-        at = key.tensor, shape, device
+        at = key.tensor, shape, device, self.rank, self.every
         kept, *bases = self.bases.get(at, (None,))
         if isinstance(key.step, Tensor):
             return tuple(bases)
@@ -113,7 +127,7 @@ class SubZero(ZO):
             self.bases[at] = window[:2], *bases
         return tuple(bases)
 
-    def prepare(self, weights: dict[str, Store], key: Key) -> None:
+    def fill_buffers(self, weights: dict[str, Store], key: Key) -> None:
         """Make what recorded launches of this step read: bases come from the CPU."""
         for name, store in weights.items():
             if self.is_low_rank(store.matrix_shape):

@@ -23,13 +23,15 @@ def has_triton() -> bool:
 
 
 def install(lm: LanguageModel) -> None:
-    """Draw random bits, dequantise codes and run bottleneck adapters by kernels, where the model is on a GPU."""
+    """Draw random bits, dequantise codes, land what no kernel draws and run bottleneck adapters by kernels, where the
+    model is on a GPU."""
     if lm.device.type == "cuda" and has_triton():
         from gpu import kernels
         from gpu.adapters import FusedBottleneck
 
         random_bits.DEVICE_TWINS["cuda"] = kernels.philox_blocks
         zo_optim.LANDING_TWINS["cuda"] = kernels.land_
+        zo_optim.PRODUCT_TWINS["cuda"] = kernels.land_product_
         lm.stored_view_class = kernels.FusedStoredWeights
         lm.bottleneck_class = FusedBottleneck
 
@@ -47,11 +49,11 @@ def estimator(zo: ZO, device: str, graphs: bool = False) -> ZO:
     if not device.startswith("cuda") or not has_triton():
         return zo
     from gpu.graphs import CudaGraphed
-    from gpu.kernels import FusedZO, GraphedZO, recorded
+    from gpu.kernels import FusedZO, GraphedZO, graphed
     from gpu.sparse import FusedSparseZO, GraphedSparseZO
 
     graphs = graphs and zo.moves is None  # what launches is then the same at every step
     if type(zo) not in (ZO, SparseZO):  # another direction than those two has no kernel
-        return recorded(zo, device) if graphs and zo.recordable else zo
+        return graphed(zo, device) if graphs and zo.graphable else zo
     fused, graphed = (FusedSparseZO, GraphedSparseZO) if isinstance(zo, SparseZO) else (FusedZO, GraphedZO)
     return as_kind(graphed, zo, graphed=CudaGraphed(device)) if graphs else as_kind(fused, zo)

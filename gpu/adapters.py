@@ -29,14 +29,14 @@ def _bottleneck_kernel(
     which adds nothing: relu(0) is 0.
     """
     copy = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     b = tl.arange(0, WIDTH)
     h, y = h + copy * N * D, y + copy * N * D
     left_d, right_d, bias_d = left_d + copy * R_D * D, right_d + copy * R_D * B, bias_d + copy * B
     left_u, right_u, bias_u = left_u + copy * R_U * B, right_u + copy * R_U * D, bias_u + copy * D
     sums = ()
     for _ in tl.static_range(R_D):
-        sums = sums + (tl.zeros([ROWS, COLUMNS], tl.float32),)  
+        sums = sums + (tl.zeros([ROWS, COLUMNS], tl.float32),)
     for start in range(0, D, COLUMNS):
         d = start + tl.arange(0, COLUMNS)
         x = tl.load(h + row * D + d[None, :], mask=(row < N) & (d < D)[None, :], other=0).to(tl.float32)
@@ -47,7 +47,7 @@ def _bottleneck_kernel(
     middle = tl.zeros([ROWS, WIDTH], tl.float32) + tl.load(bias_d + b, mask=b < B, other=0)[None, :]
     for r in tl.static_range(R_D):
         middle += tl.sum(sums[r], 1)[:, None] * tl.load(right_d + r * B + b, mask=b < B, other=0)[None, :]
-    middle, low = tl.maximum(middle, 0), ()
+    middle, low = tl.where(middle < 0, 0.0, middle), ()  # on a GPU tl.maximum would make NaN 0
     for r in tl.static_range(R_U):
         low = low + (tl.sum(middle * tl.load(left_u + r * B + b, mask=b < B, other=0)[None, :], 1),)
     for start in range(0, D, COLUMNS):
@@ -91,7 +91,7 @@ class FusedBottleneck(Bottleneck):
     def forward(self, h: Tensor) -> Tensor:
         trains, factors = (self.down, self.up), []
         fits = all(train.rank and train.rank <= LARGEST[0] for train in trains) and self.up.inputs <= LARGEST[1]
-        if torch.is_grad_enabled() or not fits:
+        if torch.is_grad_enabled() or not fits or len(h) != len(self.up.bias):
             return super().forward(h)
         for train in trains:
             left, right = train.sides()

@@ -439,6 +439,36 @@ def _land_kernel(
     _land(value, residual, counts, old, unit, d, landing, group, at, whole, live, KIND, MAX, RESIDUAL, BY_HAND)
 
 
+@triton.jit(do_not_specialize=VARYING)
+def _land_product_kernel(
+    value, scale, residual, counts, left, right, factors, R, C, PER_ROW, MAGIC, SHIFT, step, tensor, query, k0, k1,
+    LENGTH: tl.constexpr, QUERIES: tl.constexpr, RANK: tl.constexpr, ROOM: tl.constexpr, KIND: tl.constexpr,
+    MAX: tl.constexpr, RESIDUAL: tl.constexpr, BY_HAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of the matrix.  left [QUERIES, R, RANK] float64, right [C, RANK] float32; ROOM: for RANK."""
+    row, column, r = tl.program_id(0) * ROWS, tl.program_id(1) * COLUMNS, tl.arange(0, ROOM)
+    rows, columns = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
+    at_right = right + columns * RANK + r[:, None]
+    b = tl.load(at_right, mask=(columns < C) & (r < RANK)[:, None], other=0).to(tl.float64)
+    d = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for q in range(QUERIES):
+        at_left = left + (q * R + rows).to(tl.int64) * RANK + r[None, :]
+        a = tl.load(at_left, mask=(rows < R) & (r < RANK)[None, :], other=0)
+        u = (tl.dot(a, b, out_dtype=tl.float64) * LENGTH).to(tl.float32)
+        d += u * tl.load(factors + q)
+    inner = column // 8 + tl.arange(0, COLUMNS // 8)[None, :]
+    group = tl.reshape(rows * PER_ROW + inner, [ROWS * COLUMNS // 8])
+    whole = tl.reshape((rows < R) & (inner < PER_ROW), [ROWS * COLUMNS // 8])
+    at, live = group.to(tl.int64)[:, None] * 8 + tl.arange(0, 8)[None, :], whole[:, None]
+    old = _code(value, group, at, whole, live, KIND, BY_HAND)
+    unit = _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND, False)
+    landing = _bits32(group, _number(step), tensor, query, WEIGHT_ROUNDING, k0, k1)
+    if RESIDUAL:
+        old = old * (1 << RESIDUAL) + _fields(residual, group, whole, RESIDUAL).to(tl.float32)
+    d = tl.reshape(d, [ROWS * COLUMNS // 8, 8])
+    _land(value, residual, counts, old, unit, d, landing, group, at, whole, live, KIND, MAX, RESIDUAL, BY_HAND)
+
+
 def fits(stored: Store) -> bool:
     """Whether a kernel can stand in for the definitions: not for the oracle, which is there to check them, and where
     the rows of a matrix are whole groups of 8."""
@@ -594,6 +624,35 @@ def land_(stored: Store, rows: slice, delta: Tensor, key: Key) -> Tensor | None:
     return counts.sum(0)
 
 
+TILE, MOST_RANK = 64, 64  # rows and columns of a program, and the rank that it has room for
+
+
+def land_product_(
+    stored: Store, left: Tensor, right: Tensor, length: float, factors: Tensor, key: Key
+) -> Tensor | None:  # fmt: skip
+    """The same of sum of factors[q] * length * left[q] right^T, which is never in memory.
+
+    left [Q, R, r] float64, right [C, r] float32, whose products' sums are to be exact in float64.
+    """
+    R, C = stored.matrix_shape
+    rank = right.shape[1]
+    if not fits(stored) or rank > MOST_RANK or C % 8:
+        return None
+    value, scale, _, per_row, words = _arguments(stored, key)
+    kind, largest = _kind(stored)
+    bits = stored.residual_bits if isinstance(stored, Integers) else 0
+    counts = torch.zeros(SHARDS, COUNTED, dtype=torch.int64, device=value.device)
+    with _on(value.device):
+        _land_product_kernel[triton.cdiv(R, TILE), triton.cdiv(C, TILE)](
+            value, scale, stored.residual.view(WORD_OF_8[bits]) if bits else value, counts, left, right.contiguous(),
+            factors, R, C, per_row, *_magic(per_row), *words, LENGTH=length, QUERIES=len(factors), RANK=rank,
+            ROOM=max(16, triton.next_power_of_2(rank)), KIND=kind, RESIDUAL=bits,
+            MAX=float(stored.max_fine) if bits else largest, BY_HAND=_by_hand(value.device), ROWS=TILE, COLUMNS=TILE,
+            **EXACT,
+        )  # fmt: skip
+    return counts.sum(0)
+
+
 # ---------------------------------------------------------------- the twins, as they are put in from outside
 
 
@@ -638,7 +697,7 @@ class FusedZO(ZO):
 
 @dataclass(frozen=True)
 class Graphed(ZO):
-    """Put before an estimator by kernels, it gives the same bits by replaying the recorded launches of its forwards and
+    """Put before an estimator, it gives the same bits by replaying the recorded launches of its forwards and
     of its update.
 
     Its loss_fn has tensors() and with_tensors(...) (data.scoring.BatchLoss): the batch goes into static buffers.
@@ -648,7 +707,7 @@ class Graphed(ZO):
 
     def losses(self, weights: dict[str, Store], loss_fn: LossFn, key: Key, queries: range) -> Tensor:
         launched = super().losses
-        self.prepare(weights, key)
+        self.fill_buffers(weights, key)
 
         def run(step: Tensor, inputs: list[Tensor | None]) -> Tensor:
             return launched(weights, loss_fn.with_tensors(inputs), key._replace(step=step), queries)
@@ -657,7 +716,7 @@ class Graphed(ZO):
 
     def add_directions_(self, weights: dict[str, Store], factors: Tensor, key: Key) -> Tensor:
         launched = super().add_directions_
-        self.prepare(weights, key)  # a replay has no losses before
+        self.fill_buffers(weights, key)  # update may be called alone
 
         def run(step: Tensor, inputs: list[Tensor | None]) -> Tensor:
             return launched(weights, inputs[0], key._replace(step=step))
@@ -683,11 +742,11 @@ def philox_blocks(key: Key, purpose: Purpose, rows: Tensor, columns: int) -> Ten
 
 
 @cache
-def recorded_kind(kind: type[ZO]) -> type[ZO]:
+def graphed_kind(kind: type[ZO]) -> type[ZO]:
     """A subclass of both."""
     return dataclass(frozen=True)(type(f"Graphed{kind.__name__}", (Graphed, kind), {}))
 
 
-def recorded(zo: ZO, device: str | torch.device) -> ZO:
+def graphed(zo: ZO, device: str | torch.device) -> ZO:
     """The same estimator by recorded launches, whose kernels are torch's but for draws and landing."""
-    return as_kind(recorded_kind(type(zo)), zo, graphed=CudaGraphed(device))
+    return as_kind(graphed_kind(type(zo)), zo, graphed=CudaGraphed(device))

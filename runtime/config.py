@@ -26,8 +26,8 @@ from runtime.flags import (
     FAMILY,
     FILE_DEFAULTS,
     FIRST_ORDER,
+    GRAPHABLE,
     OPTIMIZERS,
-    RECORDED,
     SPARSE_DEFAULTS,
     TINY_DEFAULTS,
     Config,
@@ -104,14 +104,14 @@ def resolve_defaults(c: Config) -> Config:
         c,
         compute=default_compute(c) if c.compute == "auto" else c.compute,
         compile=zo and not grows(c) if c.compile is None else c.compile,
-        graphs=zo and is_recorded(c) if c.graphs is None else c.graphs,
+        graphs=zo and is_graphable(c) if c.graphs is None else c.graphs,
         micro_batch_size=c.batch_size if c.micro_batch_size is None else c.micro_batch_size,
     )
 
 
-def is_recorded(c: Config) -> bool:
+def is_graphable(c: Config) -> bool:
     """Whether a method's steps launch the same each time."""
-    return c.method not in FAMILY or c.method in RECORDED
+    return c.method not in FAMILY or c.method in GRAPHABLE
 
 
 ON_CODES = ("lezo", "elasticzo", "zo2")  # methods that are MeZO on floats and QuZO on codes
@@ -382,8 +382,8 @@ def check_products(c: Config) -> None:
                          )  # fmt: skip
     if (c.graphs or c.compile) and c.device.startswith("cuda") and not expects_triton():
         raise ValueError("--graphs and --compile need Triton on cuda, and it is not installed")
-    if c.graphs and (c.optimizer != "zo" or not c.device.startswith("cuda") or not is_recorded(c)):
-        steps = " and ".join(RECORDED)
+    if c.graphs and (c.optimizer != "zo" or not c.device.startswith("cuda") or not is_graphable(c)):
+        steps = " and ".join(GRAPHABLE)
         raise ValueError(f"--graphs are for zo on cuda, and of the methods of family/ for {steps} alone")
     if c.compile and grows(c):
         raise ValueError("--compile makes code for each number of probes, which grows here: give --queries")

@@ -20,7 +20,7 @@ RESIDUALS, ACTIVATIONS = (0, 1, 2, 4, 8), ("none", "int8", "fp8")
 ADAPTERS = {"loretta-adp": "adp", "adazeta": "adp", "loretta-rep": "rep", "lora": "lora"}  # method: kind
 FIRST_ORDER = ("fo", "fo-ste")  # of all weights; adapters are trained by either optimizer
 FAMILY = ("subzero", "lezo", "mezo-svrg", "mazo", "elasticzo", "zo2")  # of all weights, by zeroth order: family/
-RECORDED = ("subzero", "mazo")  # of these, those whose steps launch the same each time
+GRAPHABLE = ("subzero", "mazo")  # of these, those whose steps launch the same each time (ZO.graphable)
 METHODS = ("quzo", "mezo", *FAMILY, *FIRST_ORDER, *ADAPTERS)
 DIRECTION_BITS = ("full", "sparse", *map(str, range(2, 9)))
 
@@ -146,7 +146,8 @@ class Config:
     compile: bool | None = flag("machine", None, "compile the model's block, the same for all layers and lengths; on "
                                                  "for zo on cuda with a fixed number of queries")  # fmt: skip
     graphs: bool | None = flag("machine", None, "record a step's launches as CUDA graphs, one for each length of a "
-                                                "batch, in eights; on for zo on cuda")  # fmt: skip
+                                                "batch, in eights; on for zo on cuda, of family/ for subzero and mazo"
+                               )  # fmt: skip
 
     out: str | None = flag("run", None, "run folder; must be new or empty (runs/DATE-TIME-...)")
     resume: str | None = flag("run", None, "a run folder whose run was interrupted: finish it there, to the same bits "

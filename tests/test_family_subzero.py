@@ -106,7 +106,7 @@ def test_a_subspace_stays_for_its_steps():
     for key in (first, *others):
         assert torch.equal(whole(SubZero(rank=3, every=10), key, R, C), drawn[key])
         assert torch.equal(whole(zo, key, R, C), drawn[key])
-    assert zo == SubZero(rank=3, every=10) and replace(zo, queries=2).bases == {}
+    assert zo == SubZero(rank=3, every=10) and replace(zo, queries=2).bases is zo.bases
 
 
 def test_bases_of_a_window_are_kept(monkeypatch):
@@ -122,11 +122,11 @@ def test_bases_of_a_window_are_kept(monkeypatch):
 
 
 def test_a_window_takes_the_last_ones_memory():
-    """Where recorded launches look for it: with the step's number in memory, the bases are those that were prepared."""
+    """Where recorded launches look for it: with the step's number in memory, bases are those that were made for it."""
     weights = {name: encode(torch.randn(shape), "fp32") for name, shape in (("w", (20, 30)), ("b", (20,)))}
     zo, at, addresses = SubZero(rank=3, every=10), Key(3, torch.tensor([0]), 0, tensor_id("w")), set()
     for step in (9, 10, 40, 9):
-        zo.prepare(weights, Key(3, step))
+        zo.fill_buffers(weights, Key(3, step))
         bases = zo.subspace(at, (20, 30), CPU)
         fresh = SubZero(rank=3, every=10).subspace(at._replace(step=step), (20, 30), CPU)
         assert all(map(torch.equal, bases, fresh))

@@ -23,6 +23,7 @@ import train
 import zo_optim
 from data.scoring import BatchLoss, Encoded
 from family.elasticzo import tail_of
+from family.mazo import MaZO
 from family.subzero import SubZero
 from family.zo2 import Deferred, Lane, offload
 from gpu import graphs
@@ -383,7 +384,7 @@ GRAPHED = ["--weights int8 --direction-bits 4 --no-compile", "--weights int8 --d
            "--weights int8 --rounding nearest --no-compile",
            "--method adazeta --alpha 1 --beta 1", "--method adazeta --queries 3 --no-compile",
            "--method adazeta --queries 3 --compile",
-           "--method subzero --subspace-rank 4 --subspace-steps 5 --no-compile",
+           "--method subzero --subspace-rank 4 --subspace-steps 5 --no-compile", "--method mazo --weights int8",
            "--method subzero --weights int8 --subspace-rank 4 --subspace-steps 5 --compile",
            "--method mezo --weights bf16 --probes-per-forward 1 --no-compile"]  # fmt: skip
 
@@ -400,9 +401,13 @@ def test_graphs_replay_the_same_steps(flags, tmp_path):
         problem = train.prepare(c)[0]
         lm, weights, n, at = problem.lm, train.trained(problem.lm), len(problem.train), 0
         assert problem.multiple == 8
-        zo = gpu.estimator(train.estimator(c, lm), c.device, c.graphs)
+        masks = None
+        if c.method == "mazo":
+            masks = {name: torch.ones(w.matrix_shape, device="cuda").cumsum(1) % 2 > 0 for name, w in weights.items()}
+        zo = gpu.estimator(train.estimator(c, lm, masks), c.device, c.graphs)
         ways = (sparse.GraphedSparseZO, sparse.FusedSparseZO) if c.cell else (kernels.GraphedZO, kernels.FusedZO)
-        ways = (kernels.recorded_kind(SubZero), SubZero) if c.method == "subzero" else ways
+        own = {"subzero": SubZero, "mazo": MaZO}.get(c.method)
+        ways = (kernels.graphed_kind(own), own) if own else ways
         assert type(zo) is ways[name == "--no-graphs"]
         for repeat in range(4):
             for longest in (8, 16, 23):
@@ -611,6 +616,8 @@ def test_a_bottleneck_adapter_in_one_kernel(width, bottleneck, rank, tokens, com
     with torch.no_grad():
         want, got = (functional_call(module, weights, (h.float(),)).cpu() for module in (plain, fused))
         coarse = functional_call(fused, weights, (h,)).cpu()
+        weights["down.bias"][1, 2] = torch.nan
+        assert functional_call(fused, weights, (h,))[1].isnan().all(-1).sum() == 2 * tokens  # it is not hidden by relu
     scale = (exact - h.cpu()).abs().max()
     assert (got - exact).abs().max() <= 4 * (want - exact).abs().max() + 2**-22 * scale
     assert coarse.dtype == torch.bfloat16 and ((coarse - exact).abs() <= 2**-8 * exact.abs() + 2**-18 * scale).all()

@@ -38,7 +38,7 @@ from runtime import problem as setup
 from runtime.checkpoints import weights_sha256
 from runtime.config import RANGES, Config, check_products, parse, spec_of
 from runtime.dry_run import predict
-from runtime.flags import ADAPTERS, FAMILY, METHODS
+from runtime.flags import ADAPTERS, FAMILY, GRAPHABLE, METHODS
 from runtime.record import whole_lines
 from tensor_train import TRAINED_VECTOR, attach
 from zo_optim import ZO, SparseZO, measured_rate, update
@@ -281,9 +281,18 @@ def test_a_rate_that_was_not_given_is_measured(run):
     assert of_weights([*normal[:-2], 1000.0, -1000.0], 10**6) == pytest.approx(of_weights(normal, 10**6), rel=0.1)
 
 
+def test_flags_and_estimators_agree_on_what_is_graphable():
+    lm, masks = load(TINY / "model"), {"mazo": {}}
+    for method in FAMILY:
+        c = parse(f"--model {TINY / 'model'} --task tiny --device cpu --method {method}".split())
+        zo = train.estimator(c, lm, masks.get(method))
+        own = zo.graphable if type(zo) not in (ZO, SparseZO) else zo.moves is None and method != "zo2"
+        assert own == (method in GRAPHABLE), method
+
+
 @pytest.mark.parametrize("flags", [
     "mezo", "elasticzo --tail-blocks 0", "elasticzo --tail-blocks 2", "elasticzo --tail-blocks 3",
-    f"lezo --share {1 / 3}", f"lezo --share {2 / 3} --no-rest",
+    f"lezo --share {1 / 3}", f"lezo --share {2 / 3} --no-rest", "mazo --mask-share 0.25",
 ])  # fmt: skip
 def test_a_measured_rate_goes_by_the_elements_that_directions_move(flags):
     """Counted where a step asks for each tensor whether it is to be moved."""
@@ -291,6 +300,8 @@ def test_a_measured_rate_goes_by_the_elements_that_directions_move(flags):
     lm = load(TINY / "model")
     moves = train.estimator(c, lm).moves or (lambda name, key: True)
     moved = sum(stored.value.numel() for name, stored in lm.weights.items() if moves(name, Key(0, 5)))
+    if c.mask_share:  # a matrix's width times a quarter is whole here
+        moved -= 0.75 * sum(stored.value.numel() for stored in lm.weights.values() if len(stored.shape) == 2)
     progress = train.progress_of(None, c, lm)
     assert progress.rate_by.keywords["d"] == pytest.approx(moved, rel=1e-9)
     assert progress.rate_by([0.0] * 32) == pytest.approx(min(3e-5, 7000 / moved))
