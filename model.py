@@ -324,7 +324,7 @@ class LanguageModel:
         self.stored_view_class = StoredWeights
         self.wrap_view: Callable[[View], View] = lambda view: view  # adapters and products of codes read through others
         self.adapters = None  # tensor_train.attach
-        self.bottleneck_class: type[nn.Module] | None = None  # in place of tensor_train.Bottleneck
+        self.fuse_adapters: Callable[[LanguageModel], None] = lambda lm: None  # put in by gpu.install
         self.offloaded = None  # family.zo2, where blocks are in host memory
         self.other_files: list[Path] = []  # tokenizer and such, copied along by `save`
 

@@ -137,6 +137,11 @@ def from_dense(
     return [*cores, rest.reshape(r, factors[-1], 1)]
 
 
+def sides(cores: list[Tensor], split: int) -> tuple[Tensor, Tensor]:
+    """All cores -> Left [P, I, r] of those before the split and Right [P, r, O] of the others: W = Left Right."""
+    return chain(cores[:split])[:, 0], chain(cores[split:])[..., 0]
+
+
 def product(x: Tensor, matrix: Tensor) -> Tensor:
     """x [P, N, I] times each probe's matrix [P, I, O], or one that all probes share, [1, I, O]: -> [P, N, O]."""
     return x @ matrix[0] if len(matrix) == 1 else torch.bmm(x, matrix)
@@ -167,17 +172,12 @@ class TensorTrain(nn.Module):
         self.split = products.index(inputs) + 1 if inputs in products[:-1] else None
         self.rank = ranks[self.split] if self.split else None  # r, of Left and Right
 
-    def sides(self) -> tuple[Tensor, Tensor]:
-        """Left [P, I, r] and Right [P, r, O], where some factors multiply to I."""
-        cores = list(self.cores)
-        return chain(cores[: self.split])[:, 0], chain(cores[self.split :])[..., 0]
-
     def forward(self, x: Tensor) -> Tensor:
         """x [P, N, I] -> [P, N, O]."""
         if self.split is None:
             y = product(x, to_dense(list(self.cores), self.inputs))
         else:
-            left, right = self.sides()
+            left, right = sides(list(self.cores), self.split)
             y = product(product(x, left), right)
         return y if self.bias is None else y + self.bias[:, None]
 
@@ -344,7 +344,7 @@ def attach(lm: LanguageModel, spec: Spec, seed: int) -> None:
         places[name] = Place(vector, sum(map(torch.numel, parts[vector])), value.shape)
         parts[vector].append(value.flatten())
 
-    modules = install(lm.block, targets, spec, lm.bottleneck_class)
+    modules = install(lm.block, targets, spec)
     for i in range(lm.config.num_hidden_layers):
         for path, module in modules.items():
             prefix = f"{lm.layers}{i}.{path}.adapter."
@@ -356,6 +356,7 @@ def attach(lm: LanguageModel, spec: Spec, seed: int) -> None:
     for vector, values in parts.items():
         if values:
             lm.weights[vector] = Float(torch.cat(values).to(lm.device))
+    lm.fuse_adapters(lm)
 
 
 def is_norm(name: str) -> bool:
@@ -379,19 +380,17 @@ def family_of(model_type: str) -> str:
     return "roberta" if model_type == "roberta" else "llama"
 
 
-def install(
-    block: nn.Module, targets: dict[str, str], spec: Spec, bottleneck: type[Bottleneck] | None = None
-) -> dict[str, nn.Module]:
+def install(block: nn.Module, targets: dict[str, str], spec: Spec) -> dict[str, nn.Module]:
     """Give each target layer of a block its adapter, as a submodule that a hook runs: -> the adapters by path.
 
     Hooks, so that the model's own code knows of no adapters.
     """
-    modules, bottleneck = {}, bottleneck or Bottleneck
+    modules = {}
     with torch.device("meta"):
         for path, where in targets.items():
             linear = block.get_submodule(path)
             O, I = linear.weight.shape  # noqa: E741
-            linear.adapter = Branch(I, O, spec) if where == "beside" else bottleneck(I if where == "input" else O, spec)
+            linear.adapter = Branch(I, O, spec) if where == "beside" else Bottleneck(I if where == "input" else O, spec)
             if where == "input":
                 linear.register_forward_pre_hook(lambda layer, args: (layer.adapter(args[0]),))
             elif where == "output":

@@ -27,13 +27,13 @@ def install(lm: LanguageModel) -> None:
     model is on a GPU."""
     if lm.device.type == "cuda" and has_triton():
         from gpu import kernels
-        from gpu.adapters import FusedBottleneck
+        from gpu.adapters import enable_fused_bottlenecks
 
         random_bits.DEVICE_TWINS["cuda"] = kernels.philox_blocks
         zo_optim.LANDING_TWINS["cuda"] = kernels.land_
         zo_optim.PRODUCT_TWINS["cuda"] = kernels.land_product_
         lm.stored_view_class = kernels.FusedStoredWeights
-        lm.bottleneck_class = FusedBottleneck
+        lm.fuse_adapters = enable_fused_bottlenecks  # once there are any
 
 
 def probe_in_place(lm: LanguageModel, zo: SparseZO) -> None:

@@ -2,7 +2,7 @@
 
 In plain torch h and every product become float32 tensors of h's size, and moving them costs several times as much as
 the products, which are of a rank of some 5: too few for tensor cores.  Here a program keeps its rows' low-rank products
-to itself.  Imports tensor_train.
+to itself.  Imports model and tensor_train.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, library
+from torch import Tensor, library, nn
 
-from tensor_train import Bottleneck
+from model import LanguageModel, View
+from tensor_train import Bottleneck, Spec, TensorTrain, sides
 
 LARGEST = 16, 256  # rank and bottleneck that a program has room for
 ROWS, COLUMNS = 16, 64  # of h, at a time
@@ -86,15 +87,68 @@ def _(h, left_down, right_down, bias_down, left_up, right_up, bias_up) -> Tensor
 
 
 class FusedBottleneck(Bottleneck):
-    """A Bottleneck by the kernel, where no gradient is wanted and its sizes fit."""
+    """A Bottleneck by the kernel, where no gradient is wanted.
+
+    Parameters more: down.left [r, D], down.right [r, B], up.left [s, B] and up.right [s, D], both trains' sides, the
+    left ones transposed (FactoredView).
+    """
+
+    def __init__(self, width: int, spec: Spec):
+        super().__init__(width, spec)
+        for train in (self.down, self.up):
+            train.left = nn.Parameter(torch.empty(train.rank, train.inputs))
+            train.right = nn.Parameter(torch.empty(train.rank, train.outputs))
 
     def forward(self, h: Tensor) -> Tensor:
-        trains, factors = (self.down, self.up), []
-        fits = all(train.rank and train.rank <= LARGEST[0] for train in trains) and self.up.inputs <= LARGEST[1]
-        if torch.is_grad_enabled() or not fits or len(h) != len(self.up.bias):
+        down, up = self.down, self.up
+        if torch.is_grad_enabled() or len(h) != len(up.bias):
             return super().forward(h)
-        for train in trains:
-            left, right = train.sides()
-            factors += [left.mT, right, train.bias]
-        y = bottleneck(h.flatten(1, -2), *factors)
+        y = bottleneck(h.flatten(1, -2), down.left, down.right, down.bias, up.left, up.right, up.bias)
         return y.view(len(y), *h.shape[1:])
+
+
+class FactoredView:
+    """A view that gives FusedBottleneck its trains' sides: cores are multiplied for all layers at once, since a layer's
+    products are so small that launching them would take as long as the kernel.
+
+    inner: what a view is wrapped in otherwise.  trains: by path in a block.
+    """
+
+    def __init__(self, inner: View, lm: LanguageModel, trains: dict[str, TensorTrain]):
+        self.inner, self.lm, self.trains, self.probes = inner, lm, trains, inner.probes
+        self.none, self.sides = torch.empty(1, 0, 0, device=lm.device), {}
+
+    def read(self, name: str, rows: Tensor | None = None) -> Tensor:
+        path, _, part = name.rpartition(".")
+        layer, _, path = path.removeprefix(self.lm.layers).partition(".")
+        if part not in ("left", "right") or path not in self.trains:
+            return self.inner.read(name, rows)
+        if torch.is_grad_enabled():
+            return self.none
+        if path not in self.sides:
+            self.sides[path] = self.multiplied(path)
+        return self.sides[path][part == "right"][int(layer)]
+
+    def multiplied(self, path: str) -> tuple[Tensor, Tensor]:
+        """Of all layers, Left^T [L, P, r, I] and Right [L, P, r, O]."""
+        train, layers = self.trains[path], range(self.lm.config.num_hidden_layers)
+        cores = [torch.stack([self.inner.read(f"{self.lm.layers}{i}.{path}.cores.{at}") for i in layers])
+                 for at in range(len(train.cores))]  # fmt: skip
+        left, right = sides([core.flatten(0, 1) for core in cores], train.split)
+        return tuple(side.contiguous().unflatten(0, (len(layers), -1)) for side in (left.mT, right))
+
+
+def enable_fused_bottlenecks(lm: LanguageModel) -> None:
+    """Let a model's bottleneck adapters run by the kernel, if it has any and their sizes fit."""
+    trains, layers = {}, [layer for _, layer in lm.linears() if type(getattr(layer, "adapter", None)) is Bottleneck]
+    for path, module in lm.block.named_modules():
+        if isinstance(module, TensorTrain) and type(lm.block.get_submodule(path.rpartition(".")[0])) is Bottleneck:
+            trains[path] = module
+    fit = all(train.rank and train.rank <= LARGEST[0] for train in trains.values())
+    if not trains or not fit or lm.adapters.spec.bottleneck > LARGEST[1]:
+        return
+    for layer in layers:
+        with torch.device("meta"):
+            layer.adapter = FusedBottleneck(layer.adapter.down.inputs, lm.adapters.spec)
+    inner = lm.wrap_view
+    lm.wrap_view = lambda view: FactoredView(inner(view), lm, trains)
