@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from operator import itemgetter
 from os.path import commonprefix  # of any sequences
 from typing import NamedTuple
@@ -124,7 +124,8 @@ class Encoder:
             raise ValueError(f"{row.place}: {error}") from None
         if len(set(map(tuple, encoded.answers))) < len(encoded.answers):
             raise ValueError(f"{row.place}: the tokenizer cannot tell the options apart: {list(example.options)}")
-        for token in {*encoded.sequences[0], *(token for answer in encoded.answers for token in answer)}:
+        tokens = [*encoded.sequences[0], *chain.from_iterable(encoded.answers)]
+        for token in (min(tokens), max(tokens)):
             if not 0 <= token < self.config.vocab_size:
                 raise ValueError(f"token id {token} is outside the model's vocabulary of {self.config.vocab_size}")
         return encoded
