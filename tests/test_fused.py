@@ -73,6 +73,36 @@ def test_in_the_interpreter(some):
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-1000:]
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing, and lets pass what no compiler does")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("kind, value", [("bf16", "*bf16"), ("int8", "*i8"), ("int4", "*i32"), ("fp8", "*u8")])
+def test_kernels_compile_for_a_gpu_that_is_not_here(kind, value):
+    """Landings and the adapters' kernel, for a Hopper GPU; a Triton without a GPU compiles too."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from gpu import adapters, kernels
+
+    def compiles(kernel, types: dict[str, str], **constants) -> None:
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+        at = {(names.index(name),): constant for name, constant in constants.items()}
+        assert triton.compile(ASTSource(kernel, signature, at, {}), target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
+    types = {"value": value, "residual": value, "scale": "*bf16" if kind == "int4" else "*fp32", "counts": "*i64",
+             "delta": "*fp32", "left": "*fp64", "right": "*fp32", "factors": "*fp32"}  # fmt: skip
+    form = dict(KIND=kind, MAX=7.0, RESIDUAL=0, BY_HAND=False)
+    compiles(kernels._land_kernel, types, **form, TAIL="groups", BLOCK=kernels.UPDATE_BLOCK)
+    compiles(kernels._land_kernel, types | {"step": "*i32"}, **form, TAIL="", BLOCK=kernels.UPDATE_BLOCK)
+    compiles(kernels._land_product_kernel, types, **form, LENGTH=1.5, QUERIES=2, RANK=24, ROOM=32, ROWS=64, COLUMNS=64)
+    if kind == "bf16":
+        types = dict.fromkeys(("left_d", "right_d", "bias_d", "left_u", "right_u", "bias_u"), "*fp32")
+        for h, rank, B in ("*bf16", 5, 64), ("*fp32", 16, 256):
+            compiles(adapters._bottleneck_kernel, types | {"h": h, "y": h}, D=4096, R_D=rank, R_U=rank, B=B, WIDTH=B,
+                     ROWS=adapters.ROWS, COLUMNS=adapters.COLUMNS)  # fmt: skip
+
+
 def test_nothing_changes_on_a_cpu():
     zo = ZO(bits=4)
     assert gpu.estimator(zo, "cpu") is zo and not random_bits.DEVICE_TWINS
