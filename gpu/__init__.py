@@ -55,5 +55,5 @@ def estimator(zo: ZO, device: str, graphs: bool = False) -> ZO:
     graphs = graphs and zo.moves is None  # what launches is then the same at every step
     if type(zo) not in (ZO, SparseZO):  # another direction than those two has no kernel
         return graphed(zo, device) if graphs and zo.graphable else zo
-    fused, graphed = (FusedSparseZO, GraphedSparseZO) if isinstance(zo, SparseZO) else (FusedZO, GraphedZO)
-    return as_kind(graphed, zo, graphed=CudaGraphed(device)) if graphs else as_kind(fused, zo)
+    launched, replayed = (FusedSparseZO, GraphedSparseZO) if isinstance(zo, SparseZO) else (FusedZO, GraphedZO)
+    return as_kind(replayed, zo, graphed=CudaGraphed(device)) if graphs else as_kind(launched, zo)

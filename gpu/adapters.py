@@ -140,14 +140,13 @@ class FactoredView:
 
 def enable_fused_bottlenecks(lm: LanguageModel) -> None:
     """Let a model's bottleneck adapters run by the kernel, if it has any and their sizes fit."""
-    trains, layers = {}, [layer for _, layer in lm.linears() if type(getattr(layer, "adapter", None)) is Bottleneck]
-    for path, module in lm.block.named_modules():
-        if isinstance(module, TensorTrain) and type(lm.block.get_submodule(path.rpartition(".")[0])) is Bottleneck:
-            trains[path] = module
+    layers = {path: layer for path, layer in lm.linears() if type(getattr(layer, "adapter", None)) is Bottleneck}
+    trains = {f"{path}.adapter.{part}": layer.adapter.get_submodule(part)
+              for path, layer in layers.items() for part in ("down", "up")}  # fmt: skip
     fit = all(train.rank and train.rank <= LARGEST[0] for train in trains.values())
     if not trains or not fit or lm.adapters.spec.bottleneck > LARGEST[1]:
         return
-    for layer in layers:
+    for layer in layers.values():
         with torch.device("meta"):
             layer.adapter = FusedBottleneck(layer.adapter.down.inputs, lm.adapters.spec)
     inner = lm.wrap_view

@@ -13,6 +13,7 @@ Imports zo_optim, quant, random_bits and gpu's graphs.
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -380,11 +381,25 @@ def _count(counts, old, new, lost, live, KIND: tl.constexpr):
 
 
 @triton.jit
+def _held(
+    value, scale, residual, group, at, whole, live, PER_ROW, MAGIC, SHIFT, step, tensor, query, k0, k1,
+    KIND: tl.constexpr, RESIDUAL: tl.constexpr, BY_HAND: tl.constexpr, ONE_ROW: tl.constexpr,
+):  # fmt: skip
+    """What a step lands on and by: fine codes, or floats; their scale; random bits."""
+    old = _code(value, group, at, whole, live, KIND, BY_HAND)
+    unit = _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND, ONE_ROW)
+    landing = _bits32(group, step, tensor, query, WEIGHT_ROUNDING, k0, k1)
+    if RESIDUAL:
+        old = old * (1 << RESIDUAL) + _fields(residual, group, whole, RESIDUAL).to(tl.float32)
+    return old, unit, landing
+
+
+@triton.jit
 def _land(
     value, residual, counts, old, unit, d, landing, group, at, whole, live, KIND: tl.constexpr, MAX: tl.constexpr,
     RESIDUAL: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
-    """Store.add_rounded_ of d, whose results are counted.  old: fine codes, or floats."""
+    """Store.add_rounded_ of d on what _held returned, whose results are counted."""
     if KIND != "fp32" and KIND != "bf16":
         d = _divide(d, unit * (1.0 / (1 << RESIDUAL)))
     if KIND == "int8" or KIND == "int4":
@@ -411,11 +426,10 @@ def _update_kernel(
 ):  # fmt: skip
     group, at, whole, live = _place(N, TAIL, BLOCK)
     step = _number(step)
-    old = _code(value, group, at, whole, live, KIND, BY_HAND)
-    unit = _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND, ONE_ROW)
-    landing = _bits32(group, step, tensor, query, WEIGHT_ROUNDING, k0, k1)
-    if RESIDUAL:
-        old = old * (1 << RESIDUAL) + _fields(residual, group, whole, RESIDUAL).to(tl.float32)
+    old, unit, landing = _held(
+        value, scale, residual, group, at, whole, live, PER_ROW, MAGIC, SHIFT, step, tensor, query, k0, k1, KIND,
+        RESIDUAL, BY_HAND, ONE_ROW,
+    )  # fmt: skip
     d = _direction(knots, group, step, tensor, query, k0, k1, ROUNDING, LEVELS) * tl.load(factors)
     for q in range(1, QUERIES):
         d += _direction(knots, group, step, tensor, query + q, k0, k1, ROUNDING, LEVELS) * tl.load(factors + q)
@@ -430,11 +444,10 @@ def _land_kernel(
 ):  # fmt: skip
     """From group FIRST on, up to element N; delta begins there."""
     group, at, whole, live = _place(N, TAIL, BLOCK, FIRST)
-    old = _code(value, group, at, whole, live, KIND, BY_HAND)
-    unit = _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND, False)
-    landing = _bits32(group, _number(step), tensor, query, WEIGHT_ROUNDING, k0, k1)
-    if RESIDUAL:
-        old = old * (1 << RESIDUAL) + _fields(residual, group, whole, RESIDUAL).to(tl.float32)
+    old, unit, landing = _held(
+        value, scale, residual, group, at, whole, live, PER_ROW, MAGIC, SHIFT, _number(step), tensor, query, k0, k1,
+        KIND, RESIDUAL, BY_HAND, False,
+    )  # fmt: skip
     d = tl.load(delta + (at - FIRST.to(tl.int64) * 8), mask=live, other=0)
     _land(value, residual, counts, old, unit, d, landing, group, at, whole, live, KIND, MAX, RESIDUAL, BY_HAND)
 
@@ -460,11 +473,10 @@ def _land_product_kernel(
     group = tl.reshape(rows * PER_ROW + inner, [ROWS * COLUMNS // 8])
     whole = tl.reshape((rows < R) & (inner < PER_ROW), [ROWS * COLUMNS // 8])
     at, live = group.to(tl.int64)[:, None] * 8 + tl.arange(0, 8)[None, :], whole[:, None]
-    old = _code(value, group, at, whole, live, KIND, BY_HAND)
-    unit = _unit(scale, group, whole, PER_ROW, MAGIC, SHIFT, KIND, False)
-    landing = _bits32(group, _number(step), tensor, query, WEIGHT_ROUNDING, k0, k1)
-    if RESIDUAL:
-        old = old * (1 << RESIDUAL) + _fields(residual, group, whole, RESIDUAL).to(tl.float32)
+    old, unit, landing = _held(
+        value, scale, residual, group, at, whole, live, PER_ROW, MAGIC, SHIFT, _number(step), tensor, query, k0, k1,
+        KIND, RESIDUAL, BY_HAND, False,
+    )  # fmt: skip
     d = tl.reshape(d, [ROWS * COLUMNS // 8, 8])
     _land(value, residual, counts, old, unit, d, landing, group, at, whole, live, KIND, MAX, RESIDUAL, BY_HAND)
 
@@ -586,19 +598,27 @@ def _materialise(
     return pair
 
 
-def step_(stored: Store, key: Key, factors: Tensor, zo: ZO, counts: Tensor) -> None:
-    """ZO.add_directions_ of one tensor in one kernel; adds to counts [SHARDS, COUNTED] int64."""
-    value, scale, n, per_row, words = _arguments(stored, key)
+def _landing(stored: Store, key: Key) -> tuple[tuple, tuple, dict]:
+    """What every kernel that lands is given: (numbers, scales, residual), (groups a row, _magic, key), and options."""
+    value, scale, _, per_row, words = _arguments(stored, key)
     kind, largest = _kind(stored)
     bits = stored.residual_bits if isinstance(stored, Integers) else 0
+    options = dict(KIND=kind, RESIDUAL=bits, MAX=float(stored.max_fine) if bits else largest,
+                   BY_HAND=_by_hand(value.device), **EXACT)  # fmt: skip
+    residual = stored.residual.view(WORD_OF_8[bits]) if bits else value
+    return (value, scale, residual), (per_row, *_magic(per_row), *words), options
+
+
+def step_(stored: Store, key: Key, factors: Tensor, zo: ZO, counts: Tensor) -> None:
+    """ZO.add_directions_ of one tensor in one kernel; adds to counts [SHARDS, COUNTED] int64."""
+    held, keyed, options = _landing(stored, key)
+    n, device = math.prod(stored.matrix_shape), held[0].device
     rounding = Purpose.PROBE_ROUNDING if zo.estimator == "q-rge1" else Purpose.UPDATE_ROUNDING
-    with _on(value.device):
+    with _on(device):
         _update_kernel[_programs(n, UPDATE_BLOCK)](
-            value, scale, stored.residual.view(WORD_OF_8[bits]) if bits else value, counts, normal_knots(value.device),
-            factors, n, per_row, *_magic(per_row), *words, QUERIES=len(factors), KIND=kind,
-            RESIDUAL=bits, MAX=float(stored.max_fine) if bits else largest, LEVELS=_levels(zo),
-            ROUNDING=int(rounding), BY_HAND=_by_hand(value.device), TAIL=_tail(n, UPDATE_BLOCK),
-            ONE_ROW=_one_row(stored, per_row, UPDATE_BLOCK), BLOCK=UPDATE_BLOCK, **EXACT,
+            *held, counts, normal_knots(device), factors, n, *keyed, **options, QUERIES=len(factors),
+            LEVELS=_levels(zo), ROUNDING=int(rounding), TAIL=_tail(n, UPDATE_BLOCK),
+            ONE_ROW=_one_row(stored, keyed[0], UPDATE_BLOCK), BLOCK=UPDATE_BLOCK,
         )  # fmt: skip
 
 
@@ -609,17 +629,14 @@ def land_(stored: Store, rows: slice, delta: Tensor, key: Key) -> Tensor | None:
     """
     if not fits(stored):
         return None
-    value, scale, n, per_row, words = _arguments(stored, key)
-    kind, largest = _kind(stored)
-    bits = stored.residual_bits if isinstance(stored, Integers) else 0
-    first, end = rows.start * per_row, min(rows.stop * stored.matrix_shape[1], n)
-    counts = torch.zeros(SHARDS, COUNTED, dtype=torch.int64, device=value.device)
-    with _on(value.device):
+    held, keyed, options = _landing(stored, key)
+    (R, C), device = stored.matrix_shape, held[0].device
+    first, end = rows.start * keyed[0], min(rows.stop, R) * C
+    counts = torch.zeros(SHARDS, COUNTED, dtype=torch.int64, device=device)
+    with _on(device):
         _land_kernel[_programs(end - 8 * first, UPDATE_BLOCK)](
-            value, scale, stored.residual.view(WORD_OF_8[bits]) if bits else value, counts, delta.contiguous(), first,
-            end, per_row, *_magic(per_row), *words, KIND=kind, RESIDUAL=bits,
-            MAX=float(stored.max_fine) if bits else largest, BY_HAND=_by_hand(value.device),
-            TAIL=_tail(end - 8 * first, UPDATE_BLOCK), BLOCK=UPDATE_BLOCK, **EXACT,
+            *held, counts, delta.contiguous(), first, end, *keyed, **options,
+            TAIL=_tail(end - 8 * first, UPDATE_BLOCK), BLOCK=UPDATE_BLOCK,
         )  # fmt: skip
     return counts.sum(0)
 
@@ -638,17 +655,12 @@ def land_product_(
     rank = right.shape[1]
     if not fits(stored) or rank > MOST_RANK or C % 8:
         return None
-    value, scale, _, per_row, words = _arguments(stored, key)
-    kind, largest = _kind(stored)
-    bits = stored.residual_bits if isinstance(stored, Integers) else 0
-    counts = torch.zeros(SHARDS, COUNTED, dtype=torch.int64, device=value.device)
-    with _on(value.device):
+    held, keyed, options = _landing(stored, key)
+    counts = torch.zeros(SHARDS, COUNTED, dtype=torch.int64, device=left.device)
+    with _on(left.device):
         _land_product_kernel[triton.cdiv(R, TILE), triton.cdiv(C, TILE)](
-            value, scale, stored.residual.view(WORD_OF_8[bits]) if bits else value, counts, left, right.contiguous(),
-            factors, R, C, per_row, *_magic(per_row), *words, LENGTH=length, QUERIES=len(factors), RANK=rank,
-            ROOM=max(16, triton.next_power_of_2(rank)), KIND=kind, RESIDUAL=bits,
-            MAX=float(stored.max_fine) if bits else largest, BY_HAND=_by_hand(value.device), ROWS=TILE, COLUMNS=TILE,
-            **EXACT,
+            *held, counts, left, right.contiguous(), factors, R, C, *keyed, **options, LENGTH=length,
+            QUERIES=len(factors), RANK=rank, ROOM=max(16, triton.next_power_of_2(rank)), ROWS=TILE, COLUMNS=TILE,
         )  # fmt: skip
     return counts.sum(0)
 

@@ -80,10 +80,10 @@ def _names(path: Path) -> list[str]:
 
 def _open(path: Path):
     try:
-        if path.is_file():  # a pipe could be waited for without end
-            check_no_pointer(path)
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        if path.is_file():  # a pipe could be waited for without end
+            check_no_pointer(path)
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
 
 

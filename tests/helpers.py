@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from oracles import gaussian
 from torch import Tensor
 
 import train
@@ -19,11 +20,21 @@ from runtime import checkpoints
 from runtime import problem as setup
 from runtime.ranks import Ranks
 from runtime.record import canonical
+from tensor_train import Bottleneck, sides
 from zo_optim import ZO
 
 
 def review(sentence: str, label: int) -> Row:
     return Row("here", {"sentence": sentence, "label": str(label)})
+
+
+def bottleneck_weights(plain: Bottleneck) -> dict[str, Tensor]:
+    """Random ones of three copies, and the sides that gpu.adapters.FusedBottleneck reads beside the cores."""
+    weights = {name: 0.5 * gaussian(3, *p.shape, seed=i) for i, (name, p) in enumerate(plain.named_parameters())}
+    for name, layer in (("down", plain.down), ("up", plain.up)):
+        left, right = sides([weights[f"{name}.cores.{i}"] for i in range(len(layer.cores))], layer.split)
+        weights |= {f"{name}.left": left.mT, f"{name}.right": right}
+    return weights
 
 
 def tiny_llama(**changes) -> dict:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_llama, tiny_roberta
+from helpers import bottleneck_weights, tiny_llama, tiny_roberta
 from oracles import gaussian, same_bits, same_tensors
 from torch import Tensor
 from torch.func import functional_call
@@ -30,7 +30,7 @@ from model import create
 from quant import E4M3, Float, Fp8, Integers, Store, StoredWeights, encode, quantise_tokens
 from random_bits import Key, Purpose, bits32, philox_blocks, tensor_id
 from runtime.checkpoints import weights_sha256
-from tensor_train import TRAINED_VECTOR, Bottleneck, Spec, attach, sides
+from tensor_train import TRAINED_VECTOR, Bottleneck, Spec, attach
 from zo_optim import ZO, PerturbedWeights, SparseZO, as_kind, normal_table, update, zo_step
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -480,10 +480,7 @@ def test_a_bottleneck_adapter_in_one_kernel(width, bottleneck, rank, tokens):
     spec = Spec("adp", "mlp", bottleneck, rank)
     with torch.device("meta"):
         plain, fused = Bottleneck(width, spec), FusedBottleneck(width, spec)
-    weights = {name: 0.5 * gaussian(3, *p.shape, seed=i) for i, (name, p) in enumerate(plain.named_parameters())}
-    for name, train in (("down", plain.down), ("up", plain.up)):
-        left, right = sides([weights[f"{name}.cores.{i}"] for i in range(len(train.cores))], train.split)
-        weights |= {f"{name}.left": left.mT, f"{name}.right": right}
+    weights = bottleneck_weights(plain)
     h = gaussian(3, 2, tokens, width)
     with torch.no_grad():
         want, got = (functional_call(module, weights, (h,)) for module in (plain, fused))

@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import direction, tiny_llama, tiny_roberta
+from helpers import bottleneck_weights, direction, tiny_llama, tiny_roberta
 from oracles import gaussian, same_bits
 from torch import Tensor
 from torch.func import functional_call
@@ -33,7 +33,7 @@ from quant import COUNTED, Store, StoredWeights, encode, from_tensors, quantise_
 from random_bits import Key, Purpose, bits16, bits32, philox_blocks, tensor_id
 from runtime.checkpoints import BUFFERS, save_stored, staged, weights_sha256
 from runtime.first_order import make_trainable
-from tensor_train import Bottleneck, Spec, TensorTrain, sides, to_dense
+from tensor_train import Bottleneck, Spec, TensorTrain, to_dense
 from zo_optim import ZO, PerturbedWeights, SparseZO, adazeta_queries, epoch_of, probe_losses, update, zo_step
 
 if torch.cuda.is_available():
@@ -605,10 +605,7 @@ def test_a_bottleneck_adapter_in_one_kernel(width, bottleneck, rank, tokens, com
     spec = Spec("adp", "mlp", bottleneck, rank)
     with torch.device("meta"):
         plain, fused = Bottleneck(width, spec), FusedBottleneck(width, spec)
-    weights = {name: 0.5 * gaussian(3, *p.shape, seed=i) for i, (name, p) in enumerate(plain.named_parameters())}
-    for name, layer in (("down", plain.down), ("up", plain.up)):
-        left, right = sides([weights[f"{name}.cores.{i}"] for i in range(len(layer.cores))], layer.split)
-        weights |= {f"{name}.left": left.mT.contiguous(), f"{name}.right": right}
+    weights = bottleneck_weights(plain)
     h = gaussian(3, 2, tokens, width).bfloat16()
     x = h.flatten(1, 2).double()
     low = torch.relu(x @ dense(plain.down, weights, "down") + weights["down.bias"][:, None])
